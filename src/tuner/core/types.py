@@ -1,0 +1,315 @@
+"""What passes between the stages of a run, and what a plugin declares about its model.
+
+Letters in shapes: B batch, C latent channels, h and w latent size, H and W pixels, L tokens.
+Importing this module costs nothing: torch is only named in annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+API_VERSION = (1, 0)
+"""(major, minor) of the hook contract: a plugin runs when its major is equal and its minor is not newer."""
+
+
+# --- what passes between hooks ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Models:
+    """The loaded modules of a phase. ``denoiser`` keeps its identity for the whole run: every service acts in place."""
+
+    denoiser: nn.Module | None = None
+    vae: nn.Module | None = None
+    text_encoders: dict[str, nn.Module] = field(default_factory=dict)
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, nn.Module] = field(default_factory=dict)
+
+    def component(self, name: str) -> nn.Module | None:
+        """The module called ``name`` in ``ModelFacts.components``, or None when this phase did not load it."""
+        if name == "denoiser":
+            return self.denoiser
+        if name == "vae":
+            return self.vae
+        return self.text_encoders.get(name) or self.others.get(name)
+
+    def release(self, *names: str) -> None:
+        """Forget components so that their memory can be freed."""
+        for name in names:
+            if name == "denoiser":
+                self.denoiser = None
+            elif name == "vae":
+                self.vae = None
+            else:
+                self.text_encoders.pop(name, None)
+                self.others.pop(name, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where and how ``load_models`` puts weights. ``dtypes`` maps a component to ``bfloat16`` or ``float32``."""
+
+    device: str = "cpu"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    def dtype(self, component: str) -> str:
+        return self.dtypes.get(component, "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEmbeds:
+    """Encoded captions: each tensor is [B, ...], named and shaped as ``ModelFacts.text_fields`` says."""
+
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One sample of a batch. ``id`` is stable over runs; ``visit`` counts its repeats inside an epoch from 0."""
+
+    id: str
+    source: str
+    caption: str
+    visit: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What the loader yields.
+
+    latents [B,C,h,w] float32, shifted and scaled for the denoiser; loss_mask [B,1,h,w] in 0..1 or None; loss_weight [B];
+    control: conditioning tensors by name, empty by default. ``text`` holds the cached fields only: fields of components
+    that train are encoded in the step from ``items[i].caption``.
+    """
+
+    latents: Tensor
+    text: TextEmbeds
+    loss_mask: Tensor | None
+    loss_weight: Tensor
+    items: tuple[Item, ...]
+    control: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseTarget:
+    """noisy, target [B,C,h,w]; sigmas [B] float32 in 0..1; timesteps [B] in the denoiser's own unit; weight [B]."""
+
+    noisy: Tensor
+    target: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamGroup:
+    """Trainable parameters that share a learning rate.
+
+    ``lr`` None means: the component's rate, else the base rate. ``role`` is ``up`` for matrices that a LoRA+ ratio speeds up.
+    """
+
+    name: str
+    component: str
+    params: dict[str, nn.Parameter]
+    lr: float | None = None
+    role: Literal["down", "up", "all"] = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The trainable part of a run. ``kind`` is ``lora`` for the built-in adapter."""
+
+    module: nn.Module
+    param_groups: list[ParamGroup]
+    kind: str
+
+
+# --- what a plugin declares -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One entry of a safetensors header: dtype as the file spells it (``BF16``, ``F32``), shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Header = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """An ``nn.ModuleList`` of identical blocks of the denoiser, in execution order."""
+
+    path: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One text tensor. ``shape`` leaves the batch axis out and may contain ``"L"``, the token axis.
+
+    of: components the values come from; the field is cached when none of them trains.
+    trim: name of the boolean field whose False rows are exactly ``pad``: such rows are not stored.
+    floor: batches are padded with ``pad`` to at least this many tokens.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    of: tuple[str, ...] = ()
+    trim: str | None = None
+    floor: int | None = None
+    pad: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRules:
+    """Which modules an adapter touches by default: full-match regular expressions on module paths inside a component.
+
+    include: what may be adapted at all. exclude: built-in exclusions, lifted by a user's include. presets: named
+    alternatives for ``network.preset``: (include, exclude) pairs. groups: block groups for ``network.blocks``: name to
+    the path prefix of a block list.
+    """
+
+    include: Mapping[str, tuple[str, ...]]
+    exclude: tuple[str, ...] = ()
+    presets: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DtypeRules:
+    """compute: dtypes the denoiser may run in, the first is the default; vae, text: defaults of those components."""
+
+    compute: tuple[str, ...] = ("bfloat16", "float32")
+    vae: str = "float32"
+    text: str = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDefaults:
+    """Preview settings that mirror what the model's users render with."""
+
+    steps: int
+    cfg: float
+    shift: float
+    size: tuple[int, int]
+    multiple: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseDefaults:
+    """Defaults of ``noise.timesteps`` and ``noise.shift`` for this model."""
+
+    timesteps: str
+    shift: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFormat:
+    """How one file format spells adapter tensors. A key is prefix + module path (renamed, joined) + suffix.
+
+    prefixes: component to prefix; a component that is absent cannot be stored in this format.
+    separator: ``"."``, or ``"_"`` for flattened names.
+    down, up: suffixes of the two matrices. alpha: suffix of the scalar; None folds alpha/rank into ``up``.
+    rename: (pattern, replacement) pairs applied in order to the module path, full ``re.sub`` semantics.
+    read_prefixes: further prefixes accepted when reading.
+    """
+
+    name: str
+    prefixes: Mapping[str, str]
+    separator: str = "."
+    down: str
+    up: str
+    alpha: str | None = None
+    rename: tuple[tuple[str, str], ...] = ()
+    read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyMaps:
+    """All adapter formats of a model.
+
+    default: format written unless the config names another.
+    paths: (keys of a file) to the adaptable module paths by component, deep enough for every index in those keys; this
+    is what makes flattened names readable without guessing.
+    """
+
+    formats: tuple[KeyFormat, ...]
+    default: str
+    paths: Callable[[Collection[str]], Mapping[str, tuple[str, ...]]]
+
+    def format(self, name: str) -> KeyFormat | None:
+        return next((each for each in self.formats if each.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Everything the core's services need to know about a model; sizes come from the weights.
+
+    components: names that ``load_models``, ``train.components`` and ``optimizer.lr_by_component`` use.
+    trainable: the components that may train. step_components: frozen components that every step still needs.
+    tokens_per_side: pixels of one side of an image token, for shift rules and reports.
+    max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
+    """
+
+    family: str
+    flavour: str
+    components: tuple[str, ...]
+    trainable: tuple[str, ...]
+    text_components: tuple[str, ...]
+    step_components: tuple[str, ...] = ()
+    latent_channels: int
+    spatial_factor: int
+    resolution_multiple: int
+    block_lists: tuple[Blocks, ...]
+    lora: LoraRules
+    key_maps: str
+    dtypes: DtypeRules
+    text_fields: Mapping[str, Field]
+    max_tokens: Mapping[str, int]
+    files: Mapping[str, tuple[str, ...]]
+    noise: NoiseDefaults
+    sample: SampleDefaults
+    guidance_input: bool = False
+    architecture: str = ""
+    capabilities: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlugin:
+    """What an entry point of ``tuner.models`` points at. Every string is ``module:attribute``, imported when needed.
+
+    config: pydantic model of the ``model`` section. files: (RunConfig) -> mapping of component to its files, may download.
+    detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
+    functions; the only one that may import torch. presets: package with ``*.json``.
+    """
+
+    name: str
+    api: tuple[int, int]
+    config: str
+    files: str
+    detect: str
+    facts: str
+    hooks: str
+    presets: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtensionPlugin:
+    """What an entry point of ``tuner.extensions`` points at: wrappers on model hooks and run hooks."""
+
+    name: str
+    api: tuple[int, int]
+    hooks: str
+
+
+ComponentFiles = Mapping[str, "Sequence[Path]"]

@@ -1,0 +1,1 @@
+"""Built-in model families, found through the same entry points as third-party ones."""
