@@ -1,7 +1,7 @@
 """The hook specifications: the contract between the core and plugins.
 
-Model hooks stop at the first result. "Model" hooks have exactly one implementation, from the model plugin; "default" hooks
-have one in the core that the model may override. Extensions may only wrap them (``@hookimpl(wrapper=True)``).
+Model hooks stop at the first result. "Model" hooks have exactly one implementation, from the model plugin; "default"
+hooks have one in the core that the model may override. Extensions may only wrap them (``@hookimpl(wrapper=True)``).
 Hooks are called outside compiled code. Shapes: B batch, C latent channels, h/w latent size, H/W pixels.
 
 Adding an argument is compatible: an implementation names only those it wants.
@@ -61,7 +61,7 @@ def encode_text(
 
 @hookspec(firstresult=True)
 def encode_latents(models: Models, config: RunConfig, pixels: Tensor, rng: Rng | None) -> Tensor:  # type: ignore[empty-body]
-    """Pixels [B,3,H,W] float32 in -1..1 to latents [B,C,h,w] float32, shifted and scaled for the denoiser. Since 1.0. Model.
+    """Pixels [B,3,H,W] float32 in -1..1 to latents [B,C,h,w] float32, as the denoiser wants them. Since 1.0. Model.
 
     Called under no_grad. H and W are multiples of ``facts.resolution_multiple``. ``rng`` is keyed by the image for a
     posterior sample; None asks for the mode.
@@ -99,14 +99,16 @@ def predict(  # type: ignore[empty-body]
 ) -> Tensor:
     """One denoiser forward: velocity [B,C,h,w] for noisy [B,C,h,w] float32 at timesteps [B] float32. Since 1.0. Model.
 
-    Grad mode is the caller's. Packing, position ids, masks, frame axes and guidance inputs live in here. ``rng`` is set in
-    training only, for random draws of the model's own.
+    Grad mode is the caller's. Packing, position ids, masks, frame axes and guidance inputs live in here. ``rng`` is set
+    in training only, for random draws of the model's own.
     """
 
 
 @hookspec(firstresult=True)
 def build_network(models: Models, config: RunConfig, facts: ModelFacts) -> Network:  # type: ignore[empty-body]
-    """Build what trains and inject it in place. Since 1.0. Default: a LoRA chosen by ``facts.lora`` and ``config.network``.
+    """Build what trains and inject it in place. Since 1.0. Default: a LoRA.
+
+    The default chooses modules by ``facts.lora`` and ``config.network``.
 
     Only parameters of the result may require grad afterwards.
     """
@@ -121,7 +123,7 @@ def save(  # type: ignore[empty-body]
     path: Path,
     metadata: Mapping[str, str],
 ) -> list[Path]:
-    """Write the trained tensors in the configured format; safetensors only. Returns the written paths. Since 1.0. Model.
+    """Write the trained tensors as safetensors in the configured format; returns the paths. Since 1.0. Model.
 
     tensors: trained values by ``component:module path.part`` on the CPU, raw or EMA. metadata: allow-listed strings the
     plugin may add its own keys to; no path, user name or secret may go in.

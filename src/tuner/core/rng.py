@@ -1,7 +1,7 @@
 """Counter-based random numbers: a value depends on (seed, path) alone, never on what was drawn before.
 
-Every random choice of a run is named by a path such as ``("noise", step, item_id)``. That makes a resumed run, another number of
-workers and another number of ranks draw the same values without saving any generator state.
+Every random choice of a run is named by a path such as ``("noise", step, item_id)``. That makes a resumed run, another
+number of workers and another number of ranks draw the same values without saving any generator state.
 """
 
 from __future__ import annotations

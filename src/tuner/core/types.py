@@ -84,8 +84,8 @@ class Item:
 class Batch:
     """What the loader yields.
 
-    latents [B,C,h,w] float32, shifted and scaled for the denoiser; loss_mask [B,1,h,w] in 0..1 or None; loss_weight [B];
-    control: conditioning tensors by name, empty by default. ``text`` holds the cached fields only: fields of components
+    latents [B,C,h,w] float32, shifted and scaled for the denoiser; loss_mask [B,1,h,w] in 0..1 or None;
+    loss_weight [B]; control: conditioning tensors by name, empty by default. ``text`` holds the cached fields only: fields of components
     that train are encoded in the step from ``items[i].caption``.
     """
 
@@ -112,7 +112,8 @@ class NoiseTarget:
 class ParamGroup:
     """Trainable parameters that share a learning rate.
 
-    ``lr`` None means: the component's rate, else the base rate. ``role`` is ``up`` for matrices that a LoRA+ ratio speeds up.
+    ``lr`` None means: the component's rate, else the base rate. ``role`` is ``up`` for matrices that
+    a LoRA+ ratio speeds up.
     """
 
     name: str
@@ -288,7 +289,7 @@ class ModelFacts:
 class ModelPlugin:
     """What an entry point of ``tuner.models`` points at. Every string is ``module:attribute``, imported when needed.
 
-    config: pydantic model of the ``model`` section. files: (RunConfig) -> mapping of component to its files, may download.
+    config: pydantic model of the ``model`` section. files: (RunConfig) -> ComponentFiles, may download.
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``.
     """
