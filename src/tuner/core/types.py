@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tuner.core.files import TensorInfo
+
 API_VERSION = (1, 0)
 """(major, minor) of the hook contract: a plugin runs when its major is equal and its minor is not newer."""
 
@@ -85,8 +87,8 @@ class Batch:
     """What the loader yields.
 
     latents [B,C,h,w] float32, shifted and scaled for the denoiser; loss_mask [B,1,h,w] in 0..1 or None;
-    loss_weight [B]; control: conditioning tensors by name, empty by default. ``text`` holds the cached fields only: fields of components
-    that train are encoded in the step from ``items[i].caption``.
+    loss_weight [B]; control: conditioning tensors by name, empty by default. ``text`` holds the cached fields only:
+    fields of components that train are encoded in the step from ``items[i].caption``.
     """
 
     latents: Tensor
@@ -135,15 +137,8 @@ class Network:
 # --- what a plugin declares -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """One entry of a safetensors header: dtype as the file spells it (``BF16``, ``F32``), shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-Header = Mapping[str, TensorInfo]
+Header = Mapping[str, "TensorInfo"]
+"""Names of a weight file to dtype and shape, as read by ``tuner.core.files``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +216,7 @@ class KeyFormat:
     prefixes: component to prefix; a component that is absent cannot be stored in this format.
     separator: ``"."``, or ``"_"`` for flattened names.
     down, up: suffixes of the two matrices. alpha: suffix of the scalar; None folds alpha/rank into ``up``.
-    rename: (pattern, replacement) pairs applied in order to the module path, full ``re.sub`` semantics.
+    rename: component to (pattern, replacement) pairs applied in order to its module paths, full ``re.sub`` semantics.
     read_prefixes: further prefixes accepted when reading.
     """
 
@@ -231,7 +226,7 @@ class KeyFormat:
     down: str
     up: str
     alpha: str | None = None
-    rename: tuple[tuple[str, str], ...] = ()
+    rename: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
