@@ -1,0 +1,73 @@
+"""Configuration: schema, loading, defaults."""
+
+from __future__ import annotations
+
+from tuner.core.config.base import Dtype, EveryFields, Section, StepCount, steps_of
+from tuner.core.config.captions import CaptionsConfig, MetadataFields, Replacement, TagWarmup
+from tuner.core.config.data import (
+    AugmentConfig,
+    BucketsConfig,
+    CacheConfig,
+    CropConfig,
+    DataConfig,
+    FiltersConfig,
+    MaskFolder,
+    SetConfig,
+    SourceConfig,
+    WorkersConfig,
+)
+from tuner.core.config.model import ComponentSource, ModelConfigBase
+from tuner.core.config.network import NetworkConfig, NetworkRule
+from tuner.core.config.objective import InputPerturbation, LossConfig, LossMask, NoiseConfig, NoiseOffset
+from tuner.core.config.optimizer import LoraPlus, OptimizerConfig, ScheduleConfig
+from tuner.core.config.outputs import CheckpointConfig, LogConfig, MetadataConfig, SampleConfig, ValidateConfig
+from tuner.core.config.run import RunConfig
+from tuner.core.config.text import LatentsConfig, TextEncoderConfig
+from tuner.core.config.train import AttentionConfig, ClipGrad, MemoryConfig, PrecisionConfig, TrainConfig
+
+__all__ = [
+    "AttentionConfig",
+    "AugmentConfig",
+    "BucketsConfig",
+    "CacheConfig",
+    "CaptionsConfig",
+    "CheckpointConfig",
+    "ClipGrad",
+    "ComponentSource",
+    "CropConfig",
+    "DataConfig",
+    "Dtype",
+    "EveryFields",
+    "FiltersConfig",
+    "InputPerturbation",
+    "LatentsConfig",
+    "LogConfig",
+    "LoraPlus",
+    "LossConfig",
+    "LossMask",
+    "MaskFolder",
+    "MemoryConfig",
+    "MetadataConfig",
+    "MetadataFields",
+    "ModelConfigBase",
+    "NetworkConfig",
+    "NetworkRule",
+    "NoiseConfig",
+    "NoiseOffset",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "Replacement",
+    "RunConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "Section",
+    "SetConfig",
+    "SourceConfig",
+    "StepCount",
+    "TagWarmup",
+    "TextEncoderConfig",
+    "TrainConfig",
+    "ValidateConfig",
+    "WorkersConfig",
+    "steps_of",
+]

@@ -1,0 +1,45 @@
+"""``model``: which weights. A plugin subclasses ``ModelConfigBase`` and adds keys of its own."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tuner.core.config.base import Section
+
+
+class ComponentSource(Section):
+    """Where one part of the model comes from."""
+
+    path: str
+    """A file, a folder, or a hub id such as ``owner/name``."""
+    subfolder: str | None = None
+    """Folder inside ``path``."""
+    revision: str | None = None
+    """Branch, tag or commit, when ``path`` is a hub id."""
+
+
+class ModelConfigBase(Section):
+    """Keys that every model has."""
+
+    family: str
+    """Name of the model plugin; ``--model`` on the command line must agree with it."""
+    path: str
+    """Weights of the denoiser: a safetensors file, a folder, or a hub id."""
+    subfolder: str | None = None
+    """Folder inside ``path`` that holds the denoiser."""
+    revision: str | None = None
+    """Branch, tag or commit, when ``path`` is a hub id."""
+    variant: str | None = None
+    """File variant in a repository, such as ``fp16``."""
+    flavour: str | None = None
+    """Variant of the model. Read from the weights when left out; an error when the weights say otherwise."""
+    text_encoders: dict[str, ComponentSource] = Field(default_factory=dict)
+    """Text encoders by the plugin's names."""
+    tokenizers: dict[str, ComponentSource] = Field(default_factory=dict)
+    """Tokenizer files by the plugin's names, where they are not beside the text encoder."""
+    vae: ComponentSource | None = None
+    """Weights of the image autoencoder."""
+    mmap: bool = True
+    """Map weight files into memory. Off reads them as plain files: faster on network disks and under WSL."""
+    download_dir: str | None = None
+    """Folder for downloads from the hub; the hub's own cache when left out."""

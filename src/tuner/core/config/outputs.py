@@ -1,0 +1,119 @@
+"""``checkpoint``, ``sample``, ``validate``, ``log``: what a run writes and shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from tuner.core.config.base import Count, Dtype, Every, EveryFields, NotNegative, Positive, Section, is_int
+
+
+class MetadataConfig(Section):
+    """Text embedded in exported files."""
+
+    embed: bool = True
+    """Off: write no training metadata."""
+    title: str | None = None
+    """Title."""
+    author: str | None = None
+    """Author."""
+    description: str | None = None
+    """Description."""
+    license: str | None = None
+    """License."""
+    tags: tuple[str, ...] = ()
+    """Tags."""
+    comment: str | None = None
+    """Free text."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, and where."""
+
+    dir: str
+    """Run folder: configuration, events, checkpoints, samples and the final file."""
+    name: str | None = Field(None, pattern=r"^[^/\\]+$")
+    """Base name of adapter files. Left out: the name of the folder."""
+    every: Every | None = None
+    """When to save besides the end of the run. Left out: only at the end."""
+    keep_last: Count | None = None
+    """Keep so many checkpoints; older ones are removed. Left out: all."""
+    state: Literal["none", "every", "last"] = "last"
+    """Which checkpoints keep what is needed to resume."""
+    format: str | None = None
+    """Names of the tensors in exported files. Left out: the model's default."""
+    dtype: Dtype | None = None
+    """Dtype of exported tensors. Left out: the adapter's."""
+    resume: str = "none"
+    """``none``, ``auto`` for the newest state in the run folder, or the path of a checkpoint."""
+    on_interrupt: Literal["save", "stop"] = "save"
+    """At SIGINT or SIGTERM: finish the step and save, or just stop."""
+    metadata: MetadataConfig = MetadataConfig()
+    """Embedded text."""
+
+
+def _size(value: Any) -> Any:
+    return (value, value) if is_int(value) else tuple(value) if isinstance(value, list) else value
+
+
+Size = Annotated[
+    tuple[Count, Count], BeforeValidator(_size, json_schema_input_type=Annotated[int, Field(ge=1)] | tuple[int, int])
+]
+
+
+class SampleConfig(Section):
+    """Pictures made during training."""
+
+    enabled: bool = True
+    """Off: none at all."""
+    every: Every | None = None
+    """When. Left out: at the end of the run only."""
+    at_start: bool = False
+    """Also before the first step."""
+    prompts: str | tuple[str, ...] = ()
+    """Prompt lines, or the path of a prompt file. A line may set ``--n --w --h --d --s --l --fs``."""
+    negative: str = ""
+    """Negative prompt."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first picture; picture number i uses seed + i."""
+    size: Size | None = None
+    """Edge, or ``[width, height]``. Left out: the model's default."""
+    steps: Count | None = None
+    """Sampler steps. Left out: the model's default."""
+    cfg: NotNegative | None = None
+    """Strength of classifier-free guidance. Left out: the model's default."""
+    shift: Positive | None = None
+    """Shift of the sampler's noise levels. Left out: the model's default."""
+    count: Count = 1
+    """Pictures per prompt."""
+
+
+class ValidateConfig(Section):
+    """Loss on held-out images, at fixed noise."""
+
+    split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training images that is held out."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the split and of the noise. Left out: ``train.seed``."""
+    every: Every | None = EveryFields(epochs=1)
+    """When; null for the end of the run only."""
+    max_batches: Count | None = None
+    """Use so many batches. Left out: all."""
+    timesteps: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field((200, 400, 600, 800), min_length=1)
+    """Every image is measured at each of these timesteps."""
+
+
+class LogConfig(Section):
+    """What is recorded besides the event log, which is always written."""
+
+    to: tuple[Literal["tensorboard"], ...] = ()
+    """Further places for the numbers."""
+    dir: str | None = None
+    """Folder for trackers. Left out: inside the run folder."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Messages shown."""
+    plain: bool | None = None
+    """Plain lines instead of live progress. Left out: plain when there is no terminal."""
+    file: str | None = None
+    """Also write messages to this file."""

@@ -1,0 +1,84 @@
+"""``train``, ``precision``, ``memory``, ``attention``: what trains, for how long, and in which arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tuner.core.config.base import Count, Dtype, Positive, Section
+
+
+class ClipGrad(Section):
+    """Limit on gradients: one of the two."""
+
+    norm: Positive | None = None
+    """Largest norm over all gradients."""
+    value: Positive | None = None
+    """Largest absolute value of an element."""
+
+    @model_validator(mode="after")
+    def _one(self) -> ClipGrad:
+        if (self.norm is None) == (self.value is None):
+            raise ValueError("give norm or value")
+        return self
+
+
+class TrainConfig(Section):
+    """What trains and for how long. A step is one optimizer update."""
+
+    mode: Literal["lora"] = "lora"
+    """Train an adapter and keep the base frozen."""
+    components: tuple[str, ...] = Field(("denoiser",), min_length=1)
+    """Parts of the model that train."""
+    steps: Count | None = None
+    """Length in updates; give this or ``epochs``."""
+    epochs: Count | None = None
+    """Length in passes over the data; give this or ``steps``."""
+    batch_size: Count = 1
+    """Images per micro-batch, for sets that do not name their own."""
+    accumulate: Count = 1
+    """Micro-batches per update. The loss is the mean over all samples of the update."""
+    clip_grad: ClipGrad | None = ClipGrad(norm=1.0)
+    """Limit on gradients; null for none."""
+    seed: int = Field(0, ge=0)
+    """Every random choice follows from it."""
+    cpu_threads: Count | None = None
+    """Threads of CPU arithmetic. Left out: what torch chooses."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class PrecisionConfig(Section):
+    """Dtypes."""
+
+    compute: Dtype = "bf16"
+    """Arithmetic of the denoiser."""
+    frozen: Dtype | None = None
+    """Storage of frozen weights. Left out: as ``compute``."""
+    adapter: Dtype = "fp32"
+    """Storage of the adapter's weights."""
+    vae: Dtype | None = None
+    """The image autoencoder. Left out: the model's own choice."""
+    text_encoder: dict[str, Dtype] = Field(default_factory=dict)
+    """Text encoders by name. Left out: the model's own choice."""
+
+
+class MemoryConfig(Section):
+    """Trading time for memory."""
+
+    checkpointing: Literal["off", "block"] = "off"
+    """``block``: keep only the inputs of each block and compute the rest again in the backward pass."""
+
+
+class AttentionConfig(Section):
+    """The attention kernel."""
+
+    backend: Literal["sdpa"] = "sdpa"
+    """torch's scaled dot product attention."""
+    split: bool = False
+    """One sample at a time: less memory."""
