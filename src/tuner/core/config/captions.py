@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tuner.core.config.base import Count, CountOrZero, Section, Share, StepCount
+from tuner.core.config.base import Count, CountOrZero, Section, Share, StepCount, is_int
 
 
 class MetadataFields(Section):
@@ -39,7 +39,7 @@ class TagWarmup(Section):
 
 
 class Replacement(Section):
-    """One replacement in the raw caption."""
+    """One replacement in the finished caption."""
 
     find: str
     """Text, or regular expression, to look for."""
@@ -47,6 +47,24 @@ class Replacement(Section):
     """What to put in its place."""
     regex: bool = False
     """Read ``find`` as a regular expression."""
+
+
+class VariantsFields(Section):
+    """A fixed set of drawn captions per text, so that what is drawn at a visit can be cached."""
+
+    count: Count
+    """Number of drawn captions."""
+    seed: int = 0
+    """Seed of the draws; they depend on this and on the text, never on the run."""
+    include_original: bool = True
+    """Add the caption with all tags in their own order."""
+
+
+def _variants(value: Any) -> Any:
+    return {"count": value} if is_int(value) else value
+
+
+Variants = Annotated[VariantsFields, BeforeValidator(_variants, json_schema_input_type=VariantsFields | Count)]
 
 
 class CaptionsConfig(Section):
@@ -74,8 +92,9 @@ class CaptionsConfig(Section):
     """Joins tags again."""
     shuffle: bool = False
     """A new order of the free tags at each visit."""
-    variants: Count | None = None
-    """Number of fixed drawn variants per caption, so that shuffled or thinned captions can be cached."""
+    variants: Variants | None = None
+    """Bounds shuffled or thinned captions to a fixed number per text, so that they can be cached. With rule
+    ``simpletuner`` it is what shuffles."""
     keep_first: CountOrZero = 0
     """So many tags at the front are fixed: neither shuffled nor dropped."""
     fixed_marker: str | None = None
@@ -95,6 +114,8 @@ class CaptionsConfig(Section):
     tag_warmup: TagWarmup | None = None
     """Fewer free tags at the start of training."""
     replace: tuple[Replacement, ...] = ()
-    """Replacements in the raw caption, in order."""
+    """Replacements in the finished caption, in order. A plain ``find`` of ``""`` replaces all of it."""
+    allow_empty: bool = False
+    """Take an existing but empty caption file as an empty caption instead of an error."""
     on_missing: Literal["error", "skip", "empty"] = "error"
     """An image without caption and fallback: stop, leave the image out and list it, or use an empty caption."""

@@ -19,8 +19,9 @@ class BucketsConfig(Section):
 
     enabled: bool = True
     """Off: every image is resized and cropped to exactly the resolution."""
-    rule: Literal["sd_scripts"] = "sd_scripts"
-    """How the list of sizes is made and chosen from."""
+    rule: Literal["sd_scripts", "simpletuner"] = "sd_scripts"
+    """``sd_scripts``: a list of sizes below the area, the nearest ratio wins. ``simpletuner``: a size computed from the
+    rounded ratio of each image."""
     step: Count = 64
     """Sides are multiples of this, itself a multiple of the model's granularity."""
     min: Count = 256
@@ -31,6 +32,8 @@ class BucketsConfig(Section):
     """Enlarge images that are smaller than their bucket. Off: buckets are made from the images."""
     max_upscale: Positive | None = None
     """Leave out images that would be enlarged by more than this factor."""
+    rounding: Annotated[int, Field(ge=1, le=9)] = 2
+    """Decimals of the ratio, with rule ``simpletuner`` or ``resolution_mode`` = ``short_edge``."""
 
 
 class CropConfig(Section):
@@ -39,6 +42,15 @@ class CropConfig(Section):
     style: Literal["center", "random", "corner", "face"] = "center"
     """``random`` draws at each visit, so its latents cannot be cached. ``face`` reads ``_cx_cy_w_h`` at the end of the
     file name."""
+    aspect: Literal["preserve", "square", "closest"] = "preserve"
+    """Shape of the crop with rule ``simpletuner`` or ``resolution_mode`` = ``short_edge``: the image's own, a square, or
+    the nearest of ``aspect_list``."""
+    aspect_list: tuple[Positive, ...] = ()
+    """Ratios (width / height) to choose from, with ``aspect`` = ``closest``."""
+    shrink_above: Count | None = None
+    """Larger images are first resized to ``shrink_to``, so that less of them is kept; same unit as the resolution."""
+    shrink_to: Count | None = None
+    """The size that images above ``shrink_above`` are resized to before the crop."""
     face_range: tuple[Positive, Positive] | None = None
     """With ``face``: smallest and largest ratio of the shorter side to the face."""
 
@@ -57,6 +69,8 @@ class FiltersConfig(Section):
 
     min_size: Count | None = None
     """Smallest size in pixels, read as ``resolution_mode`` says: edge of a square of equal area, or shorter side."""
+    max_size: Count | None = None
+    """Largest size, in the same unit."""
     min_aspect: Positive | None = None
     """Smallest width / height."""
     max_aspect: Positive | None = None
