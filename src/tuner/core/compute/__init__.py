@@ -1,0 +1,1 @@
+"""Building blocks of a fast denoiser: fused projections, norms with rotation, modulation, attention and dtypes."""
