@@ -19,7 +19,7 @@ from tuner.core.config.data import (
 from tuner.core.config.model import ComponentSource, ModelConfigBase
 from tuner.core.config.network import NetworkConfig, NetworkRule
 from tuner.core.config.objective import InputPerturbation, LossConfig, LossMask, NoiseConfig, NoiseOffset
-from tuner.core.config.optimizer import LoraPlus, OptimizerConfig, ScheduleConfig
+from tuner.core.config.optimizer import LoraPlus, LrRule, OptimizerConfig, ScheduleConfig, SchedulePiece
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, MetadataConfig, SampleConfig, ValidateConfig
 from tuner.core.config.run import RunConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
@@ -45,6 +45,7 @@ __all__ = [
     "LoraPlus",
     "LossConfig",
     "LossMask",
+    "LrRule",
     "MaskFolder",
     "MemoryConfig",
     "MetadataConfig",
@@ -60,6 +61,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "ScheduleConfig",
+    "SchedulePiece",
     "Section",
     "SetConfig",
     "SourceConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -35,6 +36,16 @@ class Section(BaseModel):
     )
 
 
+def changed_keys(section: Section) -> set[str]:
+    """Keys whose value differs from the default: what a user asked for. A file that spells defaults out is fine."""
+    fields = type(section).model_fields
+    return {
+        name
+        for name in section.model_fields_set
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    }
+
+
 def is_int(value: Any) -> bool:
     """Whether ``value`` is a whole number; a boolean is not one here."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -65,4 +76,4 @@ def steps_of(count: int | str, total: int) -> int:
         return count
     if not re.match(PERCENT, count):
         raise ValueError(f"not a number of steps: {count!r}")
-    return int(float(count[:-1]) / 100 * total)
+    return int(Fraction(count[:-1]) * total / 100)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tuner.core.config.base import NotNegative, Positive, Section, Share, StepCount
+from tuner.core.config.base import NotNegative, Positive, Section, Share, StepCount, changed_keys
+
+if TYPE_CHECKING:
+    from tuner.core.types import NoiseDefaults
 
 
 class NoiseOffset(Section):
@@ -33,23 +36,32 @@ class InputPerturbation(Section):
     """Fade linearly to none over so many updates. Left out: constant."""
 
 
+AtLeastHalf = Annotated[float, Field(ge=0.5)]
+
+
 class NoiseConfig(Section):
     """Which noise levels are trained. Sigma is the level in 0..1; a timestep is 1000 times sigma."""
 
-    timesteps: Literal["sigma", "uniform", "sigmoid", "shift", "logit_normal", "mode", "beta"] | None = None
-    """Distribution of sigma. ``shift`` is ``sigmoid`` followed by the shift formula. Left out: the model's default."""
+    timesteps: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "logit_normal", "mode", "beta"] | None = (
+        None
+    )
+    """Distribution of sigma. ``shift`` is ``sigmoid`` followed by the shift formula, ``flux_shift`` the same with a
+    shift that grows with the image, ``sigma`` an entry of a table of 1000 levels. Left out: the model's default."""
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """Where ``timesteps = sigma`` draws from its table; small draws mean much noise."""
     sigmoid_scale: Positive = 1.0
-    """Factor on the normal draw of ``sigmoid`` and ``shift``."""
+    """Factor on the normal draw of ``sigmoid``, ``shift`` and ``flux_shift``."""
     shift: Positive | Literal["auto"] | None = None
-    """Moves sigma towards noise: s*sigma / (1 + (s-1)*sigma); ``auto`` goes by the image size. Left out: the model's."""
+    """Moves sigma towards noise: s*sigma / (1 + (s-1)*sigma); ``auto`` goes by the image size. Not for ``sigmoid`` and
+    ``flux_shift``. Left out: the model's for ``shift`` and ``sigma``, else 1."""
     logit_mean: float = 0.0
-    """Mean of ``logit_normal``."""
+    """Mean of the normal draw of ``logit_normal``."""
     logit_std: Positive = 1.0
-    """Standard deviation of ``logit_normal``."""
+    """Standard deviation of the normal draw of ``logit_normal``."""
     mode_scale: float = 1.29
     """Scale of ``mode``."""
-    beta: tuple[Positive, Positive] = (2.0, 2.0)
-    """Alpha and beta of the ``beta`` distribution."""
+    beta: tuple[AtLeastHalf, AtLeastHalf] = (2.0, 2.0)
+    """Alpha and beta of the ``beta`` distribution, each at least 0.5."""
     min_timestep: Annotated[float, Field(ge=0, le=1000)] = 0
     """Smallest timestep; draws are mapped linearly into the range."""
     max_timestep: Annotated[float, Field(ge=0, le=1000)] = 1000
@@ -61,6 +73,44 @@ class NoiseConfig(Section):
     input_perturbation: InputPerturbation | None = None
     """Input perturbation."""
 
+    @model_validator(mode="after")
+    def _check(self) -> NoiseConfig:
+        if self.min_timestep >= self.max_timestep:
+            raise ValueError("min_timestep must be below max_timestep")
+        if self.timesteps is not None:
+            unused = sorted((changed_keys(self) & _SHAPE_KEYS) - self._used_keys())
+            if unused:
+                hint = "; use timesteps 'shift'" if "shift" in unused and self.timesteps == "sigmoid" else ""
+                raise ValueError(f"{unused[0]} is not used by timesteps {self.timesteps!r}{hint}")
+        return self
+
+    def _used_keys(self) -> set[str]:
+        drawn = self.density if self.timesteps == "sigma" else self.timesteps
+        return {
+            "sigma": {"density", "shift"},
+            "sigmoid": {"sigmoid_scale"},
+            "flux_shift": {"sigmoid_scale"},
+            "shift": {"sigmoid_scale", "shift"},
+            "beta": {"beta", "shift"},
+        }.get(str(self.timesteps), {"shift"}) | {
+            "logit_normal": {"logit_mean", "logit_std"},
+            "mode": {"mode_scale"},
+        }.get(str(drawn), set())
+
+    def resolved(self, defaults: NoiseDefaults) -> NoiseConfig:
+        """With the model's defaults filled in: ``timesteps`` and, where the distribution uses one, ``shift``."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        timesteps = self.timesteps or defaults.timesteps
+        given["timesteps"] = timesteps
+        if self.shift is None:
+            given.pop("shift", None)
+            if timesteps in ("shift", "sigma"):
+                given["shift"] = defaults.shift
+        return NoiseConfig.model_validate(given)
+
+
+_SHAPE_KEYS = {"density", "sigmoid_scale", "shift", "logit_mean", "logit_std", "mode_scale", "beta"}
+
 
 class LossMask(Section):
     """How masks of the sources count in the loss."""
@@ -70,9 +120,9 @@ class LossMask(Section):
     probability: Share = 1.0
     """Share of samples whose mask is used."""
     floor: Share = 0.0
-    """Smallest weight, for fully masked-out pixels."""
+    """Smallest weight: lower mask values are raised to it."""
     normalise: bool = False
-    """Divide by the mask's mean, so that masked-out pixels do not lower the loss."""
+    """Average over the masked-in area only, so that masked-out pixels do not lower the loss."""
 
 
 class LossConfig(Section):
@@ -90,5 +140,18 @@ class LossConfig(Section):
     """Weight by noise level; ``none`` and ``uniform`` are both 1."""
     min_snr_gamma: Positive | None = None
     """Cap on the signal-to-noise ratio in the weight of a sample."""
+    target: Literal["velocity", "clean"] = "velocity"
+    """What is compared: velocities, or the clean latents they imply, which multiplies the error by sigma."""
     mask: LossMask = LossMask()
     """Masked loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        given = changed_keys(self)
+        if self.type in ("l1", "l2"):
+            for name in ("huber_c", "huber_schedule", "huber_scale"):
+                if name in given:
+                    raise ValueError(f"{name} is not used by type {self.type!r}; it belongs to huber and smooth_l1")
+        elif self.huber_schedule == "snr" and "huber_scale" in given:
+            raise ValueError("huber_scale is not used by huber_schedule 'snr'")
+        return self

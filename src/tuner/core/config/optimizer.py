@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tuner.core.config.base import Count, NotNegative, Positive, Section, Share, StepCount
+from tuner.core.config.base import Count, NotNegative, Positive, Section, Share, StepCount, changed_keys
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -20,6 +20,15 @@ class LoraPlus(Section):
     """Ratio in the text encoders."""
 
 
+class LrRule(Section):
+    """A learning rate for part of the trainable parameters."""
+
+    match: str
+    """Regular expression that must match a whole parameter name, ``component:path``."""
+    lr: NotNegative
+    """Learning rate; 0 keeps these parameters as they are."""
+
+
 class OptimizerConfig(Section):
     """The optimizer and its rates."""
 
@@ -30,15 +39,26 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] | tuple[Beta, Beta, Beta] | None = None
     """Decay of the running averages. Left out: the optimizer's own, 0.9 and 0.999 for AdamW."""
     eps: Positive | None = None
-    """Left out: the optimizer's own, 1e-8 for AdamW."""
-    weight_decay: NotNegative = 0.01
-    """Weight decay."""
+    """Term that keeps divisions finite. Left out: the optimizer's own, 1e-8 for AdamW."""
+    weight_decay: NotNegative | None = None
+    """Weight decay. Left out: the optimizer's own, 0.01 for AdamW."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, by its own names."""
     lr_by_component: dict[str, NotNegative] = Field(default_factory=dict)
-    """Learning rate by component; the base rate for the others."""
+    """Learning rate by component; the base rate for the others. 0 keeps a component as it is."""
+    lr_rules: tuple[LrRule, ...] = ()
+    """Learning rates by parameter name; the first match wins, also over the network's own rules."""
     loraplus: LoraPlus | None = None
     """LoRA+ ratios."""
+
+
+class SchedulePiece(Section):
+    """One flat part of ``piecewise_constant``."""
+
+    until: StepCount | None = None
+    """First update that no longer belongs to it. Left out: the last piece."""
+    factor: NotNegative
+    """Factor on the learning rates."""
 
 
 class ScheduleConfig(Section):
@@ -54,6 +74,7 @@ class ScheduleConfig(Section):
         "polynomial",
         "inverse_sqrt",
         "warmup_stable_decay",
+        "piecewise_constant",
         "sine",
     ] = "constant_with_warmup"
     """Shape of the curve."""
@@ -68,8 +89,43 @@ class ScheduleConfig(Section):
     timescale: Count | None = None
     """Time scale of ``inverse_sqrt``. Left out: the warm-up, or 10000 without one."""
     min_ratio: Share | None = None
-    """Lowest factor of ``cosine_with_min_lr`` and ``warmup_stable_decay``. Left out: 0."""
+    """Lowest factor of ``cosine_with_min_lr`` and ``warmup_stable_decay``. Left out: 0. The warm-up of
+    ``warmup_stable_decay`` starts there too."""
     end_lr: NotNegative | None = None
-    """Last rate of ``polynomial``, lowest of ``sine``; below the base rate. Left out: 1e-7."""
+    """Lowest rate, below every base rate; another spelling of the floor than ``min_ratio``. Left out: 1e-7 for
+    ``polynomial``, else 0."""
     period: Count | None = None
-    """Half wave of ``sine`` in updates. Left out: the warm-up."""
+    """Half wave of ``sine`` in updates, which has no warm-up and starts half way up."""
+    pieces: tuple[SchedulePiece, ...] = ()
+    """The parts of ``piecewise_constant``, in order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        used = _USED[self.name]
+        for name in sorted(changed_keys(self) - {"name"}):
+            if name not in used:
+                raise ValueError(f"{name} is not used by the schedule {self.name!r}")
+        for name in _NEEDED.get(self.name, ()):
+            if not getattr(self, name):
+                raise ValueError(f"the schedule {self.name!r} needs {name}")
+        if self.min_ratio is not None and self.end_lr is not None:
+            raise ValueError("give min_ratio or end_lr, not both")
+        if self.pieces and (self.pieces[-1].until is not None or any(each.until is None for each in self.pieces[:-1])):
+            raise ValueError("every piece but the last needs until, and the last has none")
+        return self
+
+
+_USED = {
+    "constant": set[str](),
+    "constant_with_warmup": {"warmup"},
+    "linear": {"warmup"},
+    "cosine": {"warmup"},
+    "cosine_with_restarts": {"warmup", "cycles"},
+    "cosine_with_min_lr": {"warmup", "cycles", "min_ratio", "end_lr"},
+    "polynomial": {"warmup", "power", "end_lr"},
+    "inverse_sqrt": {"warmup", "timescale"},
+    "warmup_stable_decay": {"warmup", "decay", "cycles", "min_ratio", "end_lr"},
+    "piecewise_constant": {"pieces"},
+    "sine": {"period", "end_lr"},
+}
+_NEEDED = {"warmup_stable_decay": ("decay",), "piecewise_constant": ("pieces",), "sine": ("period",)}

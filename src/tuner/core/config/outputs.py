@@ -107,8 +107,8 @@ class ValidateConfig(Section):
 class LogConfig(Section):
     """What is recorded besides the event log, which is always written."""
 
-    to: tuple[Literal["tensorboard"], ...] = ()
-    """Further places for the numbers."""
+    to: tuple[str, ...] = ()
+    """Further places for the numbers: ``tensorboard``, or the name of an installed logger plugin."""
     dir: str | None = None
     """Folder for trackers. Left out: inside the run folder."""
     level: Literal["debug", "info", "warning", "error"] = "info"

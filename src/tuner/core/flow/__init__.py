@@ -1,0 +1,33 @@
+"""The flow-matching objective as pure functions of float32 tensors: sigmas, noise, targets, losses, preview sampling.
+
+Meaning fixed for every model: sigma is the share of noise, ``noisy = (1 - sigma) * latents + sigma * noise``, and the
+target is the velocity ``noise - latents``. Nothing here draws random numbers: the caller hands the draws in.
+"""
+
+from __future__ import annotations
+
+from .losses import elementwise_loss, huber_threshold
+from .objective import offset_noise, perturb_noise, rectified_flow
+from .reduction import reduce_loss
+from .sampler import apply_cfg, euler_sample, euler_sigmas
+from .sigmas import apply_shift, flux_mu, sample_sigmas, sigmas_from_draws, stratify
+from .weights import loss_weight, min_snr_weight
+
+__all__ = [
+    "apply_cfg",
+    "apply_shift",
+    "elementwise_loss",
+    "euler_sample",
+    "euler_sigmas",
+    "flux_mu",
+    "huber_threshold",
+    "loss_weight",
+    "min_snr_weight",
+    "offset_noise",
+    "perturb_noise",
+    "rectified_flow",
+    "reduce_loss",
+    "sample_sigmas",
+    "sigmas_from_draws",
+    "stratify",
+]

@@ -1,0 +1,50 @@
+"""Euler sampling along the flow for previews: float32 schedule, float32 latents, whatever dtype the model runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from .sigmas import apply_shift
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Velocity = Callable[["Tensor", "Tensor"], "Tensor"]
+"""(noisy [B,C,h,w] float32, sigmas [B] float32) -> velocity [B,C,h,w], any float dtype."""
+
+
+def euler_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels [steps + 1] float32 from exactly 1 to exactly 0: linear points, then the shift formula."""
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least one step, not {steps}")
+    sigmas = apply_shift(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
+    sigmas[0], sigmas[-1] = 1.0, 0.0
+    return sigmas
+
+
+def euler_sample(
+    predict: Velocity, noise: Tensor, sigmas: Tensor, *, on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """Latents [B,C,h,w] float32 after integrating from ``noise`` [B,C,h,w] over ``sigmas`` [K + 1], falling to 0.
+
+    x += (next sigma - sigma) * predict(x, sigma). ``on_step`` is called with the number of finished steps. Use
+    `apply_cfg` inside ``predict`` for guidance.
+    """
+    latents = noise.to(torch.float32) * sigmas[0].item()
+    for index in range(len(sigmas) - 1):
+        here, there = sigmas[index], sigmas[index + 1]
+        batch_sigmas = here.to(latents.device).expand(latents.shape[0])
+        velocity = predict(latents, batch_sigmas).to(torch.float32)
+        latents = latents + (there - here).item() * velocity
+        if on_step is not None:
+            on_step(index + 1)
+    return latents
+
+
+def apply_cfg(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance in float32: negative + scale*(positive - negative)."""
+    negative = negative.to(torch.float32)
+    return negative + scale * (positive.to(torch.float32) - negative)
