@@ -1,0 +1,1 @@
+"""Trading memory against recomputation and transfers; every service replaces ``block.forward`` in place."""
