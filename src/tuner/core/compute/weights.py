@@ -1,0 +1,115 @@
+"""Weights from disk into a module, one tensor at a time: the whole file is never held beside the model.
+
+Build the module on the meta device, then `assign`: peak memory is the model in its final dtype plus one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core.errors import UsageError
+from tuner.core.files import TensorInfo, WeightHeader
+
+FILE_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def read_tensors(header: WeightHeader, *, mmap: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) for every entry of ``header``, in the order of the bytes in the files.
+
+    mmap: map the file; the tensors are views of it, valid after the file is closed, and never to be written to. False
+    reads with ordinary calls into memory of their own.
+    """
+    by_file: dict[Path, list[tuple[str, TensorInfo]]] = {}
+    for name, stored in header.tensors.items():
+        if stored.dtype not in FILE_DTYPES:
+            raise UsageError(f"tensor {stored.name} has dtype {stored.dtype}", where=str(stored.path),
+                             why="this version cannot read it", fix="use a BF16, F16 or F32 file")  # fmt: skip
+        by_file.setdefault(stored.path, []).append((name, stored))
+    for path, entries in by_file.items():
+        entries.sort(key=lambda entry: entry[1].start)
+        yield from _mapped(path, entries) if mmap else _read(path, entries)
+
+
+def _mapped(path: Path, entries: list[tuple[str, TensorInfo]]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name, stored in entries:
+            yield name, file.get_tensor(stored.name)
+
+
+def _read(path: Path, entries: list[tuple[str, TensorInfo]]) -> Iterator[tuple[str, Tensor]]:
+    with path.open("rb") as file:
+        for name, stored in entries:
+            file.seek(stored.start)
+            data = bytearray(stored.stop - stored.start)
+            if file.readinto(data) != len(data):
+                raise UsageError("the weight file is cut short", where=str(path), why=f"{stored.name} is incomplete",
+                                 fix="copy or download the file again")  # fmt: skip
+            dtype = FILE_DTYPES[stored.dtype]
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            yield name, flat.view(stored.shape)
+
+
+def assign(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    where: str | None = None,
+    unused: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Give every parameter of ``module`` (usually on the meta device) its value from ``tensors``; nothing may be left.
+
+    Values are cast to ``dtype`` on ``device``, frozen, and owned by the module. Names for which ``unused`` is true are
+    passed over. Raises UsageError that lists every missing key, every unknown key, and the first wrong shape.
+    """
+    expected = dict(module.named_parameters())
+    missing, unknown = set(expected), []
+    for name, tensor in tensors:
+        if unused(name):
+            continue
+        if name not in expected:
+            unknown.append(name)
+            continue
+        if tensor.shape != expected[name].shape:
+            raise UsageError(f"{name} has shape {tuple(tensor.shape)}", where=where,
+                             why=f"a model of this size needs {tuple(expected[name].shape)}",
+                             fix="use a complete, unmixed model file")  # fmt: skip
+        value = tensor.to(device=device, dtype=dtype, copy=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+        missing.discard(name)
+    raise_key_mismatch(missing, unknown, where)
+
+
+def raise_key_mismatch(missing: Iterable[str], unknown: Iterable[str], where: str | None) -> None:
+    """UsageError naming the keys when there are any."""
+    parts = [f"{kind}: {_some(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    if parts:
+        raise UsageError("the weights do not fit the model", where=where, why="; ".join(parts),
+                         fix="use a complete file of this model, without added keys")  # fmt: skip
+
+
+def _some(keys: Iterable[str], limit: int = 8) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

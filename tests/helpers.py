@@ -1,0 +1,24 @@
+"""Small helpers that every test module may use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> Any:
+    """Parity data by path below tests/golden: tensors of a safetensors file, or the content of a JSON file."""
+    path = GOLDEN / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def golden_path(name: str) -> Path:
+    """Path of a file below tests/golden."""
+    return GOLDEN / name
