@@ -1,0 +1,175 @@
+"""Checkpoints: the exported adapter beside the exact state of the run, as safetensors and JSON.
+
+A checkpoint folder appears under its name only when it is complete. Every state file carries the checksum of the
+other, so a flipped bit or a half-copied folder is noticed when it is read, and the checkpoint before it is used
+instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tuner.core.atomic import sync_file, sync_folder, write_json
+from tuner.core.errors import UsageError
+from tuner.core.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+STATE_TENSORS = "state.safetensors"
+STATE_JSON = "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a run stands: ``step`` updates are done; the next batch is number ``batch`` of ``epoch`` (both from 0)."""
+
+    step: int
+    epoch: int
+    batch: int
+    seed: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Everything a resumed run needs. ``tensors`` by name; ``scalars`` is plain JSON."""
+
+    position: Position
+    tensors: Mapping[str, Tensor]
+    scalars: Mapping[str, Any]
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Write both state files into ``folder``. OSErrors pass through."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    path = folder / STATE_TENSORS
+    save_file(tensors, path)
+    sync_file(path)
+    document = {
+        "format": FORMAT,
+        "position": asdict(state.position),
+        "scalars": dict(state.scalars),
+        "tensors_blake2b": file_digest(path),
+    }
+    document["blake2b"] = _document_digest(document)
+    write_json(folder / STATE_JSON, document)
+
+
+def read_state(folder: Path) -> State:
+    """Read and verify. Raises UsageError naming the file that is missing, damaged or of another format."""
+    path = folder / STATE_JSON
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError("this checkpoint has no resume state", where=str(path), why=error.strerror) from error
+    except ValueError as error:
+        raise UsageError("the resume state is damaged", where=str(path), why=str(error)) from error
+    if not isinstance(document, dict) or document.get("blake2b") != _document_digest(document):
+        raise UsageError("the resume state is damaged", where=str(path), why="its checksum does not match")
+    if document["format"] != FORMAT:
+        raise UsageError("the resume state has another format", where=str(path), why=f"format {document['format']}")
+    tensors_path = folder / STATE_TENSORS
+    try:
+        if file_digest(tensors_path) != document["tensors_blake2b"]:
+            raise UsageError("the resume state is damaged", where=str(tensors_path), why="its checksum does not match")
+        tensors = load_file(tensors_path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError("the resume state cannot be read", where=str(tensors_path), why=str(error)) from error
+    return State(position=Position(**document["position"]), tensors=tensors, scalars=document["scalars"])
+
+
+def find_state(folder: RunFolder, wanted: str) -> tuple[Path, State] | None:
+    """The checkpoint to resume: ``auto`` takes the newest that reads back whole, None when there is none at all.
+
+    Any other ``wanted`` is the path of one checkpoint folder. Raises UsageError when that, or every candidate, is
+    unusable.
+    """
+    if wanted != "auto":
+        path = Path(wanted)
+        return path, read_state(path)
+    candidates = [path for path in reversed(list_checkpoints(folder)) if (path / STATE_JSON).exists()]
+    failures: list[str] = []
+    for path in candidates:
+        try:
+            state = read_state(path)
+        except UsageError as error:
+            log.warning("checkpoint %s is not usable, trying the one before: %s", path.name, error)
+            failures.append(f"{path.name}: {error.what}")
+            continue
+        return path, state
+    if failures:
+        raise UsageError(
+            "no checkpoint of this run can be read", where=str(folder.checkpoints), why="; ".join(failures)
+        )
+    return None
+
+
+def list_checkpoints(folder: RunFolder) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    if not folder.checkpoints.is_dir():
+        return []
+    found = [path for path in folder.checkpoints.iterdir() if path.name.startswith("step-") and path.is_dir()]
+    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+
+
+class CheckpointWriter:
+    """Builds a checkpoint in a hidden folder and renames it into place, then applies retention."""
+
+    def __init__(self, folder: RunFolder, *, keep_last: int | None, state: str) -> None:
+        self.folder, self.keep_last, self.state = folder, keep_last, state
+
+    def begin(self, step: int) -> Path:
+        """The hidden folder to fill; leftovers of a killed attempt are removed."""
+        building = self.folder.checkpoints / f".building-step-{step:06d}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        return building
+
+    def commit(self, building: Path, step: int) -> Path:
+        for file in building.iterdir():
+            sync_file(file)
+        sync_folder(building)
+        final = self.folder.checkpoint(step)
+        if final.exists():
+            # A resumed run reaches a step again; its files are equal, and rename cannot replace a full folder.
+            shutil.rmtree(final)
+        building.rename(final)
+        sync_folder(self.folder.checkpoints)
+        self._retain()
+        return final
+
+    def abandon(self, building: Path) -> None:
+        shutil.rmtree(building, ignore_errors=True)
+
+    def _retain(self) -> None:
+        existing = list_checkpoints(self.folder)
+        if self.keep_last is not None:
+            for path in existing[: -self.keep_last]:
+                shutil.rmtree(path)
+            existing = existing[-self.keep_last :]
+        if self.state == "last":
+            for path in existing[:-1]:
+                (path / STATE_JSON).unlink(missing_ok=True)
+                (path / STATE_TENSORS).unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != "blake2b"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,127 @@
+"""The run folder: where everything of a run lies, and the promise that only one process writes there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from tuner.core.errors import UsageError
+
+LOCK = ".lock"
+CONFIG = "config.resolved.json"
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run. ``name`` is the stem of the exported files."""
+
+    path: Path
+    name: str
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / EVENTS
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def final(self) -> Path:
+        return self.path / f"{self.name}.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_file(self, step: int) -> Path:
+        """Where the exported adapter of a checkpoint lies; eight digits, as users of other trainers expect."""
+        return self.checkpoint(step) / f"{self.name}-step{step:08d}.safetensors"
+
+    def is_used(self) -> bool:
+        """Whether an earlier run left anything here."""
+        return self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir())
+
+
+def open_folder(path: Path, name: str | None, *, resume: bool) -> RunFolder:
+    """Make or reuse the run folder. Raises UsageError when it cannot be written, or is used and this is no resume."""
+    folder = RunFolder(path, name or path.name)
+    if not resume and folder.is_used():
+        what = "an earlier run" if folder.config.is_file() else "other files"
+        raise UsageError(
+            "the run folder is not empty",
+            where=str(path),
+            why=f"it holds {what}; nothing is overwritten",
+            fix="continue that run with --resume auto, or set checkpoint.dir to a new folder",
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            "cannot write to the run folder", where=str(path), why=error.strerror, fix="set checkpoint.dir elsewhere"
+        ) from error
+    return folder
+
+
+class FolderLock:
+    """An operating-system lock on the run folder: released by the kernel when the process dies, however it dies."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._path = folder.path / LOCK
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> FolderLock:
+        file = self._path.open("a+", encoding="utf-8")
+        try:
+            _lock(file)
+        except OSError as error:
+            file.close()
+            raise UsageError(
+                "another run is writing to this folder",
+                where=str(self._path.parent),
+                why="two runs in one folder would mix their files",
+                fix="wait for it, or set checkpoint.dir to another folder",
+            ) from error
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,142 @@
+"""The training loop. It reads top to bottom; everything it calls is made before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from tuner.core.train.average import LossAverage
+from tuner.core.train.checkpoint import Position
+from tuner.core.train.due import Due
+from tuner.core.train.interrupt import Interrupt
+from tuner.core.train.step import StepResult
+from tuner.core.types import Batch
+
+if TYPE_CHECKING:
+    from tuner.core.track.events import EventLog
+    from tuner.core.track.progress import Progress
+
+
+class Step(Protocol):
+    def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult: ...
+
+
+class Rates(Protocol):
+    """The learning-rate schedule: ``set(n)`` applies the rates of the update after ``n`` updates, by group name."""
+
+    def set(self, step: int) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """How long a run is: ``steps`` updates in all, ``batches`` micro-batches per epoch, ``accumulate`` of them per
+    update.
+    """
+
+    steps: int
+    batches: int
+    accumulate: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chores:
+    """What happens beside the updates, in the order it happens when several are due: saving comes first."""
+
+    save: Callable[[Position], None]
+    save_due: Due
+    validate: Callable[[int], None]
+    validate_due: Due
+    preview: Callable[[int], None]
+    preview_due: Due
+    on_step: Callable[[int, dict[str, float], Sequence[Batch]], None]
+
+
+class Loop:
+    """Runs updates from a position to the end of the run or to an interrupt."""
+
+    def __init__(
+        self,
+        *,
+        step: Step,
+        rates: Rates,
+        batches: Callable[[int, int, int], Iterator[Batch]],
+        length: Length,
+        chores: Chores,
+        events: EventLog,
+        interrupt: Interrupt,
+        average: LossAverage,
+        device: torch.device,
+    ) -> None:
+        self.step, self.rates, self.batches, self.length = step, rates, batches, length
+        self.chores, self.events, self.interrupt, self.average = chores, events, interrupt, average
+        self.device = device
+
+    def train(self, position: Position, progress: Progress) -> tuple[Position, str]:
+        """Train on from ``position``. Returns where it stopped and why: ``finished`` or ``interrupted``."""
+        while position.step < self.length.steps:
+            stream = self.batches(position.epoch, position.batch, position.step)
+            while position.step < self.length.steps and position.batch < self.length.batches:
+                started = time.perf_counter()
+                group = list(islice(stream, self.length.accumulate))
+                rates = self.rates.set(position.step)
+                result = self.step(position.step + 1, group)
+                index = position.batch // self.length.accumulate
+                position = self._advance(position, len(group))
+                self._record(position, index, result, rates, time.perf_counter() - started, group, progress)
+                self._do_chores(position)
+                if self.interrupt.requested:
+                    return self._rolled(position), "interrupted"
+            position = self._rolled(position)
+        return position, "finished"
+
+    @staticmethod
+    def _advance(position: Position, count: int) -> Position:
+        return replace(position, step=position.step + 1, batch=position.batch + count)
+
+    def _rolled(self, position: Position) -> Position:
+        """The same place, said as the start of the next epoch when this one is used up."""
+        if position.batch < self.length.batches:
+            return position
+        return replace(position, epoch=position.epoch + 1, batch=0)
+
+    def _do_chores(self, position: Position) -> None:
+        """Save, then measure, then draw: a crash while drawing must not cost the checkpoint."""
+        step = position.step
+        here = self._rolled(position)
+        epochs_done = here.epoch if here.batch == 0 else None
+        last = step == self.length.steps
+        if self.chores.save_due(step, epochs_done=epochs_done) and not last:
+            self.chores.save(here)
+        if self.chores.validate_due(step, epochs_done=epochs_done) and not last:
+            self.chores.validate(step)
+        if self.chores.preview_due(step, epochs_done=epochs_done) and not last:
+            self.chores.preview(step)
+
+    def _record(
+        self,
+        position: Position,
+        index: int,
+        result: StepResult,
+        rates: dict[str, float],
+        seconds: float,
+        group: Sequence[Batch],
+        progress: Progress,
+    ) -> None:
+        average = self.average.add(index, result.loss)
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        metrics = {
+            "loss": result.loss,
+            "loss_avg": average,
+            "grad_norm": result.grad_norm,
+            "seconds": seconds,
+            "images_per_second": result.samples / seconds,
+        }
+        extra = {"memory_bytes": memory} if memory else {}
+        self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
+        self.chores.on_step(position.step, metrics, group)
+        progress.advance(1, loss=average, **extra)

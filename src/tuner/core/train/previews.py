@@ -1,0 +1,202 @@
+"""Pictures during training: the same prompts, seeds and noise every time, with the base model's column first.
+
+Sampling draws from its own streams and leaves the training's random numbers alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters import adapter_strength
+from tuner.core.atomic import atomic_path
+from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
+from tuner.core.train.folder import RunFolder
+from tuner.core.train.prompts import Prompt
+from tuner.core.types import ModelFacts, Models, Network, TextEmbeds
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tuner.core.registry.facade import ModelFacade
+
+MAX_COLUMNS = 6
+SHEET = "sheet.png"
+
+EncodeTexts = Callable[[Sequence[str]], TextEmbeds]
+WithVae = Callable[[], Models]
+OnImage = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Written files of one preview; ``sheet`` is None without prompts."""
+
+    step: int
+    images: tuple[Path, ...]
+    sheet: Path
+
+
+class Previewer:
+    """Samples the prompts with the adapter in its present state and writes PNGs and a contact sheet.
+
+    load_vae is called after all latents of a preview are done, and what it returned is released at once: the image
+    autoencoder takes memory only while pictures are decoded.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelFacade,
+        models: Models,
+        network: Network,
+        facts: ModelFacts,
+        folder: RunFolder,
+        prompts: Sequence[Prompt],
+        encode_texts: EncodeTexts,
+        load_vae: WithVae,
+        device: torch.device,
+    ) -> None:
+        self.model, self.models, self.network, self.facts = model, models, network, facts
+        self.folder, self.prompts, self.device = folder, tuple(prompts), device
+        self.encode_texts, self.load_vae = encode_texts, load_vae
+
+    def run(self, step: int, on_image: OnImage | None = None) -> Preview:
+        """Sample after ``step`` updates. The base pictures are made with the first preview and kept in the run
+        folder.
+        """
+        base = self._base_images(on_image)
+        images = self._render(self.folder.samples / f"step-{step:06d}", step, strength=None, on_image=on_image)
+        sheet = self.folder.samples / f"step-{step:06d}" / SHEET
+        write_sheet(sheet, self.prompts, self._columns(base, step, images))
+        return Preview(step, tuple(images), sheet)
+
+    def _base_images(self, on_image: OnImage | None) -> list[Path]:
+        # The folder is named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
+        described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
+        digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
+        return self._render(self.folder.samples / f"base-{digest}", 0, strength=0.0, on_image=on_image)
+
+    def _render(self, target: Path, step: int, *, strength: float | None, on_image: OnImage | None) -> list[Path]:
+        paths = [target / f"{number:03d}.png" for number in range(len(self.prompts))]
+        wanted = [number for number, path in enumerate(paths) if strength is None or not path.is_file()]
+        if not wanted:
+            return paths
+        latents = []
+        for done, number in enumerate(wanted, 1):
+            latents.append(self.sample(self.prompts[number], strength=strength))
+            if on_image is not None:
+                on_image(done, len(wanted))
+        with torch.no_grad():
+            decoder = self.load_vae()
+            for number, value in zip(wanted, latents, strict=True):
+                pixels = self.model.decode_latents(decoder, value.to(self.device))[0]
+                write_png(paths[number], pixels, self._settings(self.prompts[number], step))
+            decoder.release("vae")
+        return paths
+
+    @torch.no_grad()
+    def sample(self, prompt: Prompt, *, strength: float | None = None) -> Tensor:
+        """Latents [1,C,h,w] float32 on the CPU; ``strength`` None leaves the adapter as it is."""
+        training = self.network.module.training
+        self.network.module.eval()
+        factor = self.facts.spatial_factor
+        shape = (1, self.facts.latent_channels, prompt.height // factor, prompt.width // factor)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed)).to(self.device)
+        positive = self.encode_texts([prompt.text])
+        negative = self.encode_texts([prompt.negative]) if prompt.cfg > 1 else None
+        guidance = None if prompt.guidance is None else torch.full((1,), prompt.guidance, device=self.device)
+
+        def velocity(noisy: Tensor, sigmas: Tensor) -> Tensor:
+            pred = self.model.predict(self.models, noisy, sigmas, positive, guidance)
+            if negative is None:
+                return pred
+            return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
+
+        sigmas = euler_sigmas(prompt.steps, prompt.shift)
+        if strength is None:
+            latents = euler_sample(velocity, noise, sigmas)
+        else:
+            with adapter_strength(self.network, strength):
+                latents = euler_sample(velocity, noise, sigmas)
+        self.network.module.train(training)
+        return latents.cpu()
+
+    def _columns(self, base: Sequence[Path], step: int, images: Sequence[Path]) -> list[tuple[str, Sequence[Path]]]:
+        """Base first, then the most recent previews that are complete, the present one last."""
+        columns: list[tuple[str, Sequence[Path]]] = [("base", base)]
+        names = [path.name for path in images]
+        earlier: list[tuple[int, list[Path]]] = []
+        for folder in self.folder.samples.glob("step-*"):
+            number = int(folder.name.removeprefix("step-"))
+            paths = [folder / name for name in names]
+            if number < step and all(path.is_file() for path in paths):
+                earlier.append((number, paths))
+        recent = sorted(earlier)[-(MAX_COLUMNS - 2) :]
+        columns += [(f"step {number}", paths) for number, paths in recent]
+        return [*columns, (f"step {step}", images)]
+
+    @staticmethod
+    def _settings(prompt: Prompt, step: int) -> dict[str, Any]:
+        return {"step": step, **asdict(prompt)}
+
+
+def to_image(pixels: Tensor) -> Image:
+    """Pixels [3,H,W] float in -1..1 to an RGB picture."""
+    from PIL import Image
+
+    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+
+
+def write_png(path: Path, pixels: Tensor, settings: dict[str, Any]) -> None:
+    """Write a PNG with the settings that made it in its text chunk ``tuner``."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("tuner", json.dumps(settings, ensure_ascii=False))
+    with atomic_path(path) as temporary:
+        to_image(pixels).save(temporary, format="PNG", pnginfo=info)
+
+
+def write_sheet(path: Path, prompts: Sequence[Prompt], columns: Sequence[tuple[str, Sequence[Path]]]) -> None:
+    """One row per prompt, one titled column per preview; small pictures are enlarged so that a person sees them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, gap, title = 224, 8, 28
+    caption_height = 34
+    font = ImageFont.load_default(14)
+    width = gap + len(columns) * (cell + gap)
+    height = title + len(prompts) * (cell + caption_height)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, paths) in enumerate(columns):
+        left = gap + column * (cell + gap)
+        draw.text((left, 6), name, fill="black", font=font)
+        for row, file in enumerate(paths):
+            with Image.open(file) as image:
+                scale = cell / max(image.size)
+                resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+                small = image.resize((round(image.width * scale), round(image.height * scale)), resample)
+            sheet.paste(small, (left, title + row * (cell + caption_height)))
+    for row, prompt in enumerate(prompts):
+        text = _shorten(prompt.text, draw, font, width - 2 * gap)
+        draw.text((gap, title + row * (cell + caption_height) + cell + 6), text, fill="black", font=font)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
+def _shorten(text: str, draw: Any, font: Any, width: int) -> str:
+    """``text`` cut to ``width`` pixels, with a mark where it was cut."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,139 @@
+"""One optimizer update: draw noise, predict, compare, go down. The order of the lines is the order of the maths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters import dropout_stream
+from tuner.core.errors import UsageError
+from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sample_sigmas
+from tuner.core.rng import Rng
+from tuner.core.train.draws import StepDraws, draw_noise, perturbed
+from tuner.core.types import Batch, Models, Network, TextEmbeds
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from tuner.core.config import RunConfig
+    from tuner.core.registry.facade import ModelFacade
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """loss: mean over the samples of the update; grad_norm: before clipping; samples: how many."""
+
+    loss: float
+    grad_norm: float
+    samples: int
+
+
+class TrainStep:
+    """Calls that share the run's modules; holds no state between updates, so a resumed run needs none of it back."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelFacade,
+        models: Models,
+        network: Network,
+        optimizer: Optimizer,
+        config: RunConfig,
+        device: torch.device,
+        live_text: Collection[str],
+    ) -> None:
+        self.model, self.models, self.network, self.optimizer = model, models, network, optimizer
+        self.config, self.device, self.live_text = config, device, tuple(live_text)
+        self.parameters = [parameter for group in network.param_groups for parameter in group.params.values()]
+
+    def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
+        """One update from the micro-batches of ``step`` (1-based).
+
+        The loss is the mean over all their samples, so N micro-batches of one equal one of N. Raises UsageError on a
+        loss or gradient that is not finite, before the optimizer has touched a weight.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        samples = sum(len(batch.items) for batch in batches)
+        seen: list[tuple[Batch, Tensor, Tensor]] = []
+        for number, batch in enumerate(batches):
+            with dropout_stream(Rng(self.config.train.seed, "dropout", step, number)):
+                losses, sigmas = self.losses(batch, step, number)
+                (losses.sum() / samples).backward()
+            seen.append((batch, losses.detach(), sigmas))
+        loss = float(torch.cat([losses for _, losses, _ in seen]).sum()) / samples
+        if not math.isfinite(loss):
+            raise _not_finite(step, seen)
+        grad_norm = self._clip()
+        if not math.isfinite(grad_norm):
+            raise UsageError(
+                f"the gradient is not finite at step {step}",
+                why="the update was not applied; the last checkpoint is intact",
+                fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
+            )
+        self.optimizer.step()
+        return StepResult(loss, grad_norm, samples)
+
+    def losses(self, batch: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
+        """Losses [B] with grad and sigmas [B] of micro-batch ``number`` (from 0) of ``step``."""
+        config = self.config
+        draws = StepDraws(config.train.seed, step, batch.items)
+        latents = batch.latents.to(self.device, non_blocking=True)
+        noise = draw_noise(config.noise, latents, draws)
+        height, width = latents.shape[-2:]
+        sigmas = sample_sigmas(
+            config.noise, normal=draws.normal("sigma"), uniform=draws.uniform("sigma"), latent_hw=(height, width)
+        ).to(self.device, non_blocking=True)
+        target = self.model.noise_target(latents, noise, sigmas)
+        shaken = perturbed(config.noise, noise, draws, step)
+        noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy
+        prediction = self.model.predict(
+            self.models, noisy, target.timesteps, self.text(batch), rng=Rng(config.train.seed, "model", step, number)
+        )
+        losses = reduce_loss(
+            elementwise_loss(config.loss, prediction, target.target, sigmas),
+            weight=target.weight * loss_weight(config.loss, sigmas),
+            mask=None if batch.loss_mask is None else batch.loss_mask.to(self.device, non_blocking=True),
+            sample_weight=batch.loss_weight.to(self.device, non_blocking=True),
+            loss_cfg=config.loss,
+            mask_chance=draws.uniform("mask"),
+        )
+        return losses, sigmas
+
+    def text(self, batch: Batch) -> TextEmbeds:
+        """Cached fields of the batch plus those of the encoders that train, encoded now with grad."""
+        tensors = {name: value.to(self.device, non_blocking=True) for name, value in batch.text.tensors.items()}
+        if self.live_text:
+            captions = [item.caption for item in batch.items]
+            tensors.update(self.model.encode_text(self.models, captions, self.live_text).tensors)
+        return TextEmbeds(tensors=tensors)
+
+    def _clip(self) -> float:
+        """Limit the gradients as ``train.clip_grad`` says; returns their norm before that."""
+        clip = self.config.train.clip_grad
+        if clip is not None and clip.norm is not None:
+            return float(torch.nn.utils.clip_grad_norm_(self.parameters, clip.norm))
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if clip is not None and clip.value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters, clip.value)
+        return norm
+
+
+def _not_finite(step: int, seen: Sequence[tuple[Batch, Tensor, Tensor]]) -> UsageError:
+    """The error for a loss that is not a number: which items, at which sigma."""
+    bad = [
+        f"{item.source}/{item.id} (sigma {sigma:.4f})"
+        for batch, losses, sigmas in seen
+        for item, loss, sigma in zip(batch.items, losses.tolist(), sigmas.tolist(), strict=True)
+        if not math.isfinite(loss)
+    ]
+    return UsageError(
+        f"the loss is not finite at step {step}",
+        where=", ".join(bad),
+        why="the update was not applied; the last checkpoint is intact",
+        fix="look at these images; lower optimizer.lr; or run once with precision.compute fp32 to rule precision out",
+    )
