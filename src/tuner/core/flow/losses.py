@@ -43,9 +43,8 @@ def huber(difference: Tensor, threshold: Tensor) -> Tensor:
 
 
 def smooth_l1(difference: Tensor, threshold: Tensor) -> Tensor:
-    """2(sqrt(d**2 + c**2) - c), written as 2 d**2 / (sqrt(d**2 + c**2) + c) so that small d keeps its digits."""
-    square = difference**2
-    return 2.0 * square / (torch.sqrt(square + threshold**2) + threshold)
+    """2(sqrt(d**2 + c**2) - c). Its gradient 2d/sqrt(d**2 + c**2) keeps all digits, also where the value is tiny."""
+    return 2.0 * (torch.sqrt(difference**2 + threshold**2) - threshold)
 
 
 def huber_threshold(loss_cfg: LossConfig, sigmas: Tensor) -> Tensor:

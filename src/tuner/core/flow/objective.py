@@ -60,8 +60,8 @@ def perturb_noise(
     """Noise for the model's input only: noise + gamma*normal. The target keeps the undisturbed noise.
 
     noise, normal [B,C,h,w]; strength [B]: uniform draws that scale gamma when ``random``; step: updates done so far,
-    of ``total``. With ``steps`` gamma fades linearly and is gone after that many updates. Source: input perturbation (Ning et al.
-    2023), fading as in bghira/SimpleTuner.
+    of ``total``. With ``steps`` gamma fades linearly and is gone after that many updates. Source: input perturbation
+    (Ning et al. 2023), fading as in bghira/SimpleTuner.
     """
     gamma = torch.full_like(strength, perturbation.gamma)
     if perturbation.random:
