@@ -255,6 +255,7 @@ class ModelFacts:
     trainable: the components that may train. step_components: frozen components that every step still needs.
     tokens_per_side: pixels of one side of an image token, for shift rules and reports.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
+    posterior: how pixels are encoded unless ``latents.posterior`` says otherwise.
     """
 
     family: str
@@ -276,6 +277,7 @@ class ModelFacts:
     noise: NoiseDefaults
     sample: SampleDefaults
     guidance_input: bool = False
+    posterior: Literal["mode", "sample"] = "mode"
     architecture: str = ""
     capabilities: Mapping[str, str] = field(default_factory=dict)
 
