@@ -213,7 +213,7 @@ def _check_crop(config: SetConfig, by_ratio: bool, problems: Problems) -> None:
     if crop.face_range is not None and (crop.style != "face" or config.buckets.enabled):
         problems.add(
             UsageError(
-                "crop.face_range needs crop.style \"face\" and buckets.enabled false",
+                'crop.face_range needs crop.style "face" and buckets.enabled false',
                 why="it sizes the image by the face, which leaves no choice of bucket",
             )
         )
