@@ -1,9 +1,9 @@
-"""Everything a developer or a newcomer runs: set-up, demo, tests, gates. Standard library only, the same on every system.
+"""Everything a newcomer runs: set-up, demo, tests, gates. Standard library only, the same on every system.
 
-    python dev.py demo     set up, then train the demo LoRA and prove what it learned
-    python dev.py test     set up, then run all tests
-    python dev.py gates    set up, then lint, types, import rules and the docs build
-    python dev.py docs     set up, then build the documentation into site/
+python dev.py demo     set up, then train the demo LoRA and prove what it learned
+python dev.py test     set up, then run all tests
+python dev.py gates    set up, then lint, types, import rules and the docs build
+python dev.py docs     set up, then build the documentation into site/
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in commands:
         print(__doc__)
         return 2
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything checked the version
         print(f"tuner needs Python 3.11 or newer; this is {sys.version.split()[0]}")
         return 2
     set_up()
