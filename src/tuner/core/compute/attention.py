@@ -32,6 +32,8 @@ def attention(
     kernel underneath does. split: one sample at a time, which lowers the peak of kernels that hold the logits.
     """
     check_backend(backend)
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
     if split and q.shape[0] > 1:
         parts = [_attend(*sample) for sample in _samples(q, k, v, bias)]
         return torch.cat(parts)
@@ -53,7 +55,7 @@ def _samples(
     count = q.shape[0]
     if bias is None:
         biases: list[Tensor | None] = [None] * count
-    elif bias.dim() == 4 and bias.shape[0] == count:
+    elif bias.shape[0] == count:
         biases = list(bias.split(1))
     else:
         biases = [bias] * count
