@@ -372,12 +372,13 @@ def test_sigma_reaches_the_model_in_float32_whatever_the_weights_are() -> None:
 
 def block_inputs(batch: int, *, bias: bool) -> tuple[Tensor | None, ...]:
     generator = torch.Generator().manual_seed(5)
+    angles = rope_angles(3, 4, 32, 4.0)
     return (
         torch.randn(batch, 12, SIZES.width, generator=generator),
         torch.randn(batch, 7, SIZES.text_width, generator=generator),
         torch.randn(9, batch, SIZES.width, generator=generator),
-        torch.rand(12, 32, generator=generator),
-        torch.rand(12, 32, generator=generator),
+        angles.cos(),
+        angles.sin(),
         torch.zeros(7) if bias else None,
     )
 
