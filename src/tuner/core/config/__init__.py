@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tuner.core.config.base import Dtype, EveryFields, Section, StepCount, steps_of
+from tuner.core.config.build import build_config, run_schema
 from tuner.core.config.captions import CaptionsConfig, MetadataFields, Replacement, TagWarmup
 from tuner.core.config.data import (
     AugmentConfig,
@@ -16,6 +17,9 @@ from tuner.core.config.data import (
     SourceConfig,
     WorkersConfig,
 )
+from tuner.core.config.defaults import facts_problems, resolve_defaults, resolved_text
+from tuner.core.config.document import RawConfig
+from tuner.core.config.load import load_config
 from tuner.core.config.model import ComponentSource, ModelConfigBase
 from tuner.core.config.network import NetworkConfig, NetworkRule
 from tuner.core.config.objective import InputPerturbation, LossConfig, LossMask, NoiseConfig, NoiseOffset
@@ -57,6 +61,7 @@ __all__ = [
     "NoiseOffset",
     "OptimizerConfig",
     "PrecisionConfig",
+    "RawConfig",
     "Replacement",
     "RunConfig",
     "SampleConfig",
@@ -71,5 +76,11 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "WorkersConfig",
+    "build_config",
+    "facts_problems",
+    "load_config",
+    "resolve_defaults",
+    "resolved_text",
+    "run_schema",
     "steps_of",
 ]

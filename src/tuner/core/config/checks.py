@@ -1,0 +1,147 @@
+"""Rules that span several keys: what a key needs, and keys that the rest of the configuration leaves without effect.
+
+A value equal to its default is never "unused", so a resolved configuration passes the same checks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tuner.core.config.base import changed_keys
+from tuner.core.config.captions import CaptionsConfig
+from tuner.core.config.data import SetConfig
+from tuner.core.config.document import RawConfig, dotted
+from tuner.core.config.jsonc import Path
+from tuner.core.config.run import RunConfig
+from tuner.core.errors import UsageError
+
+Problem = tuple[Path, str, str | None]
+"""JSON path, what is wrong there, what to do."""
+
+
+def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
+    """Every problem that can be seen without knowing the model."""
+    found = [*_data(config), *_cache(config), *_outputs(config), *_network(config)]
+    return as_errors(found, raw)
+
+
+def as_errors(found: Iterable[Problem], raw: RawConfig) -> list[UsageError]:
+    """One error per place; an inherited value is reported where it was written, once."""
+    errors: dict[tuple[Path, str], UsageError] = {}
+    for path, what, fix in found:
+        home = raw.homes.get(path, path)
+        error = UsageError(f"{dotted(home)}: {what}", where=raw.where(home), fix=fix)
+        errors.setdefault((home, what), error)
+    return list(errors.values())
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    data = config.data
+    for number, entry in enumerate(data.sets):
+        place: Path = ("data", "sets", number)
+        yield from _geometry(entry, place)
+        for index, source in enumerate(entry.sources):
+            path: Path = (*place, "sources", index)
+            if source.id in seen:
+                yield (
+                    (*path, "id"),
+                    f"the id {source.id!r} is taken by {seen[source.id]}",
+                    "give every source its own id",
+                )
+            seen.setdefault(source.id, dotted(path))
+            yield from _captions(source.captions, (*path, "captions"))
+            if source.weight != 1 and data.sampling == "epoch":
+                yield (*path, "weight"), "has no effect with data.sampling 'epoch'", "choose 'weighted', or use repeats"
+    sources = [source for entry in data.sets for source in entry.sources if source.enabled]
+    if not any(source.role == "train" for source in sources):
+        yield ("data", "sets"), "no enabled source has the role 'train'", None
+    if data.regularisation_weight != 1 and not any(source.role == "regularisation" for source in sources):
+        yield ("data", "regularisation_weight"), "has no effect: no source has the role 'regularisation'", "take it out"
+    masked = any(source.mask for source in sources)
+    if not masked and config.loss.mask.enabled:
+        yield ("loss", "mask", "enabled"), "no source has a mask", "give a source a mask, or take it out"
+    for key in sorted(changed_keys(config.loss.mask) - {"enabled"}):
+        if not masked or config.loss.mask.enabled is False:
+            yield ("loss", "mask", key), "has no effect without masks", "give a source a mask, or take it out"
+    held_out = config.validation.split > 0 or any(source.role == "validation" for source in sources)
+    for key in sorted(changed_keys(config.validation) - {"seed", "split"}):
+        if not held_out:
+            yield ("validate", key), "has no effect: nothing is held out", "set validate.split, or a source's role"
+
+
+def _geometry(entry: SetConfig, place: Path) -> Iterator[Problem]:
+    buckets, crop = entry.buckets, entry.crop
+    limit = buckets.max
+    if limit is not None and limit < buckets.min:
+        yield (*place, "buckets", "max"), f"is below buckets.min ({buckets.min})", None
+    if entry.resolution_mode == "fixed" and buckets.enabled and changed_keys(buckets):
+        yield (*place, "buckets"), "have no effect with resolution_mode 'fixed'", "take them out"
+    if crop.face_range is not None and crop.style != "face":
+        yield (
+            (*place, "crop", "face_range"),
+            f"has no effect with crop.style {crop.style!r}",
+            "set crop.style to 'face'",
+        )
+    if crop.face_range is not None and crop.face_range[0] > crop.face_range[1]:
+        yield (*place, "crop", "face_range"), "the first number must not be above the second", None
+    if crop.style == "face" and buckets.enabled and entry.resolution_mode != "fixed":
+        yield (*place, "crop", "style"), "'face' works without buckets only", 'add "buckets": {"enabled": false}'
+
+
+def _captions(captions: CaptionsConfig, path: Path) -> Iterator[Problem]:
+    for origin in ("fixed", "metadata"):
+        given = getattr(captions, origin) is not None
+        if captions.from_ == origin and not given:
+            yield (*path, "from"), f"{origin!r} needs captions.{origin}", None
+        elif given and captions.from_ != origin:
+            yield (*path, origin), f"has no effect with from {captions.from_!r}", f'set "from": "{origin}"'
+    if captions.extension != ".txt" and captions.from_ != "file":
+        yield (*path, "extension"), f"has no effect with from {captions.from_!r}", "take it out"
+    if captions.extension and not captions.extension.startswith("."):
+        yield (*path, "extension"), "an extension begins with a dot", f"write {'.' + captions.extension!r}"
+    if captions.fallback is not None and captions.from_ in ("filename", "fixed"):
+        yield (*path, "fallback"), f"has no effect: from {captions.from_!r} always gives a caption", "take it out"
+    if captions.tag_warmup is not None and captions.tag_warmup.steps == 0:
+        yield (*path, "tag_warmup", "steps"), "must be above 0", None
+
+
+def _cache(config: RunConfig) -> Iterator[Problem]:
+    if config.cache.latents == "off":
+        return
+    for number, entry in enumerate(config.data.sets):
+        if entry.crop.style == "random" or (entry.crop.style == "face" and entry.crop.face_range is not None):
+            path: Path = ("data", "sets", number, "crop", "style")
+            yield path, "changes at every visit, so latents cannot be cached", 'set "cache": {"latents": "off"}'
+        for index, source in enumerate(entry.sources):
+            if source.enabled and source.augment.color:
+                path = ("data", "sets", number, "sources", index, "augment", "color")
+                yield path, "changes at every visit, so latents cannot be cached", 'set "cache": {"latents": "off"}'
+
+
+def _network(config: RunConfig) -> Iterator[Problem]:
+    network = config.network
+    if network.rank == "from_file" and network.init_from is None:
+        yield ("network", "rank"), "'from_file' needs network.init_from", None
+    if network.rank == "from_file" and network.alpha is not None:
+        yield ("network", "alpha"), "comes from the file as well with rank 'from_file'", "take it out"
+    if network.preset is not None and network.targets is not None:
+        yield ("network", "preset"), "is replaced by network.targets", "keep one of the two"
+    for number, rule in enumerate(network.rules):
+        if rule.rank is None and rule.alpha is None and rule.lr is None:
+            yield ("network", "rules", number), "sets neither rank, alpha nor lr", None
+    for name in ("dropout", "rank_dropout", "module_dropout"):
+        if getattr(network, name) == 1:
+            yield ("network", name), "at 1 nothing would be trained", "choose a value below 1"
+
+
+def _outputs(config: RunConfig) -> Iterator[Problem]:
+    sample = config.sample
+    if sample.enabled and not sample.prompts:
+        for key in ("every", "at_start"):
+            if key in changed_keys(sample):
+                yield ("sample", key), "has no effect without sample.prompts", "add prompts"
+    if config.log.dir is not None and not config.log.to:
+        yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
+    if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
+        yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"

@@ -1,0 +1,152 @@
+"""Defaults that depend on the model, and the checks that need its facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tuner.core.config.base import Dtype, Section
+from tuner.core.config.checks import Problem, as_errors
+from tuner.core.config.document import RawConfig
+from tuner.core.config.messages import nearest
+from tuner.core.config.run import RunConfig
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.types import ModelFacts
+
+S = TypeVar("S", bound=Section)
+
+_SHORT: dict[str, Dtype] = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[str] = ()) -> RunConfig:
+    """The same configuration with every default of the model filled in; resolving again changes nothing.
+
+    formats: names of the adapter formats, the default first.
+    """
+    formats = tuple(formats)
+    precision, sample, checkpoint = config.precision, config.sample, config.checkpoint
+    texts = {name: _SHORT.get(facts.dtypes.text, "fp32") for name in facts.text_components}
+    alpha = config.network.alpha
+    if alpha is None and isinstance(config.network.rank, int) and config.network.rank > 0:
+        alpha = float(config.network.rank)
+    return _with(
+        config,
+        model=_with(config.model, flavour=config.model.flavour or facts.flavour or None),
+        text_encoder=_with(config.text_encoder, max_tokens={**facts.max_tokens, **config.text_encoder.max_tokens}),
+        noise=config.noise.resolved(facts.noise),
+        network=_with(config.network, alpha=alpha),
+        precision=_with(
+            precision,
+            frozen=precision.frozen or precision.compute,
+            vae=precision.vae or _SHORT.get(facts.dtypes.vae, "fp32"),
+            text_encoder={**texts, **precision.text_encoder},
+        ),
+        checkpoint=_with(
+            checkpoint,
+            name=checkpoint.name or FilePath(checkpoint.dir).name or "adapter",
+            format=checkpoint.format or next(iter(formats), None),
+            dtype=checkpoint.dtype or precision.adapter,
+        ),
+        sample=_with(
+            sample,
+            size=sample.size or facts.sample.size,
+            steps=sample.steps or facts.sample.steps,
+            cfg=facts.sample.cfg if sample.cfg is None else sample.cfg,
+            shift=sample.shift or facts.sample.shift,
+        ),
+        validation=_with(
+            config.validation, seed=config.train.seed if config.validation.seed is None else config.validation.seed
+        ),
+    )
+
+
+def _with(section: S, **values: Any) -> S:
+    return section.model_copy(update=values)
+
+
+def facts_problems(
+    config: RunConfig, facts: ModelFacts, raw: RawConfig | None = None, *, formats: Iterable[str] = ()
+) -> list[UsageError]:
+    """Every problem of the configuration that needs the model's facts to be seen."""
+    document = raw if raw is not None else RawConfig()
+    found = [*_names(config, facts, tuple(formats)), *_geometry(config, facts)]
+    return as_errors(found, document)
+
+
+def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> Iterator[Problem]:
+    trained = config.train.components
+    for index, name in enumerate(trained):
+        if name in facts.components and name not in facts.trainable:
+            why = facts.capabilities.get(name, "this part of the model cannot train")
+            yield ("train", "components", index), f"{name!r}: {why}", _one_of(facts.trainable)
+        else:
+            yield from _known(("train", "components", index), name, facts.trainable)
+    for name in config.optimizer.lr_by_component:
+        if name in facts.trainable and name not in trained:
+            yield (
+                ("optimizer", "lr_by_component", name),
+                "has no effect: it does not train",
+                "add it to train.components",
+            )
+        else:
+            yield from _known(("optimizer", "lr_by_component", name), name, facts.trainable)
+    named = (
+        (("text_encoder", "max_tokens"), config.text_encoder.max_tokens, facts.max_tokens),
+        (("precision", "text_encoder"), config.precision.text_encoder, facts.text_components),
+        (("network", "blocks"), config.network.blocks, facts.lora.groups),
+    )
+    for place, given, known in named:
+        for name in given:
+            yield from _known((*place, name), name, known)
+    if config.network.preset is not None:
+        yield from _known(("network", "preset"), config.network.preset, facts.lora.presets)
+    if config.checkpoint.format is not None and formats:
+        yield from _known(("checkpoint", "format"), config.checkpoint.format, formats)
+    computes = [_SHORT[name] for name in facts.dtypes.compute if name in _SHORT]
+    if config.precision.compute not in computes:
+        yield ("precision", "compute"), f"this model cannot compute in {config.precision.compute}", _one_of(computes)
+    flavour = config.model.flavour
+    if flavour is not None and facts.flavour and flavour != facts.flavour:
+        fix = f"write {facts.flavour!r}, or leave it out"
+        yield ("model", "flavour"), f"is {flavour!r}, but the weights are {facts.flavour!r}", fix
+
+
+def _geometry(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
+    multiple = facts.resolution_multiple
+    for number, entry in enumerate(config.data.sets):
+        place = ("data", "sets", number)
+        step = entry.buckets.step
+        if entry.buckets.enabled and entry.resolution_mode != "fixed" and step % multiple:
+            yield (*place, "buckets", "step"), f"{step} is not a multiple of {multiple}", _near(step, multiple)
+        for side in [side for size in entry.resolution for side in size if side % multiple][:1]:
+            yield (*place, "resolution"), f"{side} is not a multiple of {multiple}", _near(side, multiple)
+    grid = facts.sample.multiple
+    for side in [side for side in config.sample.size or () if side % grid][:1]:
+        yield ("sample", "size"), f"{side} is not a multiple of {grid}", _near(side, grid)
+
+
+def _near(value: int, multiple: int) -> str:
+    low = value // multiple * multiple
+    choices = [str(low)] if low else []
+    return f"use {' or '.join([*choices, str(low + multiple)])}"
+
+
+def _known(path: tuple[str | int, ...], name: str, known: Iterable[str]) -> Iterator[Problem]:
+    names = list(known)
+    if name not in names:
+        guess = nearest(name, names)
+        yield path, f"this model has no {name!r}", f"did you mean {guess!r}?" if guess else _one_of(names)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    listed = ", ".join(names)
+    return f"one of: {listed}" if listed else "take it out; this model has none"
+
+
+def resolved_text(config: RunConfig) -> str:
+    """The text of ``config.resolved.json``: every key with the value in effect."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,232 @@
+"""Keys that are known but cannot be used: features still to be built, and options that have no meaning here.
+
+They are errors that say so, which is more help than "unknown key". A pattern names a key and everything below it; ``*``
+stands for any one name or index. A test checks that no pattern names a key of the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tuner.core.config.document import RawConfig, dotted, walk
+from tuner.core.config.jsonc import Path
+from tuner.core.errors import UsageError
+
+PLANNED: Mapping[str, str] = {
+    # whole sections
+    "guidance": "guidance losses and guidance embeddings",
+    "quantize": "quantized base weights",
+    "compile": "compiled blocks",
+    "ema": "averaged weights",
+    "evaluate": "scores of sample pictures",
+    "webhook": "notifications",
+    "hooks": "commands after checkpoints and uploads",
+    "publish": "uploading",
+    "distributed": "training on several GPUs",
+    # model and encoders
+    "model.control_channels": "control inputs",
+    "model.delete_downloads_after_load": "removing downloads",
+    "model.load_to": "loading straight to the accelerator",
+    "model.merge": "merging adapters into the base before training",
+    "model.token_routing": "token routing",
+    "text_encoder.device": "encoders on a device of their own",
+    "text_encoder.dropout": "dropout of one encoder's output",
+    "text_encoder.mask_padding": "a choice of padding masks",
+    "text_encoder.unconditional": "a choice of unconditional embedding",
+    "text_encoder.weighted_prompts": "weighted captions",
+    "text_encoder.when_idle": "a choice of what idle encoders do; they are freed after caching",
+    "text_encoder.zero_padding": "zeroed padding",
+    "latents.slicing": "decoding one by one",
+    "latents.tiling": "tiled encoding and decoding",
+    "latents.when_idle": "a choice of what the idle autoencoder does; it is freed after caching",
+    # data
+    "data.conditioning": "conditioning images",
+    "data.fill_small_buckets": "raising repeats of small buckets",
+    "data.rescan": "a choice of when folders are scanned; a scan costs one stat per file",
+    "data.storage": "remote storage",
+    "data.sets.*.sources.*.adapter_strength": "adapter strength by source",
+    "data.sets.*.sources.*.conditioning": "conditioning images",
+    "data.sets.*.sources.*.slider": "slider training",
+    "data.sets.*.sources.*.timestep_offset": "timestep offset by source",
+    "cache.compress": "compressed cache files",
+    "cache.crops_per_image": "several cached crops per image",
+    "cache.when": "encoding on demand",
+    # noise and loss
+    "noise.bias": "biased timesteps",
+    "noise.list": "timesteps from a list",
+    "noise.pyramid": "multi-resolution noise",
+    "noise.rollout": "scheduled sampling",
+    "loss.debiased": "debiased estimation",
+    "loss.layersync": "alignment of layers",
+    "loss.scale": "a constant factor on the loss",
+    "loss.soft_min_snr": "the soft form of min-SNR",
+    # network and optimizer
+    "network.controlnet": "control networks",
+    "network.init": "other initialisations",
+    "network.init_norm": "other initialisations",
+    "network.lycoris": "LyCORIS adapters",
+    "network.max_norm": "limits on adapter norms",
+    "network.perturbation": "weight perturbation",
+    "network.split_fused": "separate adapters inside fused layers",
+    "optimizer.fuse": "updates inside the backward pass",
+    "optimizer.lr_scale": "rates scaled by the batch",
+    "optimizer.offload": "optimizer state in host memory",
+    "optimizer.rounding": "stochastic rounding",
+    "schedule.args": "schedules by import path",
+    "schedule.class": "schedules by import path",
+    # training, arithmetic, memory
+    "train.freeze": "freezing by pattern",
+    "train.stop_component_at": "stopping a component early",
+    "precision.gradients": "a dtype for gradients",
+    "precision.tf32": "a switch for TF32",
+    "precision.weights": "dtypes of fully trained weights",
+    "memory.checkpoint_every": "checkpointing every n-th block",
+    "memory.empty_cache_every": "emptying the allocator's cache",
+    "memory.group_offload": "grouped offload",
+    "memory.offload_activations": "activations in host memory",
+    "memory.stream_linear": "streamed linear layers",
+    "memory.swap_blocks": "blocks in host memory",
+    "attention.args": "arguments of attention kernels",
+    "attention.fuse_qkv": "fused projections",
+    "attention.sample_backend": "a kernel of their own for samples",
+    # outputs
+    "checkpoint.include": "a choice of exported components",
+    "checkpoint.low_memory": "a switch for low-memory saving; tensors are always written one by one",
+    "checkpoint.min_free_gb": "a low-disk guard",
+    "checkpoint.rolling": "a second series of checkpoints",
+    "checkpoint.save_ema": "averaged weights",
+    "checkpoint.start_at": "starting at a step of one's choice",
+    "checkpoint.strict_data": "a choice of what changed data does at resume",
+    "sample.adapter_strength": "adapter strength in samples",
+    "sample.adapters": "further adapters in samples",
+    "sample.cfg_rescale": "guidance rescaling",
+    "sample.cfg_start": "guidance from a later step on",
+    "sample.command": "an external program for samples",
+    "sample.compare_base": "a switch for the base column; the contact sheet always begins with it",
+    "sample.compile": "compiled samples",
+    "sample.embedded_guidance": "embedded guidance",
+    "sample.preview_every": "previews while sampling",
+    "sample.sampler": "other samplers",
+    "sample.seed_device": "noise on the accelerator; it is drawn on the CPU, so pictures compare across devices",
+    "sample.skip_layers": "skip-layer guidance",
+    "sample.weights": "averaged weights",
+    "validate.pool": "validation sets of their own",
+    "log.args": "arguments of trackers",
+    "log.config": "settings in trackers",
+    "log.images": "pictures in trackers",
+    "log.project": "names in trackers",
+    "log.run": "names in trackers",
+}
+
+NOT_APPLICABLE: Mapping[str, str] = {
+    "model.prediction_type": "models here predict the velocity of a flow; it is not a choice",
+    "model.unet": "models here are transformers; give their weights as model.path",
+    "model.clip_skip": "it belongs to the text encoders of older models",
+    "noise.prediction_type": "models here predict the velocity of a flow; it is not a choice",
+    "noise.zero_terminal_snr": "it belongs to models with a beta schedule; a flow ends in pure noise anyway",
+    "loss.v_pred_like_loss": "it belongs to noise-prediction models",
+    "latents.feature_cache": "single images need no feature cache; there is none to switch off",
+    "network.conv_rank": "trained blocks have no 3x3 convolutions",
+    "sample.watermark": "it belongs to another model family",
+}
+
+PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
+    "attention.backend": dict.fromkeys(("flash", "xformers", "sage", "flex", "cudnn"), "other attention kernels"),
+    "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
+    "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
+    "data.sets.*.sources.*.storage.type": dict.fromkeys(
+        ("parquet", "jsonl", "hub", "s3", "csv", "shards"), "storage other than local folders"
+    ),
+    "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
+    "memory.checkpointing": dict.fromkeys(("selective", "keep_attention"), "partial checkpointing"),
+    "network.type": dict.fromkeys(
+        ("loha", "lokr", "oft", "dora", "full_rank", "controlnet", "singlora"), "other adapter types"
+    ),
+    "noise.timesteps": {"list": "timesteps from a list"},
+    "precision.compute": {"fp16": "fp16 with loss scaling"},
+    "train.mode": {"full": "full fine-tuning"},
+}
+
+_SECRETS = frozenset(
+    {
+        "access_key",
+        "access_token",
+        "api_key",
+        "auth_token",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "comet_api_key",
+        "hf_token",
+        "huggingface_token",
+        "password",
+        "secret",
+        "secret_key",
+        "token",
+        "wandb_api_key",
+    }
+)
+
+
+def unusable_keys(raw: RawConfig) -> Iterator[tuple[Path, UsageError]]:
+    """An error for each key or value of ``raw`` that cannot be used, with its path; outermost keys only."""
+    found: set[Path] = set()
+    for path, value in walk(raw):
+        if any(path[:length] in found for length in range(1, len(path))):
+            continue
+        error = _unusable(raw, path, value)
+        if error is not None:
+            found.add(path)
+            yield path, error
+
+
+def _unusable(raw: RawConfig, path: Path, value: Any) -> UsageError | None:
+    key = path[-1]
+    if isinstance(key, str) and key.lower() in _SECRETS:
+        return UsageError(
+            "a secret does not belong into a configuration",
+            where=raw.where(path),
+            why="configurations are copied into run folders and shared",
+            fix=f"take it out and set it in the environment, for example {key.upper()}",
+        )
+    if path == ("validation",):
+        return UsageError("unknown key 'validation'", where=raw.where(path), fix="the section is called 'validate'")
+    if reason := _lookup(NOT_APPLICABLE, path):
+        return UsageError(f"{dotted(path)} does not apply", where=raw.where(path), why=reason, fix="take it out")
+    if reason := _lookup(PLANNED, path):
+        return _not_built(raw, path, dotted(path), reason)
+    values = _lookup(PLANNED_VALUES, path)
+    if values and isinstance(value, str) and value in values:
+        if not values[value]:
+            return UsageError(
+                f"{dotted(path)} = {value!r} is not written",
+                where=raw.where(path),
+                why="only safetensors files are safe",
+            )
+        return _not_built(raw, path, f"{dotted(path)} = {value!r}", values[value])
+    return None
+
+
+def _not_built(raw: RawConfig, path: Path, name: str, feature: str) -> UsageError:
+    return UsageError(
+        f"{name} is planned and not built yet", where=raw.where(path), why=f"it is for: {feature}", fix="take it out"
+    )
+
+
+def _lookup(table: Mapping[str, Any], path: Path) -> Any:
+    for form in _forms(path):
+        for pattern, found in table.items():
+            parts = pattern.split(".")
+            if len(parts) == len(form) and all(want in ("*", part) for want, part in zip(parts, form, strict=True)):
+                return found
+    return None
+
+
+def _forms(path: Path) -> Iterator[tuple[str, ...]]:
+    """The path itself and, for what sources inherit, the path it would have in a source."""
+    parts = tuple(str(part) for part in path)
+    yield parts
+    if parts[:2] == ("data", "defaults") and len(parts) > 2:
+        yield ("data", "sets", "0", "sources", "0", *parts[2:])
+    elif parts[:2] == ("data", "sets") and len(parts) > 3 and parts[3] != "sources":
+        yield ("data", "sets", "0", "sources", "0", *parts[3:])
