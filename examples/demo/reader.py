@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,9 +38,7 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 16, 24, 32, 48)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.mix = nn.Conv2d(48, 48, 3, padding=1)
         self.shape = nn.Linear(48 * 2, len(SHAPES))
         self.colour = nn.Linear(48 * 2, len(COLOURS))

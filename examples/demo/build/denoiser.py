@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def sample(
     sigmas = torch.linspace(1, 0, steps + 1)
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     both = tuple(torch.cat((a, b)) for a, b in zip(text, empty, strict=True))
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in pairwise(sigmas):
         v, v_empty = predict(net, torch.cat((x, x)), now.expand(2 * count), both).chunk(2)
         x = x + (after - now) * (v_empty + cfg * (v - v_empty))
     return x

@@ -168,9 +168,7 @@ def pixels(scenes: list[Scene], size: int = SIZE) -> np.ndarray:
 
 def known_grid() -> list[Scene]:
     """Every shape, colour and background once, centred: 120 scenes."""
-    return [
-        Scene(shape, colour, background) for shape in SHAPES for colour in COLOURS for background in BACKGROUNDS
-    ]
+    return [Scene(shape, colour, background) for shape in SHAPES for colour in COLOURS for background in BACKGROUNDS]
 
 
 def new_scenes(count: int, seed: int) -> list[Scene]:

@@ -60,9 +60,7 @@ def write_qwen_tokenizer(folder: Path) -> None:
     first = tokenizer.token_to_id(QWEN_PAD)
     if tokenizer.get_vocab_size() != QWEN_VOCABULARY:
         raise RuntimeError(f"the corpus gave {tokenizer.get_vocab_size()} tokens instead of {QWEN_VOCABULARY}")
-    added = {
-        str(first + index): _token_entry(token) for index, token in enumerate(QWEN_SPECIAL)
-    }
+    added = {str(first + index): _token_entry(token) for index, token in enumerate(QWEN_SPECIAL)}
     _write_json(
         folder / "tokenizer_config.json",
         {

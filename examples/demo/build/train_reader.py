@@ -1,4 +1,4 @@
-"""Trains the independent reader on drawn pictures with blur, noise, shifts of brightness and broken counter-examples."""
+"""Trains the independent reader on drawn pictures with blur, noise, tints and broken counter-examples."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def random_pixels(count: int, seed: int) -> Tensor:
 
 
 def train_vae(*, seconds: float, steps: int, count: int = 4000, batch: int = 16, seed: int = 0) -> TinyVae:
-    """Train until `steps` or `seconds` of wall clock, the learning rate falling linearly to zero by the first of them."""
+    """Train until `steps` or `seconds` of wall clock, whichever is first; the rate falls to zero by then."""
     torch.manual_seed(seed)
     vae = TinyVae().to(memory_format=torch.channels_last)
     data = random_pixels(count, seed)
@@ -206,10 +206,9 @@ def to_original(vae: TinyVae, mean: Sequence[float] = MEAN, std: Sequence[float]
         elif key == "conv2.bias":
             value -= (vae.conv2.weight[:, :, 0, 0] / s) @ mu
         tensors[key] = _with_time(key, value)
-    for group, index, factor in (("encoder.downsamples", 5, 1), ("encoder.downsamples", 8, 1)) + (
-        ("decoder.upsamples", 3, 2),
-        ("decoder.upsamples", 7, 2),
-    ):
+    resamplers = (("encoder.downsamples", 5, 1), ("encoder.downsamples", 8, 1))
+    resamplers += (("decoder.upsamples", 3, 2), ("decoder.upsamples", 7, 2))
+    for group, index, factor in resamplers:
         width = tensors[f"{group}.{index}.resample.1.weight"].shape[1]
         tensors[f"{group}.{index}.time_conv.weight"] = torch.zeros(factor * width, width, 3, 1, 1)
         tensors[f"{group}.{index}.time_conv.bias"] = torch.zeros(factor * width)
