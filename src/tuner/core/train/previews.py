@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuner.core.adapters import adapter_strength
+from tuner.core.adapters.network import adapter_strength
 from tuner.core.atomic import atomic_path
 from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.train.folder import RunFolder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.adapters import dropout_stream
+from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sample_sigmas
 from tuner.core.rng import Rng
@@ -61,7 +61,7 @@ class TrainStep:
         samples = sum(len(batch.items) for batch in batches)
         seen: list[tuple[Batch, Tensor, Tensor]] = []
         for number, batch in enumerate(batches):
-            with dropout_stream(Rng(self.config.train.seed, "dropout", step, number)):
+            with adapter_rng(self.network, self.config.train.seed, step, batch.items):
                 losses, sigmas = self.losses(batch, step, number)
                 (losses.sum() / samples).backward()
             seen.append((batch, losses.detach(), sigmas))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.adapters import adapter_strength
+from tuner.core.adapters.network import adapter_strength
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss
 from tuner.core.rng import Rng
 from tuner.core.types import Batch, Models, Network, TextEmbeds

@@ -1,0 +1,57 @@
+"""What an exported file says about its making: an allow-list of plain facts, no path, no user name, no secret.
+
+No time of day either: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan
+
+
+def export_metadata(
+    config: RunConfig, plan: DataPlan, *, name: str, step: int, epoch: int, total: int
+) -> dict[str, str]:
+    """Strings for the header of an exported file; empty when ``checkpoint.metadata.embed`` is off.
+
+    ``ss_*`` are the names that kohya-ss/sd-scripts writes and other tools show; ``modelspec.*`` follow the Stability AI
+    model metadata standard. The model plugin adds its own.
+    """
+    settings = config.checkpoint.metadata
+    if not settings.embed:
+        return {}
+    clip = config.train.clip_grad
+    facts: dict[str, object] = {
+        "tuner_version": version("tuner"),
+        "ss_output_name": name,
+        "ss_steps": step,
+        "ss_epoch": epoch,
+        "ss_max_train_steps": total,
+        "ss_seed": config.train.seed,
+        "ss_learning_rate": config.optimizer.lr,
+        "ss_optimizer": config.optimizer.name,
+        "ss_lr_scheduler": config.schedule.name,
+        "ss_gradient_accumulation_steps": config.train.accumulate,
+        "ss_max_grad_norm": clip.norm if clip is not None and clip.norm is not None else 0.0,
+        "ss_mixed_precision": config.precision.compute,
+        "ss_gradient_checkpointing": config.memory.checkpointing != "off",
+        "ss_loss_type": config.loss.type,
+        "ss_num_train_images": sum(item.repeats for item in plan.items),
+        "ss_num_validation_images": len(plan.validation),
+        "ss_num_batches_per_epoch": plan.batches_per_epoch,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": settings.title or name,
+    }
+    optional = {
+        "modelspec.author": settings.author,
+        "modelspec.description": settings.description,
+        "modelspec.license": settings.license,
+        "modelspec.tags": ", ".join(settings.tags),
+        "ss_training_comment": settings.comment,
+    }
+    facts.update({key: value for key, value in optional.items() if value})
+    return {key: str(value) for key, value in facts.items()}

@@ -1,0 +1,147 @@
+"""A run from its config to its files: plan, cache, load, train, export, report. Each stage is one function below."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner.core.atomic import write_json
+from tuner.core.config import RunConfig
+from tuner.core.data.plan import DataPlan, plan_data
+from tuner.core.data.report import PlanReport, report_plan
+from tuner.core.errors import UsageError
+from tuner.core.registry import Run, open_run
+from tuner.core.track.events import EventLog
+from tuner.core.train.caching import Caches
+from tuner.core.train.checkpoint import State, find_state
+from tuner.core.train.folder import FolderLock, RunFolder, open_folder
+from tuner.core.train.placement import pick_device
+from tuner.core.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """How a run ended. ``reason`` is ``finished`` or ``interrupted``; ``files`` are the exported adapters."""
+
+    folder: Path
+    steps: int
+    seconds: float
+    reason: str
+    files: tuple[Path, ...]
+
+
+def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str | None = None) -> RunSummary:
+    """Run the training that ``raw`` describes.
+
+    raw: a configuration as loaded from JSON, ``model.family`` included. base_dir: what relative paths in it are relative
+    to, the current folder by default. resume: overrides ``checkpoint.resume``. Raises UsageError for anything the user
+    can fix, before weights are read wherever that is possible.
+    """
+    started = time.monotonic()
+    run = open_run(raw, base_dir=base_dir)
+    config = run.config
+    wanted = resume or config.checkpoint.resume
+    folder = open_folder(Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none")
+    set_threads(config)
+    with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
+        found = None if wanted == "none" else find_state(folder, wanted)
+        state = found[1] if found else None
+        plan = plan_data(config, run.facts)
+        check_resume(folder, run, plan, state)
+        report = report_plan(plan, config.train)
+        write_records(folder, run)
+        events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
+        device = pick_device()
+        caches = stack.enter_context(Caches(run, plan, device, events))
+        caches.fill()
+        trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
+        reason, files = trainer.train(state)
+        summary = RunSummary(
+            folder=folder.path,
+            steps=trainer.position.step,
+            seconds=time.monotonic() - started,
+            reason=reason,
+            files=tuple(files),
+        )
+        events.emit("run_end", steps=summary.steps, seconds=summary.seconds, reason=reason)
+    return summary
+
+
+def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanReport:
+    """Encode and cache everything the run would need, and stop. A killed call goes on where it stopped."""
+    run = open_run(raw, base_dir=base_dir)
+    if run.config.cache.latents != "disk" and run.config.cache.text != "disk":
+        raise UsageError("nothing would be cached", where="cache", fix='set cache.latents or cache.text to "disk"')
+    set_threads(run.config)
+    plan = plan_data(run.config, run.facts)
+    with Caches(run, plan, pick_device(), None) as caches:
+        caches.fill()
+    return report_plan(plan, run.config.train)
+
+
+def set_threads(config: RunConfig) -> None:
+    if config.train.cpu_threads is not None:
+        torch.set_num_threads(config.train.cpu_threads)
+
+
+def write_records(folder: RunFolder, run: Run) -> None:
+    """The resolved configuration and the versions that take part; on resume they replace equal ones."""
+    write_json(folder.config, resolved(run))
+    write_json(folder.manifest, run.manifest)
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    """The configuration with every default written out, as it goes into ``config.resolved.json``."""
+    return run.config.model_dump(mode="json", by_alias=True)
+
+
+# What may differ between a run and its continuation: how long, what is shown, what is kept.
+FREE_ON_RESUME = ("train.steps", "train.epochs", "sample", "validate", "log", "checkpoint")
+
+
+def check_resume(folder: RunFolder, run: Run, plan: DataPlan, state: State | None) -> None:
+    """Refuse to continue with settings that would make it another run; say what changed in the data."""
+    if not folder.config.is_file():
+        return
+    before = json.loads(folder.config.read_text(encoding="utf-8"))
+    changed = [name for name in differences(before, resolved(run)) if not _is_free(name)]
+    if changed:
+        raise UsageError(
+            "this is not the configuration that the run folder was made with",
+            where=", ".join(changed[:8]),
+            why="on resume only lengths, samples, validation, logging and retention may differ",
+            fix="restore these values, or start a new run in another checkpoint.dir",
+        )
+    if state is not None and state.position.fingerprint != plan.fingerprint:
+        raise UsageError(
+            "the data changed since the checkpoint was written",
+            where=str(folder.path),
+            why="images, captions or their sizes differ, so this epoch cannot be continued exactly",
+            fix="restore the data, or start a new run with network.init_from set to the last adapter file",
+        )
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two JSON documents differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [
+            found
+            for key in keys
+            for found in differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == after else [path]
