@@ -19,7 +19,7 @@ class NetworkRule(Section):
     rank: CountOrZero | None = None
     """Rank of the matching modules; 0 leaves them out."""
     alpha: Positive | None = None
-    """Alpha of the matching modules; their rank when only the rank is given."""
+    """Alpha of the matching modules. Left out: ``network.alpha``, else their rank."""
     lr: NotNegative | None = None
     """Learning rate of the matching modules."""
 
@@ -34,7 +34,7 @@ class NetworkConfig(Section):
     alpha: Positive | None = None
     """The update is scaled by alpha / rank. Left out: the rank."""
     dropout: Share = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's low-rank activation, between down and up."""
     rank_dropout: Share = 0.0
     """Share of rank components dropped, the rest scaled up."""
     module_dropout: Share = 0.0

@@ -1,0 +1,1 @@
+"""Adapters: choosing modules, LoRA layers, file formats."""

@@ -1,0 +1,227 @@
+"""Building a LoRA from the configuration: choose modules, create layers, inject them, group their parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from tuner.core.adapters.files import read_adapter
+from tuner.core.adapters.formats import key_maps, modules_of
+from tuner.core.adapters.layers import Dropout, DropoutKeys, Injection, LoraLayer, eject, inject, is_adaptable
+from tuner.core.adapters.targets import Target, rate_of, rules_for, select_targets
+from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.errors import UsageError
+from tuner.core.rng import Rng
+from tuner.core.types import Network, ParamGroup
+
+if TYPE_CHECKING:
+    from tuner.core.config import NetworkConfig, RunConfig
+    from tuner.core.types import ModelFacts, Models
+
+log = logging.getLogger(__name__)
+
+
+class LoraNetwork(nn.Module):
+    """The layers of a network by `component:module path`, in the order of the modules."""
+
+    def __init__(self, targets: Sequence[Target], layers: Sequence[LoraLayer], keys: DropoutKeys) -> None:
+        super().__init__()
+        self.targets = tuple(targets)
+        self.layers = nn.ModuleList(layers)
+        self.dropout_keys = keys
+        self.injections: list[Injection] = []
+
+    def items(self) -> Iterator[tuple[Target, LoraLayer]]:
+        for target, layer in zip(self.targets, self.layers, strict=True):
+            assert isinstance(layer, LoraLayer)
+            yield target, layer
+
+
+def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
+    """Add a LoRA to the components that train, in place; afterwards only its parameters require grad.
+
+    The layers are on the devices of their modules, in `precision.adapter`. Raises UsageError when a pattern matches
+    nothing, when no module is left, and when `network.init_from` does not fit.
+    """
+    modules = {name: adaptable_modules(_component(models, name)) for name in config.train.components}
+    for module in (models.denoiser, *models.text_encoders.values(), *models.others.values()):
+        if module is not None:
+            module.requires_grad_(False)
+    start = _read_start(config.network, facts)
+    if config.network.rank == "from_file":
+        targets = _targets_of_file(start, modules, config.network)
+    else:
+        targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, config.network, facts)
+    keys = DropoutKeys()
+    dropout = _dropout(config.network)
+    dtype = dtype_by_name(config.precision.adapter, where="precision.adapter")
+    layers = [
+        LoraLayer(
+            modules[target.component][target.path],
+            rank=target.rank,
+            alpha=target.alpha,
+            dropout=dropout,
+            keys=keys,
+            dtype=dtype,
+            rng=Rng(config.train.seed, "lora", target.component, target.path),
+        )
+        for target in targets
+    ]
+    module = LoraNetwork(targets, layers, keys)
+    module.injections = [
+        inject(modules[target.component][target.path], layer) for target, layer in zip(targets, layers, strict=True)
+    ]
+    if start:
+        _fill(module, start)
+    split = config.optimizer.loraplus is not None
+    return Network(module=module, param_groups=param_groups(module, split_up=split), kind="lora")
+
+
+def adaptable_modules(component: nn.Module) -> dict[str, nn.Module]:
+    """Module path inside the component to every linear and 1x1 convolution."""
+    return {path: module for path, module in component.named_modules() if is_adaptable(module)}
+
+
+def detach(network: Network) -> None:
+    """Take the adapter out of the model, which then computes as before `inject_lora`."""
+    module = network.module
+    assert isinstance(module, LoraNetwork)
+    for record in reversed(module.injections):
+        eject(record)
+    module.injections = []
+
+
+def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
+    """Groups by component in order; inside it those of the learning-rate rules first, then the rest.
+
+    `split_up` separates down from up matrices, so that the latter can learn faster (LoRA+, Hayou et al. 2024). A rate
+    of 0 freezes: such parameters require no grad and belong to no group.
+    """
+    groups: list[ParamGroup] = []
+    for component in dict.fromkeys(target.component for target in module.targets):
+        inside = [(target, layer) for target, layer in module.items() if target.component == component]
+        rules = dict.fromkeys(target.group for target, _ in inside)
+        for rule in sorted(rules, key=lambda name: name is None):
+            members = [(target, layer) for target, layer in inside if target.group == rule]
+            lr = members[0][0].lr
+            if lr == 0:
+                for _, layer in members:
+                    layer.requires_grad_(False)
+                continue
+            name = component if rule is None else f"{component} {rule}"
+            downs = {f"{target.key}.down": layer.down for target, layer in members}
+            ups = {f"{target.key}.up": layer.up for target, layer in members}
+            if split_up:
+                groups.append(ParamGroup(name=name, component=component, params=downs, lr=lr, role="down"))
+                groups.append(ParamGroup(name=f"{name} up", component=component, params=ups, lr=lr, role="up"))
+            else:
+                groups.append(ParamGroup(name=name, component=component, params=downs | ups, lr=lr))
+    if not groups:
+        raise UsageError("nothing trains", where="network.rules", why="every learning rate is 0")
+    return groups
+
+
+def _component(models: Models, name: str) -> nn.Module:
+    component = models.component(name)
+    if component is None:
+        raise UsageError(f"component {name} is not loaded, so it cannot train", where="train.components")
+    return component
+
+
+def _dropout(network: NetworkConfig) -> Dropout:
+    for name in ("dropout", "rank_dropout", "module_dropout"):
+        if getattr(network, name) >= 1:
+            raise UsageError("a dropout of 1 trains nothing", where=f"network.{name}", fix="choose a value below 1")
+    return Dropout(element=network.dropout, rank=network.rank_dropout, module=network.module_dropout)
+
+
+# --- starting from a file ---------------------------------------------------------------------------------------------
+
+
+def _read_start(network: NetworkConfig, facts: ModelFacts) -> dict[str, Tensor]:
+    """The tensors of `network.init_from` by internal name, or nothing."""
+    if network.init_from is None:
+        if network.rank == "from_file":
+            raise UsageError("no file to take the ranks from", where="network.rank", fix="set network.init_from")
+        return {}
+    return dict(read_adapter(Path(network.init_from), key_maps(facts)).tensors)
+
+
+def _targets_of_file(
+    start: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, nn.Module]], network: NetworkConfig
+) -> tuple[Target, ...]:
+    """The file decides modules, ranks and alphas; only learning rates come from the rules."""
+    unused = [name for name in ("preset", "targets", "include", "exclude", "blocks", "alpha") if getattr(network, name)]
+    if unused or any(rule.rank is not None or rule.alpha is not None for rule in network.rules):
+        raise UsageError(
+            f"network.{unused[0] if unused else 'rules'} has no effect here",
+            where="network.rank",
+            why='with "from_file" the file decides modules, ranks and alphas',
+            fix="remove it, or set network.rank to a number",
+        )
+    stored = modules_of(start)
+    _require_training(stored, modules)
+    targets = []
+    for component, inside in modules.items():
+        for path in inside:
+            down = start.get(f"{component}:{path}.down")
+            if down is not None:
+                lr, group = rate_of(rules_for(component, path, network.rules))
+                alpha = float(start[f"{component}:{path}.alpha"])
+                targets.append(
+                    Target(component=component, path=path, rank=down.shape[0], alpha=alpha, lr=lr, group=group)
+                )
+    return tuple(targets)
+
+
+def _require_training(stored: Sequence[tuple[str, str]], modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    for component, path in stored:
+        if component not in modules:
+            raise UsageError(
+                f"the file adapts {component}, which does not train",
+                where="network.init_from",
+                fix=f"add {component} to train.components",
+            )
+        if path not in modules[component]:
+            raise UsageError(f"the model has no module {path} in {component}", where="network.init_from")
+
+
+def _fill(module: LoraNetwork, start: Mapping[str, Tensor]) -> None:
+    """Copy the file's matrices in; ups are rescaled where the alphas differ, so that the start acts as the file."""
+    layers = {(target.component, target.path): layer for target, layer in module.items()}
+    stored = modules_of(start)
+    for component, path in stored:
+        layer, key = layers.get((component, path)), f"{component}:{path}"
+        if layer is None:
+            raise UsageError(
+                f"the file adapts {key}, the configuration does not",
+                where="network.init_from",
+                fix='set network.rank to "from_file", or widen the choice of modules',
+            )
+        down, up = start[f"{key}.down"].float(), start[f"{key}.up"].float()
+        up = up * (float(start[f"{key}.alpha"]) / layer.alpha)
+        if down.shape[0] != layer.rank:
+            raise UsageError(
+                f"the file has rank {down.shape[0]} at {key}, the configuration {layer.rank}",
+                where="network.init_from",
+                fix='set network.rank to "from_file"',
+            )
+        copy_into(layer.down, down, f"{key}.down")
+        copy_into(layer.up, up, f"{key}.up")
+    fresh = len(layers) - len(stored)
+    if fresh:
+        log.info("%d of %d adapted modules are not in the file and start fresh", fresh, len(layers))
+
+
+def copy_into(parameter: nn.Parameter, value: Tensor, name: str) -> None:
+    """Set a parameter's value in place. UsageError: the shapes hold different numbers of rows or columns."""
+    if value.numel() != parameter.numel() or value.shape[:2] != parameter.shape[:2]:
+        raise UsageError(
+            f"{name} has shape {list(value.shape)}, the model wants {list(parameter.shape)}",
+            why="the adapter was trained for another model",
+        )
+    parameter.data.copy_(value.reshape(parameter.shape))
