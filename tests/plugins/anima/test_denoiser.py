@@ -282,7 +282,9 @@ def test_shared_storage_survives_casts_loading_and_materialisation() -> None:
 def test_casting_keeps_named_weights_in_float32_and_shared_storage() -> None:
     denoiser = random_denoiser()
     expected = denoiser(*inputs())
-    cast_parameters(denoiser, torch.bfloat16, keep_float32=(r".*norm\.weight", r"(x|t)_embedder\..*", r"final_layer\..*"))
+    cast_parameters(
+        denoiser, torch.bfloat16, keep_float32=(r".*norm\.weight", r"(x|t)_embedder\..*", r"final_layer\..*")
+    )
     assert_fused(denoiser)
     assert denoiser.dtype == torch.bfloat16
     assert denoiser.x_embedder.proj[1].weight.dtype == torch.float32
@@ -363,8 +365,7 @@ def test_sigma_reaches_the_model_in_float32_whatever_the_weights_are() -> None:
     near, far = torch.tensor([0.5]), torch.tensor([0.501])
     assert near.bfloat16() == far.bfloat16()
     assert not torch.equal(denoiser.embed_sigmas(near)[0], denoiser.embed_sigmas(far)[0])
-    cos, _ = denoiser.rope(3, 4, torch.device("cpu"))
-    assert cos.dtype == torch.float32
+    assert denoiser.rope(3, 4, torch.device("cpu")).dtype == torch.float32
 
 
 # --- blocks as the unit of every service ------------------------------------------------------------------------------
@@ -377,8 +378,7 @@ def block_inputs(batch: int, *, bias: bool) -> tuple[Tensor | None, ...]:
         torch.randn(batch, 12, SIZES.width, generator=generator),
         torch.randn(batch, 7, SIZES.text_width, generator=generator),
         torch.randn(9, batch, SIZES.width, generator=generator),
-        angles.cos(),
-        angles.sin(),
+        torch.stack((angles.cos(), angles.sin())),
         torch.zeros(7) if bias else None,
     )
 

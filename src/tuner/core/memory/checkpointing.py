@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from tuner.core.errors import UsageError
@@ -20,7 +21,7 @@ class Recomputed:
     Calls whatever ``forward`` was before, so that compiled or streamed blocks are recomputed as such.
     """
 
-    def __init__(self, inner: Callable[..., Any], preserve_rng: bool) -> None:
+    def __init__(self, inner: Callable[..., Any], *, preserve_rng: bool) -> None:
         self.inner = inner
         self.preserve_rng = preserve_rng
 
@@ -44,29 +45,33 @@ class Checkpointing:
         self.blocks = []
 
 
-def apply_checkpointing(
-    blocks: Iterable[nn.Module], level: str, every: int = 1, *, preserve_rng: bool = True
-) -> Checkpointing:
+def apply_checkpointing(blocks: Iterable[nn.Module], level: str, every: int = 1) -> Checkpointing:
     """Make every ``every``-th block, from the first on, recompute its activations in backward.
 
     level: ``off`` keeps everything, ``block`` keeps a block's inputs. Replaces ``forward`` on the instances, so module
     names do not change; applying it again replaces what the last call set. Gradients are those of the plain blocks,
-    bit for bit. preserve_rng: repeat torch's random draws in the recomputation; only a model that draws nothing in a
-    block (no dropout) may do without. UsageError for an unknown level or ``every`` below 1.
+    bit for bit: adapters draw their dropout from counters, and the state of torch's generators is kept for blocks that
+    hold dropout modules of torch. UsageError for an unknown level or ``every`` below 1.
     """
     if level not in LEVELS:
         raise UsageError(
             f"Unknown recompute level {level!r}.", where="memory.checkpointing", fix=f"Use one of: {', '.join(LEVELS)}."
         )
     if every < 1:
-        raise UsageError(f"Cannot recompute every {every} blocks.", where="memory.checkpoint_every", fix="Use 1 or more.")
+        raise UsageError(
+            f"Cannot recompute every {every} blocks.", where="memory.checkpoint_every", fix="Use 1 or more."
+        )
     wrapped: list[nn.Module] = []
     for index, block in enumerate(blocks):
         _restore(block)
         if level == "block" and index % every == 0:
-            block.forward = Recomputed(block.forward, preserve_rng)
+            block.forward = Recomputed(block.forward, preserve_rng=_draws(block))
             wrapped.append(block)
     return Checkpointing(wrapped)
+
+
+def _draws(block: nn.Module) -> bool:
+    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in block.modules())
 
 
 def _restore(block: nn.Module) -> None:

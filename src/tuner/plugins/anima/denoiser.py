@@ -24,7 +24,7 @@ from tuner.core.compute.linear import project, share_storage
 from tuner.core.compute.modulation import gated_residual, modulated_norm
 from tuner.core.compute.norm_rope import rms_norm_rope
 
-from .facts import DenoiserSizes
+from .sizes import DenoiserSizes
 
 EPS = 1e-6
 PATCH = 2
@@ -138,11 +138,11 @@ class SelfAttention(Attention):
     def joint(self) -> tuple[nn.Linear, ...]:
         return self.q_proj, self.k_proj, self.v_proj
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, N, D]; cos, sin [N, d] float32 -> [B, N, D]."""
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x [B, N, D]; rope [2, N, d] float32 -> [B, N, D]."""
         q, k, v = map(self._heads, project(x, self.joint()))
-        q = rms_norm_rope(q, self.q_norm.weight, cos, sin, EPS)
-        k = rms_norm_rope(k, self.k_norm.weight, cos, sin, EPS)
+        q = rms_norm_rope(q, self.q_norm.weight, rope, EPS)
+        k = rms_norm_rope(k, self.k_norm.weight, rope, EPS)
         return self._attend(q, k, v, None)
 
 
@@ -154,8 +154,8 @@ class CrossAttention(Attention):
         """x [B, N, D]; context [B, L, S]; bias: float, added to the logits of each context token -> [B, N, D]."""
         q = self._heads(project(x, (self.q_proj,))[0])
         k, v = map(self._heads, project(context, self.joint()))
-        q = rms_norm_rope(q, self.q_norm.weight, None, None, EPS)
-        k = rms_norm_rope(k, self.k_norm.weight, None, None, EPS)
+        q = rms_norm_rope(q, self.q_norm.weight, None, EPS)
+        k = rms_norm_rope(k, self.k_norm.weight, None, EPS)
         return self._attend(q, k, v, bias)
 
 
@@ -187,15 +187,15 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = _adaln(width, 3 * width, sizes.adaln_rank)
 
     def forward(
-        self, x: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, context_bias: Tensor | None
+        self, x: Tensor, context: Tensor, modulation: Tensor, rope: Tensor, context_bias: Tensor | None
     ) -> Tensor:
         """x [B, N, D], context [B, L, S], modulation [9, B, D] in the compute dtype -> [B, N, D].
 
-        modulation: (shift, 1 + scale, gate) of the three sub-layers in turn; cos, sin [N, d] float32; context_bias
-        [L] or None.
+        modulation: (shift, 1 + scale, gate) of the three sub-layers in turn; rope [2, N, d] float32: cos and sin;
+        context_bias [L] float32 or None.
         """
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.unbind(0)
-        x = gated_residual(x, gate1, self.self_attn(modulated_norm(x, shift1, scale1, EPS), cos, sin))
+        x = gated_residual(x, gate1, self.self_attn(modulated_norm(x, shift1, scale1, EPS), rope))
         x = gated_residual(x, gate2, self.cross_attn(modulated_norm(x, shift2, scale2, EPS), context, context_bias))
         return gated_residual(x, gate3, self.mlp(modulated_norm(x, shift3, scale3, EPS)))
 
@@ -238,7 +238,7 @@ class Denoiser(nn.Module):
         self.t_embedding_norm = nn.RMSNorm(width, eps=EPS)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
         self.final_layer = FinalLayer(sizes)
-        self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rope: dict[tuple[int, int, torch.device], Tensor] = {}
         self.register_load_state_dict_post_hook(_fuse_again)
         self.fuse()
 
@@ -275,7 +275,7 @@ class Denoiser(nn.Module):
         x = self.x_embedder(self._with_padding(latents, padding_mask)).to(dtype)
         embedding, shared = self.embed_sigmas(sigmas)
         modulations = self._modulations(embedding, shared).to(dtype)
-        cos, sin = self.rope(height // PATCH, width // PATCH, latents.device)
+        rope = self.rope(height // PATCH, width // PATCH, latents.device)
         context = context.to(dtype)
         bias = None
         if context_mask is not None and context.device.type == "cpu":
@@ -283,7 +283,7 @@ class Denoiser(nn.Module):
             # the zero rows do, and the trim needs the length on the host.
             context, bias = fold_context(context, context_mask)
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            x = block(x, context, modulation, cos, sin, bias)
+            x = block(x, context, modulation, rope, bias)
         return unpatchify(self.final_layer(x, embedding, shared), height, width).float()
 
     def embed_sigmas(self, sigmas: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -298,14 +298,14 @@ class Denoiser(nn.Module):
         normed = F.rms_norm(embedding, (self.sizes.width,), self.t_embedding_norm.weight.float(), EPS)
         return F.silu(normed), shared
 
-    def rope(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [rows * columns, d] float32 of the rotary angles, kept per grid size and device."""
+    def rope(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """cos and sin of the rotary angles, [2, rows * columns, d] float32, kept per grid size and device."""
         key = (rows, columns, device)
         if key not in self._rope:
             # Plain tensors even under inference mode: a later training step saves them for its backward.
             with torch.inference_mode(False), torch.no_grad():
                 angles = rope_angles(rows, columns, self.sizes.head_dim, self.sizes.rope_ratio, device)
-                self._rope[key] = (angles.cos(), angles.sin())
+                self._rope[key] = torch.stack((angles.cos(), angles.sin()))
         return self._rope[key]
 
     def _with_padding(self, latents: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from tuner.core.compute.norm_rope import rms_norm_rope
 from tuner.core.compute.weights import assign
 
 if TYPE_CHECKING:
-    from .facts import AdapterSizes, EncoderSizes
+    from .sizes import AdapterSizes, EncoderSizes
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-def rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each [length, head_dim] float32, the half vector written twice."""
+def rope_table(length: int, head_dim: int, device: torch.device) -> Tensor:
+    """cos and sin of the rotary angles, [2, length, head_dim] float32, the half vector written twice."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROPE_THETA**-exponents)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 class AdapterAttention(nn.Module):
@@ -70,13 +70,13 @@ class AdapterAttention(nn.Module):
         x: Tensor,
         source: Tensor,
         key_mask: Tensor,
-        q_table: tuple[Tensor, Tensor],
-        k_table: tuple[Tensor, Tensor],
+        q_table: Tensor,
+        k_table: Tensor,
     ) -> Tensor:
         """x [B, L, W] asks, source [B, Lk, S] answers; key_mask [B, Lk]. Rows without a valid key give zero."""
         heads = (-1, self.head_dim)
-        q = rms_norm_rope(self.q_proj(x).unflatten(-1, heads), self.q_norm.weight, *q_table, EPS)
-        k = rms_norm_rope(self.k_proj(source).unflatten(-1, heads), self.k_norm.weight, *k_table, EPS)
+        q = rms_norm_rope(self.q_proj(x).unflatten(-1, heads), self.q_norm.weight, q_table, EPS)
+        k = rms_norm_rope(self.k_proj(source).unflatten(-1, heads), self.k_norm.weight, k_table, EPS)
         v = self.v_proj(source).unflatten(-1, heads)
         # A softmax over no key at all is NaN in some kernels; `attention` gives zero there.
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=key_mask[:, None, None])
@@ -103,8 +103,8 @@ class AdapterBlock(nn.Module):
         mask: Tensor,
         source: Tensor,
         source_mask: Tensor,
-        table: tuple[Tensor, Tensor],
-        source_table: tuple[Tensor, Tensor],
+        table: Tensor,
+        source_table: Tensor,
     ) -> Tensor:
         normed = self.norm_self_attn(x)
         x = x + self.self_attn(normed, normed, mask, table, table)
