@@ -103,7 +103,8 @@ class CacheStore:
         problem = _problem(data, key.name)
         if problem is None:
             try:
-                return load_safetensors(data)
+                tensors: dict[str, Tensor] = load_safetensors(data)
+                return tensors
             except (SafetensorError, ValueError, KeyError) as error:
                 problem = str(error)
         logger.warning("cache entry %s is broken (%s) and will be made again", path, problem)

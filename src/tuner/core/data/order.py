@@ -159,12 +159,12 @@ def _weighted_order(plan: DataPlan, rng: Rng) -> list[PlannedBatch]:
     order = []
     for number in range(plan.batches_per_epoch):
         draw = rng.child("draw", number)
-        groups = by_source[sources[_weighted_choice(weights, draw.child("source").random())]]
-        group = groups[_weighted_choice([visits[index] for index in groups], draw.child("bucket").random())]
-        if not queues.get(group):
-            queues[group] = _group_batches(plan, group, rng.child("group", group, passes[group]), seen)[::-1]
-            passes[group] += 1
-        order.append(_visits(queues[group].pop()))
+        chosen = by_source[sources[_weighted_choice(weights, draw.child("source").random())]]
+        at = chosen[_weighted_choice([visits[index] for index in chosen], draw.child("bucket").random())]
+        if not queues.get(at):
+            queues[at] = _group_batches(plan, at, rng.child("group", at, passes[at]), seen)[::-1]
+            passes[at] += 1
+        order.append(_visits(queues[at].pop()))
     return order
 
 
@@ -176,3 +176,12 @@ def _weighted_choice(weights: Sequence[float], draw: float) -> int:
         if draw < reached and weight > 0:
             return index
     return max(range(len(weights)), key=lambda index: weights[index])
+
+
+def validation_order(plan: DataPlan) -> list[tuple[int, ...]]:
+    """Indices into ``plan.validation`` by batch, the same at every validation."""
+    return [
+        group.items[start : start + group.batch_size]
+        for group in plan.validation_groups
+        for start in range(0, len(group.items), group.batch_size)
+    ]

@@ -45,7 +45,8 @@ class PlanItem:
     """An image at one resolution.
 
     id: stable over runs and unique in its source; with the source it keys every random choice.
-    repeats: visits per epoch, at least 1. loss_weight: factor on its loss. sampling_weight: relative chance of its source outside ``epoch`` sampling.
+    repeats: visits per epoch, at least 1.
+    loss_weight: factor on its loss. sampling_weight: relative chance of its source outside ``epoch`` sampling.
     """
 
     id: str

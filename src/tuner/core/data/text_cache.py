@@ -206,7 +206,7 @@ def _encoders(
     precision = config.precision.text_encoder
     return {
         "family": facts.family,
-        "components": {name: [identities[name], precision.get(name) or facts.dtypes.text] for name in components},
+        "components": {name: [identities.get(name, ""), precision.get(name) or facts.dtypes.text] for name in components},
         "fields": {name: [list(field.shape), field.dtype, field.trim] for name, field in fields.items()},
         "max_tokens": dict(facts.max_tokens),
         "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens"}),
