@@ -26,12 +26,6 @@ class Step(Protocol):
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult: ...
 
 
-class Rates(Protocol):
-    """The learning-rate schedule: ``set(n)`` applies the rates of the update after ``n`` updates, by group name."""
-
-    def set(self, step: int) -> dict[str, float]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Length:
     """How long a run is: ``steps`` updates in all, ``batches`` micro-batches per epoch, ``accumulate`` of them per
@@ -63,7 +57,7 @@ class Loop:
         self,
         *,
         step: Step,
-        rates: Rates,
+        set_rates: Callable[[int], dict[str, float]],
         batches: Callable[[int, int, int], Iterator[Batch]],
         length: Length,
         chores: Chores,
@@ -72,7 +66,7 @@ class Loop:
         average: LossAverage,
         device: torch.device,
     ) -> None:
-        self.step, self.rates, self.batches, self.length = step, rates, batches, length
+        self.step, self.set_rates, self.batches, self.length = step, set_rates, batches, length
         self.chores, self.events, self.interrupt, self.average = chores, events, interrupt, average
         self.device = device
 
@@ -83,7 +77,7 @@ class Loop:
             while position.step < self.length.steps and position.batch < self.length.batches:
                 started = time.perf_counter()
                 group = list(islice(stream, self.length.accumulate))
-                rates = self.rates.set(position.step)
+                rates = self.set_rates(position.step)
                 result = self.step(position.step + 1, group)
                 index = position.batch // self.length.accumulate
                 position = self._advance(position, len(group))

@@ -43,9 +43,9 @@ class RunSummary:
 def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str | None = None) -> RunSummary:
     """Run the training that ``raw`` describes.
 
-    raw: a configuration as loaded from JSON, ``model.family`` included. base_dir: what relative paths in it are relative
-    to, the current folder by default. resume: overrides ``checkpoint.resume``. Raises UsageError for anything the user
-    can fix, before weights are read wherever that is possible.
+    raw: a configuration as loaded from JSON, ``model.family`` included. base_dir: what relative paths in it are
+    relative to, the current folder by default. resume: overrides ``checkpoint.resume``. Raises UsageError for
+    anything the user can fix, before weights are read wherever that is possible.
     """
     started = time.monotonic()
     run = open_run(raw, base_dir=base_dir)

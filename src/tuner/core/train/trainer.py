@@ -1,0 +1,342 @@
+"""Puts a run's parts together in their fixed order, trains, and writes what is left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
+from tuner.core.data.ledger import Ledger
+from tuner.core.data.loader import BatchLoader
+from tuner.core.errors import UsageError
+from tuner.core.memory.checkpointing import apply_checkpointing
+from tuner.core.optim import (
+    LrSchedule,
+    build_optimizer,
+    eval_weights,
+    learning_rates,
+    load_optimizer_state,
+    optimizer_state_tensors,
+)
+from tuner.core.track.progress import Progress
+from tuner.core.track.report import write_report
+from tuner.core.track.trackers import open_trackers
+from tuner.core.train.average import LossAverage
+from tuner.core.train.checkpoint import CheckpointWriter, Position, State, write_state
+from tuner.core.train.due import Due
+from tuner.core.train.export import export
+from tuner.core.train.interrupt import Interrupt
+from tuner.core.train.loop import Chores, Length, Loop
+from tuner.core.train.previews import Previewer
+from tuner.core.train.step import TrainStep
+from tuner.core.train.validation import Validator
+from tuner.core.types import Batch, TextEmbeds
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tuner.core.data.plan import DataPlan
+    from tuner.core.registry import Run
+    from tuner.core.track.events import EventLog
+    from tuner.core.train.caching import Caches
+    from tuner.core.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run from loaded caches to written files. ``position`` is where it stands."""
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        plan: DataPlan,
+        caches: Caches,
+        folder: RunFolder,
+        events: EventLog,
+        device: torch.device,
+    ) -> None:
+        self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
+        self.config, self.facts, self.device = run.config, run.facts, device
+        self.total = plan.total_steps(self.config.train)
+        self.models = caches.load_fresh(self._components())
+        # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
+        self.network = run.model.build_network(self.models)
+        self._prepare_blocks()
+        self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
+        self.optimizer = build_optimizer(
+            self.config.optimizer, self.network.param_groups, device, self.facts.text_components
+        )
+        self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
+        self.position = Position(step=0, epoch=0, batch=0, seed=self.config.train.seed, fingerprint=plan.fingerprint)
+        self.average = LossAverage()
+        self.ledger = Ledger(plan)
+        self.loader = BatchLoader(
+            plan, self.config, self.facts, latents=caches.latents, text=caches.text, total_steps=self.total
+        )
+        self.writer = CheckpointWriter(
+            folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
+        )
+        self.validator = self._validator()
+        self.previewer = self._previewer()
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self, state: State | None) -> tuple[str, list[Path]]:
+        """Train to the end or to an interrupt. Returns why it stopped, and the exported files."""
+        if state is not None:
+            self._restore(state)
+        self._announce()
+        if self.position.step == 0 and self.config.sample.at_start:
+            self._preview(0)
+        with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path) as self.trackers:
+            loop = self._loop(interrupt)
+            with self._progress() as progress:
+                self.position, reason = loop.train(self.position, progress)
+            if reason == "interrupted":
+                return reason, self._stop()
+            self._save_state_at_end()
+            self._validate(self.position.step)
+            self._preview(self.position.step)
+        files = self._export(self.folder.final)
+        self._write_views()
+        return reason, files
+
+    def _loop(self, interrupt: Interrupt) -> Loop:
+        config = self.config
+        train = config.train
+        return Loop(
+            step=TrainStep(
+                model=self.run.model,
+                models=self.models,
+                network=self.network,
+                optimizer=self.optimizer,
+                config=config,
+                device=self.device,
+                live_text=self.caches.live_text,
+            ),
+            set_rates=self._set_rates,
+            batches=self._batches,
+            length=Length(steps=self.total, batches=self.plan.batches_per_epoch, accumulate=train.accumulate),
+            chores=Chores(
+                save=self._save,
+                save_due=Due(config.checkpoint.every, self.total),
+                validate=self._validate,
+                validate_due=Due(config.validation.every if self.validator else None, self.total),
+                preview=self._preview,
+                preview_due=Due(config.sample.every if self.previewer else None, self.total),
+                on_step=self._on_step,
+            ),
+            events=self.events,
+            interrupt=interrupt,
+            average=self.average,
+            device=self.device,
+        )
+
+    def _progress(self) -> Progress:
+        return Progress("training", self.total, "steps", done=self.position.step, plain=self.config.log.plain)
+
+    def _set_rates(self, step: int) -> dict[str, float]:
+        self.schedule.set(step)
+        return learning_rates(self.optimizer)
+
+    def _batches(self, epoch: int, start: int, step: int) -> Iterator[Batch]:
+        return self.loader.batches(epoch, start=start, step=step)
+
+    def _on_step(self, step: int, metrics: dict[str, float], batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            self.ledger.count(batch.items)
+        extra = self.run.extra_metrics(step)
+        self.trackers.log(step, {**metrics, **extra})
+        self.run.notify("on_step_end", step=step, metrics={**metrics, **extra})
+
+    # --- putting together ---------------------------------------------------------------------------------------------
+
+    def _components(self) -> list[str]:
+        """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
+        wanted = {"denoiser", *self.config.train.components, *self.facts.step_components, *self.caches.live_text}
+        return [name for name in self.facts.components if name in wanted]
+
+    def _prepare_blocks(self) -> None:
+        level = self.config.memory.checkpointing
+        denoiser = self.models.denoiser
+        assert denoiser is not None
+        for blocks in self.facts.block_lists:
+            apply_checkpointing(denoiser.get_submodule(blocks.path).children(), level)
+
+    def _validator(self) -> Validator | None:
+        if not self.plan.validation:
+            return None
+        return Validator(
+            model=self.run.model,
+            models=self.models,
+            network=self.network,
+            config=self.config,
+            device=self.device,
+            batches=lambda: self.loader.validation_batches(self.config.validation.max_batches),
+            text=lambda batch: self._text([item.caption for item in batch.items]),
+        )
+
+    def _previewer(self) -> Previewer | None:
+        if not self.caches.prompts:
+            return None
+        return Previewer(
+            model=self.run.model,
+            models=self.models,
+            network=self.network,
+            facts=self.facts,
+            folder=self.folder,
+            prompts=self.caches.prompts,
+            encode_texts=self._text,
+            load_vae=lambda: self.caches.load_fresh(["vae"]),
+            device=self.device,
+        )
+
+    def _text(self, texts: Sequence[str]) -> TextEmbeds:
+        tensors = dict(self.caches.cached_text(texts).tensors)
+        if self.caches.live_text:
+            tensors.update(self.run.model.encode_text(self.models, list(texts), self.caches.live_text).tensors)
+        return TextEmbeds(tensors=tensors)
+
+    def _announce(self) -> None:
+        for row in adapter_summary(self.network):
+            log.info(
+                "%s %s: %d modules, rank %d, alpha %g, %s parameters",
+                row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
+            )  # fmt: skip
+        log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
+        self.run.notify("on_run_start", run=self.run)
+
+    # --- chores -------------------------------------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> None:
+        if self.validator is None:
+            return
+        with eval_weights(self.optimizer):
+            result = self.validator.run(step)
+        fields = asdict(result)
+        fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
+        self.events.emit("validation", **fields)
+        log.info(
+            "validation at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
+            step, result.delta, result.low, result.high, result.images,
+        )  # fmt: skip
+
+    def _preview(self, step: int) -> None:
+        if self.previewer is None:
+            return
+        with eval_weights(self.optimizer):
+            preview = self.previewer.run(step)
+        self.events.emit(
+            "sample",
+            step=step,
+            sheet=preview.sheet.relative_to(self.folder.path).as_posix(),
+            images=[path.relative_to(self.folder.path).as_posix() for path in preview.images],
+        )
+        log.info("samples: %s", preview.sheet)
+
+    def _save(self, position: Position) -> None:
+        """Write a checkpoint. A full disk loses this one and nothing else: the run says so and goes on."""
+        try:
+            self._write_checkpoint(position)
+        except OSError as error:
+            message = f"checkpoint of step {position.step} was not written ({error.strerror}); earlier ones are intact"
+            log.error("%s", message)
+            self.events.emit("warning", message=message)
+
+    def _write_checkpoint(self, position: Position) -> None:
+        building = self.writer.begin(position.step)
+        try:
+            name = self.folder.checkpoint_file(position.step).name
+            self._export(building / name, step=position.step)
+            if self.config.checkpoint.state != "none":
+                write_state(building, self._state(position))
+        except BaseException:
+            self.writer.abandon(building)
+            raise
+        final = self.writer.commit(building, position.step)
+        self.ledger.write(self.folder.ledger)
+        paths = sorted(final.iterdir())
+        self.events.emit(
+            "checkpoint",
+            step=position.step,
+            path=final.relative_to(self.folder.path).as_posix(),
+            files=[path.name for path in paths],
+        )
+        self.run.notify("on_checkpoint", step=position.step, paths=paths)
+
+    def _save_state_at_end(self) -> None:
+        """The last checkpoint, so that a finished run can be made longer."""
+        if self.config.checkpoint.state != "none" and self.position.step > 0:
+            self._save(self.position)
+
+    def _stop(self) -> list[Path]:
+        """After an interrupt: keep the work if asked to, and leave the views in order."""
+        if self.config.checkpoint.on_interrupt == "save":
+            self._write_checkpoint(self.position)
+        self._write_views()
+        return []
+
+    def _export(self, path: Path, *, step: int | None = None) -> list[Path]:
+        """Write the adapter and prove that it reads back; OSErrors pass through from checkpoints only."""
+        with eval_weights(self.optimizer):
+            return export(
+                self.run,
+                self.models,
+                self.network,
+                self.plan,
+                path=path,
+                name=self.folder.name,
+                step=self.position.step if step is None else step,
+                epoch=self.position.epoch,
+                total=self.total,
+                events=self.events,
+            )
+
+    def _write_views(self) -> None:
+        self.ledger.write(self.folder.ledger)
+        write_report(self.folder.path)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _state(self, position: Position) -> State:
+        tensors = {f"network/{name}": value for name, value in network_tensors(self.network).items()}
+        optimizer_tensors, optimizer_scalars = optimizer_state_tensors(self.optimizer, self._parameters())
+        tensors.update({f"optimizer/{name}": value for name, value in optimizer_tensors.items()})
+        scalars: dict[str, Any] = {
+            "optimizer": optimizer_scalars,
+            "loss_average": self.average.values,
+            "ledger": self.ledger.counts(),
+        }
+        return State(position=position, tensors=tensors, scalars=scalars)
+
+    def _restore(self, state: State) -> None:
+        """Take up a saved state; UsageError when it belongs to another network or optimizer."""
+        if state.position.step >= self.total:
+            raise UsageError(
+                f"this run is already at step {state.position.step} of {self.total}",
+                where=str(self.folder.path),
+                fix="raise train.steps or train.epochs to train on",
+            )
+        load_network_tensors(self.network, _below(state.tensors, "network/"))
+        load_optimizer_state(
+            self.optimizer, self._parameters(), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
+        )
+        self.average.values = list(state.scalars["loss_average"])
+        self.ledger.restore(state.scalars["ledger"])
+        self.position = state.position
+        self.events.emit("resume", step=state.position.step)
+        log.info("resumed at step %d", state.position.step)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return self.names
+
+
+def _below(tensors: Any, prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
