@@ -7,8 +7,8 @@ import math
 import random
 
 import pytest
-
 from tests.helpers import golden
+
 from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import (
     can_drop,
@@ -158,11 +158,12 @@ def random_settings(draws: random.Random) -> CaptionsConfig:
 
 
 TEXTS = (
-    "", "a", "a, b, c", "a, b ||| c;;d, {x|y} ||| e", "one {1|2|3}\n\n two, b \nthree", " ,a,,b ", "{{a}} {b|}, {c", "||| a",
+    "", "a", "a, b, c", "a, b ||| c;;d, {x|y} ||| e", "one {1|2|3}\n\n two, b \nthree", " ,a,,b ", "{{a}} {b|}, {c",
+    "||| a",
 )  # fmt: skip
 
 
-def test_every_draw_is_in_the_set_and_every_text_of_the_set_is_drawn_or_rare():
+def test_every_draw_is_in_the_set_and_small_sets_are_drawn_completely():
     draws, checked = random.Random(3), 0
     for config, raw in itertools.product([random_settings(draws) for _ in range(120)], TEXTS):
         texts = caption_set(config, raw, 1000)
@@ -171,7 +172,7 @@ def test_every_draw_is_in_the_set_and_every_text_of_the_set_is_drawn_or_rare():
         assert len(set(texts)) == len(texts)
         seen = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(24)}
         assert seen <= set(texts), (config, raw)
-        if config.variants is None or config.variants.include_original:
+        if config.tag_dropout < 1 and (config.variants is None or config.variants.include_original):
             assert plain_caption(config, raw) in texts, (config, raw)
         if len(texts) <= 2:
             more = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(400)}

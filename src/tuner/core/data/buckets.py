@@ -108,9 +108,10 @@ def set_geometry(config: SetConfig, resolution: Size, multiple: int) -> Geometry
     fixed = not buckets.enabled or config.resolution_mode == "fixed"
     by_ratio = config.resolution_mode == "short_edge" or buckets.rule == "simpletuner"
     _check_crop(config, by_ratio and not fixed, problems)
+    low_high: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
     if fixed:
         _check_multiple(resolution, "the resolution", multiple, problems)
-        low_high, notes = None, ()
     else:
         _check_multiple((buckets.step,), "buckets.step", multiple, problems)
         low_high, notes = _limits(buckets, resolution, problems, used=not by_ratio)

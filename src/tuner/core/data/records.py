@@ -18,8 +18,8 @@ class ImageRecord:
     """One image of a source, as far as it is known without its pixels.
 
     key: posix path relative to the source folder. digest: blake2b-128 of the file's bytes, in hex. mode and
-    orientation: as stored in the file. captions_raw: the text before the caption pipeline, all lines of it.
-    face: (centre x, centre y, width, height) of a face when the file name carries them.
+    orientation: as stored in the file. alpha: whether it has transparency. captions_raw: the text before the caption
+    pipeline, all lines of it. face: (centre x, centre y, width, height) of a face when the file name carries them.
     """
 
     source: str
@@ -30,6 +30,7 @@ class ImageRecord:
     height: int
     mode: str
     orientation: int = 1
+    alpha: bool = False
     captions_raw: str = ""
     caption_path: Path | None = None
     mask_path: Path | None = None

@@ -1,0 +1,142 @@
+"""Reading an image file's header, orientation and content hash: one read of the file, no pixel is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError)
+"""What Pillow raises for broken files, depending on the format."""
+
+MODES = frozenset(
+    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N"}
+)
+"""Pixel layouts with a known range, which is what a faithful conversion to 8-bit RGB needs."""
+
+# Pictures that people keep beside others and that Pillow cannot open, or not without extra programs.
+FOREIGN = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".eps", ".pdf", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"}
+)
+_NOT_PICTURES = frozenset({".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"})
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one read of an image file tells.
+
+    width and height have the EXIF orientation applied. error is None for a usable file.
+    """
+
+    digest: str = ""
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    orientation: int = 1
+    alpha: bool = False
+    error: str | None = None
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Lower-case extensions, with the dot, of files that are taken for images."""
+    from PIL import Image
+
+    Image.init()
+    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return frozenset(readable - FOREIGN - _NOT_PICTURES)
+
+
+def probe(path: Path) -> Probe:
+    """Hash and describe an image file. Never raises for the file's content; a broken file has ``error`` set."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return Probe(error=f"the file cannot be read: {error.strerror or error}")
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    if not data:
+        return Probe(digest=digest, error="the file is empty")
+    return _described(data, digest)
+
+
+def probe_all(paths: Iterable[Path], workers: int) -> list[Probe]:
+    """``probe`` of many files in order; hashing and reading release the interpreter, so threads are enough."""
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        return list(pool.map(probe, paths))
+
+
+def _described(data: bytes, digest: str) -> Probe:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            error = refusal(image)
+            orientation = _orientation(image, data)
+            width, height = image.size if orientation < 5 else image.size[::-1]
+            found = Probe(
+                digest=digest,
+                width=width,
+                height=height,
+                mode=image.mode,
+                orientation=orientation,
+                alpha=has_alpha(image),
+                error=error,
+            )
+            if error is None:
+                _check_complete(data, image.format)
+        return found
+    except Image.DecompressionBombError:
+        return Probe(digest=digest, error="the image has too many pixels to be read safely")
+    except UnidentifiedImageError:
+        return Probe(digest=digest, error="the content is no image format that can be read")
+    except READ_ERRORS as error:
+        return Probe(digest=digest, error=f"the file is damaged: {error or type(error).__name__}")
+
+
+def refusal(image: Image.Image) -> str | None:
+    """Why an opened image cannot be converted to RGB faithfully, or None."""
+    # Phones store a preview or depth map behind the picture of an MPO file; that is no animation.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
+        return f"it is animated or has several pages ({frames} frames): save the wanted frame as its own image"
+    if image.mode in MODES or (image.mode == "I" and image.format == "PNG"):
+        return None
+    return f"pixel mode {image.mode} has no fixed range of values: save it as 8-bit or 16-bit"
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether the image has transparency, as a channel or as a marked colour."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    if image.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"Raw profile type", b"adobe.xmp")):
+        # Asking Pillow would decode the whole picture to look for a chunk after the pixels.
+        return 1
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _check_complete(data: bytes, kind: str | None) -> None:
+    """Raise for a truncated file. Common formats are checked without decoding; a suspicion is settled by decoding."""
+    from PIL import Image
+
+    if kind in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):
+        return
+    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 <= len(data):
+        return
+    with Image.open(io.BytesIO(data)) as image:
+        if kind == "PNG":
+            image.verify()
+        else:
+            image.load()
