@@ -172,8 +172,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP, each between an adaptive norm and a gated residual.
 
-    The three ``adaln_modulation_*`` live here because the files name them so; the denoiser evaluates them for all blocks
-    at once and hands over the result.
+    The three ``adaln_modulation_*`` live here because the files name them so; the denoiser evaluates them for all
+    blocks at once and hands over the result.
     """
 
     def __init__(self, sizes: DenoiserSizes) -> None:
@@ -224,7 +224,7 @@ def _run_adaln(adaln: nn.Sequential, embedding: Tensor) -> Tensor:
 class Denoiser(nn.Module):
     """Predicts the velocity ``noise - latents`` of noisy latents.
 
-    sizes: read from the weights by ``facts.denoiser_sizes``. Building allocates parameters and nothing else; under
+    sizes: read from the weights by ``sizes.denoiser_sizes``. Building allocates parameters and nothing else; under
     ``torch.device("meta")`` not even those. Weights of the blocks fix the compute dtype; one-dimensional weights,
     embedders, AdaLN and the final layer may be float32 while the blocks are bfloat16.
     """

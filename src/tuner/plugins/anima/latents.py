@@ -1,7 +1,8 @@
 """The VAE on single images, as 2-D convolutions.
 
-The weights are those of a causal video VAE. For one frame its 3x3x3 kernels see the image through their last time slice
-only (the other two multiply the zero frames in front), so each is folded to that slice: same result, a third of the work.
+The weights are those of a causal video VAE. For one frame its 3x3x3 kernels see the image through their last time
+slice only (the other two multiply the zero frames in front), so each is folded to that slice: same result, a third of
+the work.
 Shapes: B images, H x W pixels, h x w = H/8 x W/8 latents, C channels of a layer.
 """
 
@@ -110,9 +111,7 @@ class Resample(nn.Module):
 
 
 def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
-    )
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
 def _head(channels: int, out_channels: int) -> nn.Sequential:
@@ -192,7 +191,7 @@ class VAE(nn.Module):
         return mean.contiguous(), logvar.clamp(*LOGVAR_RANGE).contiguous()
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Normalised latents [B,16,h,w] float32: the posterior mean, or a sample when ``noise`` of that shape is given."""
+        """Normalised latents [B,16,h,w] float32: the posterior mean, or a sample when ``noise`` [B,16,h,w] is given."""
         mean, logvar = self.posterior(pixels)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise.to(mean)
@@ -250,8 +249,12 @@ def build(tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ..
           device: str = "cpu", where: str | None = None) -> VAE:  # fmt: skip
     """A VAE from weights under original names; ``shapes`` are those in the file, the widths are read from them."""
     if "encoder.conv1.weight" not in shapes or "decoder.conv1.weight" not in shapes or "conv1.bias" not in shapes:
-        raise UsageError("this is not a Qwen-Image VAE", where=where, why="it has no encoder.conv1, decoder.conv1 and conv1",
-                         fix="set model.vae.path to the qwen_image_vae file")  # fmt: skip
+        raise UsageError(
+            "this is not a Qwen-Image VAE",
+            where=where,
+            why="encoder.conv1, decoder.conv1 or conv1 is absent",
+            fix="set model.vae.path to the qwen_image_vae file",
+        )
     with torch.device("meta"):
         vae = VAE(
             _stages(shapes, "encoder.downsamples"),

@@ -1,16 +1,16 @@
 """Module names of one model in the formats that other programs use. No torch.
 
 The denoiser is named as in the original files, the adapter and the text encoder relative to their own root. A LoRA key
-is a module name in one of four spellings plus a suffix; sd-scripts joins with underscores what others join with dots, so
-its names can only be read back from a table of all modules, which `module_paths` builds for any depth.
+is a module name in one of a few spellings plus a suffix; sd-scripts joins with underscores what others join with dots,
+so its names can only be read back from a table of all modules, which `module_paths` builds for any depth.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Collection
 
-if TYPE_CHECKING:
-    from .facts import AdapterSizes, DenoiserSizes, EncoderSizes
+from tuner.core.types import KeyFormat, KeyMaps
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 MODULATIONS = ("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp")
@@ -68,43 +68,105 @@ def _rename(module: str, prefix: str, new_prefix: str, block: dict[str, str], ro
     return f"{new_prefix}{index}.{renamed}" if index.isdigit() and renamed else None
 
 
-def denoiser_modules(sizes: DenoiserSizes) -> tuple[str, ...]:
-    """Every linear of the denoiser, in the order of the forward pass."""
-    modulation = (1, 2) if sizes.adaln_rank else (1,)
+# --- all linears ------------------------------------------------------------------------------------------------------
+
+
+def denoiser_modules(blocks: int) -> tuple[str, ...]:
+    """Every linear that a denoiser of that depth can have, in the order of the forward pass."""
     paths = ["x_embedder.proj.1", "t_embedder.1.linear_1", "t_embedder.1.linear_2"]
-    for index in range(sizes.blocks):
+    for index in range(blocks):
         paths += [f"blocks.{index}.{kind}.{name}" for kind in ("self_attn", "cross_attn") for name in ATTENTION]
         paths += [f"blocks.{index}.mlp.layer1", f"blocks.{index}.mlp.layer2"]
-        paths += [f"blocks.{index}.{name}.{part}" for name in MODULATIONS for part in modulation]
-    paths += ["final_layer.linear", *(f"final_layer.adaln_modulation.{part}" for part in modulation)]
-    return tuple(paths)
+        paths += [f"blocks.{index}.{name}.{part}" for name in MODULATIONS for part in (1, 2)]
+    return (*paths, "final_layer.linear", "final_layer.adaln_modulation.1", "final_layer.adaln_modulation.2")
 
 
-def adapter_modules(sizes: AdapterSizes) -> tuple[str, ...]:
-    """Every linear of the LLM adapter."""
-    paths = [
-        path
-        for index in range(sizes.layers)
-        for path in (
-            *(
-                f"blocks.{index}.{kind}.{name}"
-                for kind in ("self_attn", "cross_attn")
-                for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-            ),
-            f"blocks.{index}.mlp.0",
-            f"blocks.{index}.mlp.2",
-        )
-    ]
-    return (*(["in_proj"] if sizes.embed_width != sizes.width else []), *paths, "out_proj")
+def adapter_modules(layers: int) -> tuple[str, ...]:
+    """Every linear of an LLM adapter of that depth."""
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    inner = [f"{kind}.{name}" for kind in ("self_attn", "cross_attn") for name in projections]
+    blocks = [f"blocks.{index}.{name}" for index in range(layers) for name in (*inner, "mlp.0", "mlp.2")]
+    return ("in_proj", *blocks, "out_proj")
 
 
-def encoder_modules(sizes: EncoderSizes) -> tuple[str, ...]:
-    """Every linear of the text encoder."""
-    return tuple(
-        f"layers.{index}.{name}"
-        for index in range(sizes.layers)
-        for name in (
-            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-        )
-    )  # fmt: skip
+def encoder_modules(layers: int) -> tuple[str, ...]:
+    """Every linear of a text encoder of that depth."""
+    inner = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    inner += [f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    return tuple(f"layers.{index}.{name}" for index in range(layers) for name in inner)
+
+
+ADAPTER_INDEX = re.compile(r"(?:llm_adapter|text_conditioner)[._]blocks[._](\d+)[._]")
+DENOISER_INDEX = re.compile(r"(?<!llm_adapter[._])(?<!text_conditioner[._])blocks[._](\d+)[._]")
+ENCODER_INDEX = re.compile(r"layers[._](\d+)[._]")
+
+
+def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Module paths by component, deep enough for every index that occurs in the keys of an adapter file."""
+
+    def depth(pattern: re.Pattern[str]) -> int:
+        return max((int(match[1]) + 1 for key in keys if (match := pattern.search(key))), default=0)
+
+    return {
+        "denoiser": denoiser_modules(depth(DENOISER_INDEX)),
+        "llm_adapter": adapter_modules(depth(ADAPTER_INDEX)),
+        "qwen3": encoder_modules(depth(ENCODER_INDEX)),
+    }
+
+
+# --- adapter formats --------------------------------------------------------------------------------------------------
+
+DIFFUSERS_RENAME = (
+    *(
+        (rf"^(blocks\.\d+)\.{re.escape(name)}$", rf"transformer_\1.{other}")
+        for name, other in BLOCK_TO_DIFFUSERS.items()
+    ),
+    *((rf"^{re.escape(name)}$", other) for name, other in ROOT_TO_DIFFUSERS.items()),
+)
+QWEN3_COMFYUI = "text_encoders.qwen3_06b.transformer.model."
+
+
+def _peft_like(name: str, alpha: str | None) -> KeyFormat:
+    """ComfyUI's spelling; further prefixes are those that other trainers put before the same module names."""
+    return KeyFormat(
+        name=name,
+        prefixes={
+            "denoiser": "diffusion_model.",
+            "llm_adapter": "diffusion_model.llm_adapter.",
+            "qwen3": QWEN3_COMFYUI,
+        },
+        down=".lora_A.weight",
+        up=".lora_B.weight",
+        alpha=alpha,
+        read_prefixes={
+            "denoiser": ("net.", "transformer."),
+            "llm_adapter": ("net.llm_adapter.", "transformer.llm_adapter.", "llm_adapter."),
+        },
+    )
+
+
+MAPS = KeyMaps(
+    formats=(
+        # One file for ComfyUI and diffusers: no alpha, because diffusers refuses such keys.
+        _peft_like("comfyui", None),
+        _peft_like("comfyui-alpha", ".alpha"),
+        KeyFormat(
+            name="sd-scripts",
+            prefixes={"denoiser": "lora_unet_", "llm_adapter": "lora_unet_llm_adapter_", "qwen3": "lora_te_"},
+            separator="_",
+            down=".lora_down.weight",
+            up=".lora_up.weight",
+            alpha=".alpha",
+        ),
+        KeyFormat(
+            name="diffusers",
+            prefixes={"denoiser": "transformer.", "llm_adapter": "text_conditioner.", "qwen3": "text_encoder."},
+            down=".lora_A.weight",
+            up=".lora_B.weight",
+            rename={"denoiser": DIFFUSERS_RENAME},
+        ),
+    ),
+    default="comfyui",
+    paths=module_paths,
+)
+"""Every format that is written or read. Values are the same in all of them, up to where alpha / rank is kept."""

@@ -1,0 +1,16 @@
+"""The descriptor that the entry point names."""
+
+from __future__ import annotations
+
+from tuner.core.types import ModelPlugin
+
+plugin = ModelPlugin(
+    name="anima",
+    api=(1, 0),
+    config="tuner.plugins.anima.config:AnimaConfig",
+    files="tuner.plugins.anima.sources:files",
+    detect="tuner.plugins.anima.facts:detect",
+    facts="tuner.plugins.anima.facts:facts",
+    hooks="tuner.plugins.anima.hooks",
+    presets="tuner.plugins.anima.presets",
+)
