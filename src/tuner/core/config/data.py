@@ -43,8 +43,8 @@ class CropConfig(Section):
     """``random`` draws at each visit, so its latents cannot be cached. ``face`` reads ``_cx_cy_w_h`` at the end of the
     file name."""
     aspect: Literal["preserve", "square", "closest"] = "preserve"
-    """Shape of the crop with rule ``simpletuner`` or ``resolution_mode`` = ``short_edge``: the image's own, a square, or
-    the nearest of ``aspect_list``."""
+    """Shape of the crop with rule ``simpletuner`` or ``resolution_mode`` = ``short_edge``: the image's own, a square,
+    or the nearest of ``aspect_list``."""
     aspect_list: tuple[Positive, ...] = ()
     """Ratios (width / height) to choose from, with ``aspect`` = ``closest``."""
     shrink_above: Count | None = None

@@ -21,7 +21,7 @@ _PLAIN = re.compile(
     rf"|{_SOURCE}(path|mask\.path|captions\.metadata(\.path)?)"
 )
 _WEIGHTS = re.compile(r"model\.(\w+\.)*path")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w. -]+)*")
 _FILE_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf", ".json")
 _WORDS = {"checkpoint.resume": ("none", "auto")}
 
@@ -50,7 +50,10 @@ def absolute(value: str, base: FilePath) -> str:
 
 
 def is_hub_id(value: str, base: FilePath) -> bool:
-    """Whether ``value`` names a repository: ``owner/name``, no such file or folder, no weight file's ending."""
-    if not _HUB_ID.fullmatch(value) or value.endswith(_FILE_SUFFIXES):
+    """Whether ``value`` names a repository, ``owner/name``, or a place inside one, and not something on this machine.
+
+    A path whose first folder exists is meant to be local, and so is ``folder/file.safetensors``.
+    """
+    if not _HUB_ID.fullmatch(value) or FilePath(base, value.split("/")[0]).exists():
         return False
-    return not FilePath(base, value).exists()
+    return value.count("/") > 1 or not value.endswith(_FILE_SUFFIXES)

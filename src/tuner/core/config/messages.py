@@ -81,7 +81,8 @@ def _place(detail: ErrorDetails, raw: RawConfig) -> Path:
 
 
 def _mismatch(details: Sequence[ErrorDetails]) -> bool:
-    return all(detail["type"] == "literal_error" or detail["type"].endswith("_type") for detail in details)
+    """Whether the value as a whole did not fit. A list whose entries are wrong counts as too short as well."""
+    return all(d["type"] in ("literal_error", "too_short") or d["type"].endswith("_type") for d in details)
 
 
 def _one(
@@ -160,9 +161,8 @@ def _reason(detail: ErrorDetails) -> str:
 def _value_at(raw: RawConfig, place: Path) -> Any:
     value: Any = raw
     for part in place:
-        if not ((isinstance(value, Mapping) and part in value) or (isinstance(value, list) and isinstance(part, int))):
-            return None
-        value = value[part]
+        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and part in range(len(value))
+        value = value[part] if inside else None
     return value
 
 

@@ -1,0 +1,143 @@
+"""The model of a run, as the rest of the program sees it: typed methods, checked at the first call of each hook."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.core.registry.checks import Contract
+from tuner.core.types import Models, Placement
+
+if TYPE_CHECKING:
+    import pluggy
+    from torch import Tensor
+
+    from tuner.core.config import RunConfig
+    from tuner.core.rng import Rng
+    from tuner.core.types import ModelFacts, Network, NoiseTarget, TextEmbeds
+
+
+@dataclass(slots=True)
+class ModelFacade:
+    """One model, opened with one configuration. Shapes: B batch, C latent channels, h/w latent size, H/W pixels.
+
+    title: how messages name the plugin. files: component to the files whose bytes make it. Every method raises a
+    UsageError that names the plugin when the first result of its hook does not keep the contract.
+    """
+
+    title: str
+    config: RunConfig
+    facts: ModelFacts
+    files: Mapping[str, Sequence[Path]]
+    _hooks: Any
+    _contract: Contract = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._contract = Contract(self.title, self.facts)
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        config: RunConfig,
+        facts: ModelFacts,
+        files: Mapping[str, Sequence[Path]],
+        manager: pluggy.PluginManager,
+    ) -> ModelFacade:
+        return cls(title, config, facts, files, manager.hook)
+
+    def load_models(self, components: Collection[str], placement: Placement | None = None) -> Models:
+        """Load the named components. ``placement`` None: the CPU, dtypes of ``config.precision``."""
+        chosen = placement or default_placement(self.config, self.facts)
+        models: Models = self._hooks.load_models(
+            config=self.config, facts=self.facts, components=tuple(components), placement=chosen
+        )
+        self._contract.loaded(models, components)
+        return models
+
+    def encode_text(
+        self, models: Models, captions: Sequence[str], components: Collection[str] | None = None
+    ) -> TextEmbeds:
+        """B captions to the text fields that come from ``components`` (None: all text components)."""
+        wanted = self.facts.text_components if components is None else tuple(components)
+        embeds: TextEmbeds = self._hooks.encode_text(
+            models=models, config=self.config, facts=self.facts, captions=captions, components=wanted
+        )
+        self._contract.text(embeds, len(captions))
+        return embeds
+
+    def encode_latents(self, models: Models, pixels: Tensor, rng: Rng | None = None) -> Tensor:
+        """Pixels [B,3,H,W] float32 in -1..1 to latents [B,C,h,w] float32; ``rng`` None takes the posterior's mode."""
+        latents: Tensor = self._hooks.encode_latents(models=models, config=self.config, pixels=pixels, rng=rng)
+        self._contract.latents(latents, pixels)
+        return latents
+
+    def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
+        """Latents [B,C,h,w] float32 to pixels [B,3,H,W] float32 in -1..1."""
+        pixels: Tensor = self._hooks.decode_latents(models=models, config=self.config, latents=latents)
+        self._contract.pixels(pixels, latents)
+        return pixels
+
+    def noise_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> NoiseTarget:
+        """Noisy latents and target for latents and noise [B,C,h,w] at sigmas [B]."""
+        target: NoiseTarget = self._hooks.noise_target(config=self.config, latents=latents, noise=noise, sigmas=sigmas)
+        self._contract.target(target, latents)
+        return target
+
+    def predict(
+        self,
+        models: Models,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: TextEmbeds,
+        guidance: Tensor | None = None,
+        control: Mapping[str, Tensor] | None = None,
+        rng: Rng | None = None,
+    ) -> Tensor:
+        """Velocity [B,C,h,w] for noisy [B,C,h,w] at timesteps [B]; grad mode is the caller's."""
+        velocity: Tensor = self._hooks.predict(
+            models=models,
+            config=self.config,
+            facts=self.facts,
+            noisy=noisy,
+            timesteps=timesteps,
+            text=text,
+            guidance=guidance,
+            control=control or {},
+            rng=rng,
+        )
+        self._contract.velocity(velocity, noisy)
+        return velocity
+
+    def build_network(self, models: Models) -> Network:
+        """Build what trains, in place."""
+        network: Network = self._hooks.build_network(models=models, config=self.config, facts=self.facts)
+        self._contract.network(network)
+        return network
+
+    def save(
+        self, network: Network, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+    ) -> list[Path]:
+        """Write the trained tensors; returns the files written."""
+        paths: list[Path] = self._hooks.save(
+            config=self.config, facts=self.facts, network=network, tensors=tensors, path=path, metadata=metadata
+        )
+        self._contract.saved(paths)
+        return paths
+
+
+_LONG = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def default_placement(config: RunConfig, facts: ModelFacts, device: str = "cpu") -> Placement:
+    """``device`` for everything, dtypes as ``config.precision`` says."""
+    precision = config.precision
+    dtypes = dict.fromkeys(facts.components, precision.frozen or precision.compute)
+    dtypes.update(
+        {name: precision.text_encoder[name] for name in facts.text_components if name in precision.text_encoder}
+    )
+    if precision.vae is not None:
+        dtypes["vae"] = precision.vae
+    return Placement(device=device, dtypes={name: _LONG[dtype] for name, dtype in dtypes.items()})

@@ -1,0 +1,174 @@
+"""Opening a run: from a configuration document to the model's facade, before any weight is read."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tuner.core.config import (
+    ModelConfigBase,
+    RawConfig,
+    RunConfig,
+    build_config,
+    facts_problems,
+    load_config,
+    resolve_defaults,
+)
+from tuner.core.errors import Problems, UsageError
+from tuner.core.files import WeightHeader, weight_header
+from tuner.core.registry.catalog import EXTENSIONS, MODELS, Catalog, Entry
+from tuner.core.registry.extensions import Extensions
+from tuner.core.registry.facade import ModelFacade
+from tuner.core.registry.ownership import new_manager
+from tuner.core.types import KeyMaps, ModelFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A configuration with the facts of its model: everything that is known without importing torch."""
+
+    config: RunConfig
+    facts: ModelFacts
+    files: Mapping[str, Sequence[Path]]
+    header: WeightHeader
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """An open run. ``config`` is resolved; ``manifest`` names the version of everything that takes part."""
+
+    model: ModelFacade
+    config: RunConfig
+    facts: ModelFacts
+    files: Mapping[str, Sequence[Path]]
+    extensions: Extensions
+    manifest: dict[str, Any]
+
+
+def model_schema(catalog: Catalog, family: str) -> type[ModelConfigBase]:
+    """The pydantic model of a plugin's ``model`` section."""
+    entry = catalog.entry(MODELS, family)
+    schema = catalog.load(entry, "descriptor", catalog.model(family).config)
+    assert isinstance(schema, type) and issubclass(schema, ModelConfigBase)
+    return schema
+
+
+def typed_config(raw: Mapping[str, Any], catalog: Catalog, *, base_dir: Path | None = None) -> RunConfig:
+    """Check a document against the schema of the model it names."""
+    document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
+    return build_config(document, model_schema(catalog, family_of(document, catalog)))
+
+
+def family_of(raw: RawConfig, catalog: Catalog) -> str:
+    section = raw.get("model")
+    family = section.get("family") if isinstance(section, dict) else None
+    if not isinstance(family, str):
+        known = ", ".join(entry.name for entry in catalog.entries(MODELS))
+        raise UsageError(
+            "which model is this for?",
+            where=raw.where(("model", "family")),
+            why=f"installed: {known}",
+            fix='add --model NAME, or "family": "NAME" to the model section',
+        )
+    return family
+
+
+def open_facts(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None) -> Opened:
+    """Find the files, read the header of the denoiser, and check and complete the configuration with the facts."""
+    family = config.model.family
+    entry, descriptor = catalog.entry(MODELS, family), catalog.model(family)
+    files = catalog.call(entry, "files", catalog.load(entry, "descriptor", descriptor.files), config)
+    header = weight_header(files["denoiser"][0])
+    flavour = catalog.call(entry, "detect", catalog.load(entry, "descriptor", descriptor.detect), header)
+    if flavour is None:
+        raise UsageError(
+            f"these weights are not of the model {family!r}", where=str(header.path), fix=_other(catalog, header)
+        )
+    facts = catalog.call(entry, "facts", catalog.load(entry, "descriptor", descriptor.facts), config, header)
+    maps = catalog.load(entry, "descriptor", facts.key_maps)
+    formats = _formats(maps)
+    problems = Problems()
+    problems.extend(facts_problems(config, facts, raw, formats=formats))
+    problems.raise_if_any()
+    resolved = resolve_defaults(config, facts, formats=formats)
+    return Opened(config=resolved, facts=facts, files=files, header=header, entry=entry)
+
+
+def _formats(maps: KeyMaps) -> tuple[str, ...]:
+    return (maps.default, *(each.name for each in maps.formats if each.name != maps.default))
+
+
+def _other(catalog: Catalog, header: WeightHeader) -> str:
+    """The installed model that knows these weights, as advice; plugins that cannot be asked are passed over."""
+    for entry in catalog.entries(MODELS):
+        try:
+            detect = catalog.load(entry, "descriptor", catalog.model(entry.name).detect)
+            if catalog.call(entry, "detect", detect, header) is not None:
+                return f"they are of {entry.name!r}: use --model {entry.name}"
+        except UsageError:
+            continue
+    return "name the weights of the model in model.path"
+
+
+def open_run(
+    raw: Mapping[str, Any] | RunConfig, *, base_dir: Path | None = None, catalog: Catalog | None = None
+) -> Run:
+    """Open a run: configuration, facts, hooks, ownership. UsageError for anything that is wrong; no weight is read."""
+    catalog = catalog or Catalog()
+    document = None
+    if isinstance(raw, RunConfig):
+        config = raw
+    else:
+        document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
+        config = typed_config(document, catalog)
+    # Extensions are looked up first: a misspelt name should not wait for a download.
+    extensions = {name: catalog.entry(EXTENSIONS, name) for name in config.extensions}
+    hooks = {name: catalog.extension(name).hooks for name in extensions}
+    opened = open_facts(config, catalog, document)
+    entry = opened.entry
+    modules: dict[str, ModuleType] = {
+        _title(extension): catalog.load(extension, "hooks", hooks[name]) for name, extension in extensions.items()
+    }
+    title = _title(entry)
+    module = catalog.load(entry, "hooks", catalog.model(entry.name).hooks)
+    manager = new_manager((title, module), modules)
+    return Run(
+        model=ModelFacade.of(title, opened.config, opened.facts, opened.files, manager),
+        config=opened.config,
+        facts=opened.facts,
+        files=opened.files,
+        extensions=Extensions(config.extensions, manager.hook),
+        manifest=_manifest([entry, *extensions.values()], catalog),
+    )
+
+
+def _title(entry: Entry) -> str:
+    return f"plugin '{entry.name}' {entry.version}"
+
+
+def _manifest(entries: list[Entry], catalog: Catalog) -> dict[str, Any]:
+    plugins = []
+    for entry in entries:
+        descriptor = catalog.model(entry.name) if entry.group == MODELS else catalog.extension(entry.name)
+        record = metadata.distribution(entry.dist).read_text("RECORD") if catalog.path is None else None
+        plugins.append(
+            {
+                "kind": entry.kind,
+                "name": entry.name,
+                "dist": entry.dist,
+                "version": entry.version,
+                "api": list(descriptor.api),
+                "record": sha256(record.encode()).hexdigest() if record else None,
+            }
+        )
+    packages = {}
+    for name in ("tuner", "torch", "safetensors", "transformers", "numpy", "pillow"):
+        packages[name] = metadata.version(name)
+    return {"python": platform.python_version(), "plugins": plugins, "packages": packages}
