@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ import torch
 
 from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
 from tuner.core.data.ledger import Ledger
-from tuner.core.data.loader import BatchLoader
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.optim import (
@@ -77,9 +77,7 @@ class Trainer:
         self.position = Position(step=0, epoch=0, batch=0, seed=self.config.train.seed, fingerprint=plan.fingerprint)
         self.average = LossAverage()
         self.ledger = Ledger(plan)
-        self.loader = BatchLoader(
-            plan, self.config, self.facts, latents=caches.latents, text=caches.text, total_steps=self.total
-        )
+        self.loader = caches.data.loader()
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
@@ -151,7 +149,7 @@ class Trainer:
 
     def _on_step(self, step: int, metrics: dict[str, float], batches: Sequence[Batch]) -> None:
         for batch in batches:
-            self.ledger.count(batch.items)
+            self.ledger.add(batch.items)
         extra = self.run.extra_metrics(step)
         self.trackers.log(step, {**metrics, **extra})
         self.run.notify("on_step_end", step=step, metrics={**metrics, **extra})
@@ -179,7 +177,7 @@ class Trainer:
             network=self.network,
             config=self.config,
             device=self.device,
-            batches=lambda: self.loader.validation_batches(self.config.validation.max_batches),
+            batches=lambda: islice(self.loader.validation_batches(), self.config.validation.max_batches),
             text=lambda batch: self._text([item.caption for item in batch.items]),
         )
 
@@ -312,7 +310,7 @@ class Trainer:
         scalars: dict[str, Any] = {
             "optimizer": optimizer_scalars,
             "loss_average": self.average.values,
-            "ledger": self.ledger.counts(),
+            "ledger": self.ledger.state(),
         }
         return State(position=position, tensors=tensors, scalars=scalars)
 
@@ -329,7 +327,7 @@ class Trainer:
             self.optimizer, self._parameters(), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
         )
         self.average.values = list(state.scalars["loss_average"])
-        self.ledger.restore(state.scalars["ledger"])
+        self.ledger = Ledger(self.plan, state.scalars["ledger"])
         self.position = state.position
         self.events.emit("resume", step=state.position.step)
         log.info("resumed at step %d", state.position.step)
