@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from tuner.core.compute.linear import adapted_forward
-from tuner.core.memory.checkpointing import Recomputed
 from tuner.plugins.anima.denoiser import Denoiser
-from tuner.plugins.anima.facts import DenoiserSizes
+from tuner.plugins.anima.sizes import DenoiserSizes
 
 RANK = 16
 TEXT_TOKENS = 512
@@ -106,8 +106,7 @@ def step(denoiser: Denoiser, inputs: Inputs) -> None:
 def saved_bytes(denoiser: Denoiser) -> Iterator[dict[str, int]]:
     """Counts what autograd keeps while the context is open: unique storages, parameters excluded.
 
-    Inputs of recomputed blocks are kept by the recomputation rather than by autograd and are added. The result's
-    ``bytes`` is final when the context closes.
+    The result's ``bytes`` is final when the context closes.
     """
     own = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     adapters = [linear.adapter for linear in denoiser.modules() if hasattr(linear, "adapter")]
@@ -120,16 +119,7 @@ def saved_bytes(denoiser: Denoiser) -> Iterator[dict[str, int]]:
             kept[storage._cdata] = storage
         return tensor
 
-    def keep_arguments(block: nn.Module, arguments: tuple[Tensor | None, ...]) -> None:
-        if isinstance(block.__dict__.get("forward"), Recomputed):
-            for argument in arguments:
-                if argument is not None:
-                    keep(argument)
-
-    handles = [block.register_forward_pre_hook(keep_arguments) for block in denoiser.blocks]
     result = {"bytes": 0}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield result
-    for handle in handles:
-        handle.remove()
     result["bytes"] = sum(storage.nbytes() for storage in kept.values())

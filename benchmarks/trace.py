@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tuner.core.memory.checkpointing import apply_checkpointing
 
 from benchmarks.models import FULL, build, forward_loss, make_inputs, saved_bytes
+from tuner.core.memory.checkpointing import apply_checkpointing
 
 SMALL = 64
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
@@ -105,7 +105,7 @@ def _is_small(inputs: list[Tensor], name: str) -> bool:
 
 
 def trace(*, checkpointed: bool, size: int = 1024, batch: int = 1) -> Traffic:
-    """Traffic of forward, loss and backward of the full-size model on ``batch`` images of ``size`` x ``size`` pixels."""
+    """Traffic of forward, loss and backward of the full-size model on ``batch`` square images of ``size`` pixels."""
     with FakeTensorMode():
         denoiser, _ = build(FULL, torch.bfloat16, "cpu")
         apply_checkpointing(denoiser.blocks, "block" if checkpointed else "off")

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.helpers import golden
 from torch import Tensor, nn
 
-from tests.helpers import golden
 from tuner.core.compute.dtypes import cast_parameters
 from tuner.core.flow.sampler import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.plugins.anima import facts
+from tuner.plugins.anima import sizes as shapes_of
 from tuner.plugins.anima.denoiser import Block, Denoiser, fold_context, rope_angles, unpatchify
 from tuner.plugins.anima.text import LLMAdapter
 
@@ -24,7 +24,7 @@ PARITY = 3e-5
 GRADIENTS = 1e-4
 """Relative L2 error per tensor."""
 
-SIZES = facts.DenoiserSizes(
+SIZES = shapes_of.DenoiserSizes(
     width=64, heads=2, head_dim=32, blocks=2, mlp_width=128, text_width=24, adaln_rank=8, in_channels=16,
     out_channels=16, rope_ratio=4.0,
 )  # fmt: skip
@@ -33,8 +33,8 @@ SIZES = facts.DenoiserSizes(
 def weights(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the denoiser and of the adapter in a golden weight file."""
     tensors = golden(f"anima/{name}.safetensors")
-    named = {new: tensors[old] for new, old in facts.original_names(tensors).items()}
-    prefix = facts.ADAPTER_PREFIX
+    named = {new: tensors[old] for new, old in shapes_of.original_names(tensors).items()}
+    prefix = shapes_of.ADAPTER_PREFIX
     adapter = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
     return {key: value for key, value in named.items() if not key.startswith(prefix)}, adapter
 
@@ -45,12 +45,12 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, SimpleNamespace]:
 
 def load_denoiser(name: str) -> Denoiser:
     tensors, _ = weights(name)
-    denoiser = Denoiser(facts.denoiser_sizes(shapes(tensors)))
+    denoiser = Denoiser(shapes_of.denoiser_sizes(shapes(tensors)))
     denoiser.load_state_dict(tensors, strict=True)
     return denoiser.requires_grad_(False)
 
 
-def random_denoiser(sizes: facts.DenoiserSizes = SIZES, seed: int = 0) -> Denoiser:
+def random_denoiser(sizes: shapes_of.DenoiserSizes = SIZES, seed: int = 0) -> Denoiser:
     """Random weights with no dead branch: the modulation outputs are not left at zero."""
     denoiser = Denoiser(sizes)
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +155,7 @@ def test_one_training_step_with_the_adapter_matches_the_reference() -> None:
     data = golden("anima/e2e_step.safetensors")
     denoiser = load_denoiser("e2e_weights").requires_grad_(True)
     _, tensors = weights("e2e_weights")
-    adapter = LLMAdapter(facts.adapter_sizes(shapes(tensors)))
+    adapter = LLMAdapter(shapes_of.adapter_sizes(shapes(tensors)))
     adapter.load_state_dict(tensors, strict=True)
     context = adapter(data["qwen_hidden"], data["qwen_mask"], data["t5_ids"], data["t5_mask"])
     pred = denoiser(data["noisy"], data["t"], context)
@@ -196,7 +196,7 @@ def test_parameters_carry_the_published_names_and_nothing_else() -> None:
 
 
 def test_the_full_size_model_builds_on_the_meta_device_with_the_published_count() -> None:
-    sizes = facts.DenoiserSizes(
+    sizes = shapes_of.DenoiserSizes(
         width=2048, heads=16, head_dim=128, blocks=28, mlp_width=8192, text_width=1024, adaln_rank=256, in_channels=16,
         out_channels=16, rope_ratio=4.0,
     )  # fmt: skip
@@ -206,7 +206,7 @@ def test_the_full_size_model_builds_on_the_meta_device_with_the_published_count(
 
 
 def test_a_model_without_low_rank_modulation_runs_and_trains() -> None:
-    sizes = facts.DenoiserSizes(
+    sizes = shapes_of.DenoiserSizes(
         width=64, heads=2, head_dim=32, blocks=2, mlp_width=128, text_width=24, adaln_rank=0, in_channels=16,
         out_channels=16, rope_ratio=4.0,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def _samples(
     if bias is None:
         biases: list[Tensor | None] = [None] * count
     elif bias.shape[0] == count:
-        biases = list(bias.split(1))
+        biases = [*bias.tensor_split(count)]
     else:
         biases = [bias] * count
-    return list(zip(q.split(1), k.split(1), v.split(1), biases, strict=True))
+    return list(zip(q.tensor_split(count), k.tensor_split(count), v.tensor_split(count), biases, strict=True))

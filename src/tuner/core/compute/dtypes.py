@@ -42,4 +42,4 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype, *, keep_float32: Sequ
         return tensor.to(torch.float32 if id(tensor) in exact else dtype)
 
     # The path that ``Module.to`` takes: whoever follows moves (shared storage) sees this one too.
-    module._apply(cast)
+    module._apply(cast)  # type: ignore[no-untyped-call]

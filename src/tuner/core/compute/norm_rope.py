@@ -25,7 +25,7 @@ def rms_norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1
     if torch.compiler.is_compiling():
         # A compiler fuses the plain formula into one kernel and plans its own saved tensors.
         return _plain(x, weight, rope, eps)
-    result: Tensor = _NormRope.apply(x, weight, rope, eps)
+    result: Tensor = _NormRope.apply(x, weight, rope, eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -64,7 +64,7 @@ class _NormRope(torch.autograd.Function):
         return out.mul_(inverse_rms)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse_rms, weight, rope = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
             return _plain_backward(grad, x, inverse_rms, weight, rope)

@@ -64,11 +64,11 @@ class Sinusoid(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.half = width // 2
+        self.count = width // 2
 
     def forward(self, sigmas: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float32, device=sigmas.device)
-        angles = sigmas.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / self.half))
+        steps = torch.arange(self.count, dtype=torch.float32, device=sigmas.device)
+        angles = sigmas.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / self.count))
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -239,7 +239,7 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
         self.final_layer = FinalLayer(sizes)
         self._rope: dict[tuple[int, int, torch.device], Tensor] = {}
-        self.register_load_state_dict_post_hook(_fuse_again)
+        self.register_load_state_dict_post_hook(_fuse_again)  # type: ignore[no-untyped-call]
         self.fuse()
 
     @property
