@@ -29,7 +29,11 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
     """
     formats = tuple(formats)
     precision, sample, checkpoint = config.precision, config.sample, config.checkpoint
-    texts = {name: _SHORT.get(facts.dtypes.text, "fp32") for name in facts.text_components}
+    frozen_text = _SHORT.get(facts.dtypes.text, "fp32")
+    # What trains computes like the denoiser, whatever the model prefers for it when it is frozen.
+    texts = {
+        name: precision.compute if name in config.train.components else frozen_text for name in facts.text_components
+    }
     alpha = config.network.alpha
     if alpha is None and isinstance(config.network.rank, int) and config.network.rank > 0:
         alpha = float(config.network.rank)
@@ -41,7 +45,6 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         network=_with(config.network, alpha=alpha),
         precision=_with(
             precision,
-            frozen=precision.frozen or precision.compute,
             vae=precision.vae or _SHORT.get(facts.dtypes.vae, "fp32"),
             text_encoder={**texts, **precision.text_encoder},
         ),

@@ -53,6 +53,7 @@ PLANNED: Mapping[str, str] = {
     "cache.crops_per_image": "several cached crops per image",
     "cache.when": "encoding on demand",
     # noise and loss
+    "precision.frozen": "storing frozen weights in another dtype than the arithmetic",
     "noise.bias": "biased timesteps",
     "noise.list": "timesteps from a list",
     "noise.pyramid": "multi-resolution noise",

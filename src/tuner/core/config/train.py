@@ -57,9 +57,7 @@ class PrecisionConfig(Section):
     """Dtypes."""
 
     compute: Dtype = "bf16"
-    """Arithmetic of the denoiser."""
-    frozen: Dtype | None = None
-    """Storage of frozen weights. Left out: as ``compute``."""
+    """Arithmetic of the denoiser and storage of its frozen weights."""
     adapter: Dtype = "fp32"
     """Storage of the adapter's weights."""
     vae: Dtype | None = None

@@ -132,12 +132,9 @@ _LONG = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def default_placement(config: RunConfig, facts: ModelFacts, device: str = "cpu") -> Placement:
-    """``device`` for everything, dtypes as ``config.precision`` says."""
+    """``device`` for everything, dtypes as ``precision`` of a resolved configuration says."""
     precision = config.precision
-    dtypes = dict.fromkeys(facts.components, precision.frozen or precision.compute)
-    dtypes.update(
-        {name: precision.text_encoder[name] for name in facts.text_components if name in precision.text_encoder}
-    )
+    dtypes = dict.fromkeys(facts.components, precision.compute) | precision.text_encoder
     if precision.vae is not None:
         dtypes["vae"] = precision.vae
     return Placement(device=device, dtypes={name: _LONG[dtype] for name, dtype in dtypes.items()})

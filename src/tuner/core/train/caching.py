@@ -12,8 +12,8 @@ import torch
 
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
+from tuner.core.registry.facade import default_placement
 from tuner.core.track.progress import Progress
-from tuner.core.train.placement import placement_for
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
 from tuner.core.types import Models, TextEmbeds
 
@@ -66,7 +66,7 @@ class Caches:
 
     def load_fresh(self, components: Collection[str]) -> Models:
         """Load components that the caller keeps or releases by itself."""
-        placement = placement_for(self.run.config, self.run.facts, components, self.device)
+        placement = default_placement(self.run.config, self.run.facts, str(self.device))
         return self.run.model.load_models(tuple(components), placement)
 
     def release(self) -> None:

@@ -47,8 +47,10 @@ def draw_noise(noise_cfg: NoiseConfig, latents: Tensor, draws: StepDraws) -> Ten
     )
 
 
-def perturbed(noise_cfg: NoiseConfig, noise: Tensor, draws: StepDraws, step: int) -> Tensor | None:
-    """Noise for the model's input only, or None when ``noise.input_perturbation`` is off. ``step`` counts from 1."""
+def perturbed(noise_cfg: NoiseConfig, noise: Tensor, draws: StepDraws, step: int, total: int) -> Tensor | None:
+    """Noise for the model's input only, or None when ``noise.input_perturbation`` is off. ``step`` counts from 1 to
+    ``total``.
+    """
     perturbation = noise_cfg.input_perturbation
     if perturbation is None:
         return None
@@ -58,4 +60,5 @@ def perturbed(noise_cfg: NoiseConfig, noise: Tensor, draws: StepDraws, step: int
         normal=draws.normal("perturbation", noise.shape[1:]).to(noise.device),
         strength=draws.uniform("perturbation strength").to(noise.device),
         step=step - 1,
+        total=total,
     )

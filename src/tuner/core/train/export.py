@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.network import network_tensors
-from tuner.core.errors import UsageError
 from tuner.core.train.metadata import export_metadata
 
 if TYPE_CHECKING:
     from tuner.core.data.plan import DataPlan
     from tuner.core.registry import Run
     from tuner.core.track.events import EventLog
-    from tuner.core.types import Models, Network
+    from tuner.core.types import Network
 
 log = logging.getLogger(__name__)
 
 
 def export(
     run: Run,
-    models: Models,
     network: Network,
     plan: DataPlan,
     *,
@@ -41,18 +39,11 @@ def export(
     """
     metadata = export_metadata(run.config, plan, name=name, step=step, epoch=epoch, total=total)
     if run.config.checkpoint.metadata.embed:
-        metadata = _with_extensions(metadata, run.extra_metadata())
+        metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in network_tensors(network).items()}
-    files = run.model.save(models, network, tensors, path, metadata)
+    files = run.model.save(network, tensors, path, metadata)
     for file in files:
         verified = verify_export(file, tensors, key_maps(run.facts))
         events.emit("export", path=file.name, keys=verified.keys, modules=verified.modules, format=verified.format)
         log.info("%s: %s", file.name, verified)
     return files
-
-
-def _with_extensions(metadata: dict[str, str], extra: dict[str, str]) -> dict[str, str]:
-    clash = sorted(set(metadata) & set(extra))
-    if clash:
-        raise UsageError("an extension sets metadata that is already there", where=clash[0])
-    return {**metadata, **extra}

@@ -22,8 +22,8 @@ from tuner.core.registry import Run, open_run
 from tuner.core.track.events import EventLog
 from tuner.core.train.caching import Caches
 from tuner.core.train.checkpoint import State, find_state
+from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, open_folder
-from tuner.core.train.placement import pick_device
 from tuner.core.train.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -46,9 +46,11 @@ class TrainStep:
         config: RunConfig,
         device: torch.device,
         live_text: Collection[str],
+        total: int,
     ) -> None:
         self.model, self.models, self.network, self.optimizer = model, models, network, optimizer
         self.config, self.device, self.live_text = config, device, tuple(live_text)
+        self.total = total
         self.parameters = [parameter for group in network.param_groups for parameter in group.params.values()]
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -63,7 +65,7 @@ class TrainStep:
         for number, batch in enumerate(batches):
             with adapter_rng(self.network, self.config.train.seed, step, batch.items):
                 losses, sigmas = self.losses(batch, step, number)
-                (losses.sum() / samples).backward()
+                torch.autograd.backward(losses.sum() / samples)
             seen.append((batch, losses.detach(), sigmas))
         loss = float(torch.cat([losses for _, losses, _ in seen]).sum()) / samples
         if not math.isfinite(loss):
@@ -89,7 +91,7 @@ class TrainStep:
             config.noise, normal=draws.normal("sigma"), uniform=draws.uniform("sigma"), latent_hw=(height, width)
         ).to(self.device, non_blocking=True)
         target = self.model.noise_target(latents, noise, sigmas)
-        shaken = perturbed(config.noise, noise, draws, step)
+        shaken = perturbed(config.noise, noise, draws, step, self.total)
         noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy
         prediction = self.model.predict(
             self.models, noisy, target.timesteps, self.text(batch), rng=Rng(config.train.seed, "model", step, number)

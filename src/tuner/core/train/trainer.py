@@ -118,6 +118,7 @@ class Trainer:
                 config=config,
                 device=self.device,
                 live_text=self.caches.live_text,
+                total=self.total,
             ),
             set_rates=self._set_rates,
             batches=self._batches,
@@ -150,9 +151,9 @@ class Trainer:
     def _on_step(self, step: int, metrics: dict[str, float], batches: Sequence[Batch]) -> None:
         for batch in batches:
             self.ledger.add(batch.items)
-        extra = self.run.extra_metrics(step)
-        self.trackers.log(step, {**metrics, **extra})
-        self.run.notify("on_step_end", step=step, metrics={**metrics, **extra})
+        everything = {**metrics, **self.run.extensions.extra_metrics(step, metrics)}
+        self.trackers.log(step, everything)
+        self.run.extensions.on_step_end(step, everything)
 
     # --- putting together ---------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Trainer:
                 row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
             )  # fmt: skip
         log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
-        self.run.notify("on_run_start", run=self.run)
+        self.run.extensions.on_run_start(self.run)
 
     # --- chores -------------------------------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class Trainer:
             path=final.relative_to(self.folder.path).as_posix(),
             files=[path.name for path in paths],
         )
-        self.run.notify("on_checkpoint", step=position.step, paths=paths)
+        self.run.extensions.on_checkpoint(position.step, paths)
 
     def _save_state_at_end(self) -> None:
         """The last checkpoint, so that a finished run can be made longer."""
@@ -286,7 +287,6 @@ class Trainer:
         with eval_weights(self.optimizer):
             return export(
                 self.run,
-                self.models,
                 self.network,
                 self.plan,
                 path=path,
