@@ -14,7 +14,7 @@ GAMMA = (0.95, 1.05)
 
 
 def shift_color(pixels: Tensor, rng: Rng) -> Tensor:
-    """With probability 0.33 turn the hue or apply a gamma, half each. pixels: [3,H,W] RGB in 0..1, and so the result."""
+    """With probability 0.33 turn the hue or apply a gamma, half each. pixels: [3,H,W] RGB in 0..1, as is the result."""
     if rng.child("happens").random() >= CHANCE:
         return pixels
     amount = rng.child("amount").random()

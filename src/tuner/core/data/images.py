@@ -1,4 +1,4 @@
-"""Pixels of one image: read, turned upright, made RGB, resized, cropped, mirrored. Pure and fit for worker processes."""
+"""Pixels of one image: read, turned upright, made RGB, resized, cropped, mirrored. Pure, and fit for workers."""
 
 from __future__ import annotations
 

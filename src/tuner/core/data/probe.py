@@ -82,7 +82,7 @@ def _described(data: bytes, digest: str) -> Probe:
         with Image.open(io.BytesIO(data)) as image:
             error = refusal(image)
             orientation = _orientation(image, data)
-            width, height = image.size if orientation < 5 else image.size[::-1]
+            width, height = _upright_size(image, orientation, data) if error is None else image.size
             found = Probe(
                 digest=digest,
                 width=width,
@@ -92,8 +92,6 @@ def _described(data: bytes, digest: str) -> Probe:
                 alpha=has_alpha(image),
                 error=error,
             )
-            if error is None:
-                _check_complete(data, image.format)
         return found
     except Image.DecompressionBombError:
         return Probe(digest=digest, error="the image has too many pixels to be read safely")
@@ -127,16 +125,27 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _check_complete(data: bytes, kind: str | None) -> None:
-    """Raise for a truncated file. Common formats are checked without decoding; a suspicion is settled by decoding."""
+def _upright_size(image: Image.Image, orientation: int, data: bytes) -> tuple[int, int]:
+    """Size with the orientation applied. Raises for a truncated file.
+
+    Common formats are checked without decoding; a suspicion, and any other format, is settled by decoding.
+    """
+    from PIL import ImageOps
+
+    if not _seems_complete(image.format, data):
+        return ImageOps.exif_transpose(image).size
+    return image.size if orientation < 5 else (image.height, image.width)
+
+
+def _seems_complete(kind: str | None, data: bytes) -> bool:
     from PIL import Image
 
-    if kind in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):
-        return
-    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 <= len(data):
-        return
-    with Image.open(io.BytesIO(data)) as image:
-        if kind == "PNG":
+    if kind in ("JPEG", "MPO"):
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    if kind == "PNG":
+        with Image.open(io.BytesIO(data)) as image:
             image.verify()
-        else:
-            image.load()
+        return True
+    return False
