@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from tests.core.data.toy import source, toy_config, toy_plan
+
 from tuner.core.data.order import epoch_order, rank_slice, validation_order
 from tuner.core.data.plan import DataPlan
 
@@ -58,7 +59,7 @@ def test_a_batch_holds_one_bucket_and_at_most_its_size(tmp_path: Path):
 def test_batches_of_all_buckets_are_mixed(tmp_path: Path):
     plan = make_plan(tmp_path, {"a": [SQUARE] * 40 + [WIDE] * 40})
     buckets = [plan.items[batch[0].item].fit.bucket for batch in epoch_order(plan, 3, 0)]
-    changes = sum(left != right for left, right in zip(buckets, buckets[1:], strict=False))
+    changes = sum(left != right for left, right in itertools.pairwise(buckets))
     assert changes > 8
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from tests.core.data.toy import source, toy_config, toy_plan
 from tests.helpers import golden
+
 from tuner.core.data.report import report_plan
 from tuner.core.data.split import split_validation
 from tuner.core.errors import UsageError
@@ -111,9 +111,7 @@ def test_dropping_every_batch_is_an_error(tmp_path: Path):
 
 
 def test_steps_follow_from_epochs_batches_and_accumulation(tmp_path: Path):
-    config = toy_config(
-        tmp_path, [{**SMALL, "sources": [source("a")]}], train={"epochs": 3, "accumulate": 2}
-    )
+    config = toy_config(tmp_path, [{**SMALL, "sources": [source("a")]}], train={"epochs": 3, "accumulate": 2})
     plan = toy_plan(config, {"a": SIZES})
     assert plan.batches_per_epoch == 5
     assert plan.steps_per_epoch(accumulate=2) == 3

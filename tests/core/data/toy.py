@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tuner.core.config import RunConfig
-from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
+from tuner.core.data.plan import DataPlan, expand_tiers, plan_data, plan_indices
+from tuner.core.data.prepare import DataCaches, open_caches
 from tuner.core.data.records import ImageRecord, SourceIndex
 from tuner.core.errors import Problems
 from tuner.core.types import DtypeRules, Field, LoraRules, ModelFacts, Models, NoiseDefaults, SampleDefaults, TextEmbeds
@@ -69,7 +73,7 @@ def toy_facts(folder: Path, **changes: Any) -> ModelFacts:
 
 
 class ToyFacade:
-    """Encodes by formula and counts its calls. ``spoil``: a caption or pixel count whose encoding is NaN."""
+    """Encodes by formula and remembers its calls. fail_after: so many forwards succeed. nan: latents are spoilt."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -149,3 +153,47 @@ def toy_plan(config: RunConfig, sizes: dict[str, list[tuple[int, int]]], multipl
 
 def source(name: str, path: str | Path = "images", **settings: Any) -> dict[str, Any]:
     return {"id": name, "path": str(path), **settings}
+
+
+@dataclass
+class Rig:
+    """A run's data section over real files, with the toy model."""
+
+    config: RunConfig
+    facts: ModelFacts
+    facade: ToyFacade
+    plan: DataPlan
+    caches: DataCaches
+
+    def fill(self) -> tuple[int, int]:
+        """(captions, images) that were encoded."""
+        return self.caches.fill_text(), self.caches.fill_latents()
+
+
+def open_rig(folder: Path, sets: list[dict[str, Any]], facts: dict[str, Any] | None = None, **sections: Any) -> Rig:
+    config = toy_config(folder, sets, **sections)
+    described = toy_facts(folder, **(facts or {}))
+    plan, facade = plan_data(config, described), ToyFacade()
+    caches = open_caches(plan, config, described, facade, load=lambda components: facade.load(*components))
+    return Rig(config, described, facade, plan, caches)
+
+
+def one_set(*sources: dict[str, Any], **geometry: Any) -> list[dict[str, Any]]:
+    """A set of small buckets."""
+    return [{"resolution": 32, "batch_size": 2, "buckets": {"step": 8, "min": 8}, "sources": list(sources), **geometry}]
+
+
+def write_images(folder: Path, sizes: Sequence[tuple[int, int]], mode: str = "RGB", name: str = "{:02}") -> Path:
+    """Noise images 00.png, 01.png, ... with captions "tag00, red, big" and so on; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (width, height) in enumerate(sizes):
+        stem = name.format(number)
+        write_image(folder / f"{stem}.png", (width, height), number, mode)
+        (folder / f"{stem}.txt").write_text(f"tag{stem}, red, big", encoding="utf-8")
+    return folder
+
+
+def write_image(path: Path, size: tuple[int, int], seed: int, mode: str = "RGB") -> None:
+    channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+    noise = random.Random(f"{seed}{mode}").randbytes(size[0] * size[1] * channels)
+    Image.frombytes(mode, size, noise).save(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections import deque
@@ -11,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +42,13 @@ class DecodeJob:
 
 
 def decode(job: DecodeJob) -> tuple[Tensor, Tensor | None]:
-    """Pixels [3,H,W] float32 in -1..1 and mask [H,W] float32 in 0..1, or None when the image has no mask."""
+    """Pixels [3,H,W] float32 in -1..1 and mask [H,W] float32 in 0..1, or None when the image has no mask.
+
+    Raises UsageError when a file is not the one that was indexed: its pixels would be stored under a wrong key.
+    """
+    _check_content(job.record.path, job.record.digest)
+    if job.mask == "file" and job.record.mask_path is not None and job.record.mask_digest is not None:
+        _check_content(job.record.mask_path, job.record.mask_digest)
     return load_pixels(
         job.record, job.fit, resize=job.resize, crop=job.look.crop, flip=job.look.flip, color=job.look.color,
         mask=job.mask,
@@ -71,6 +79,17 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None) -> Iterator[tuple
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _check_content(path: Path, digest: str) -> None:
+    try:
+        found = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise UsageError("an image cannot be read", where=str(path), why=error.strerror) from error
+    if found != digest:
+        raise UsageError(
+            "an image changed after it was indexed", where=str(path), fix="start again: what changed is encoded anew"
+        )
 
 
 def _decode_to_arrays(job: DecodeJob) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:

@@ -21,6 +21,7 @@ from tuner.core.rng import Rng
 
 from .cache import CacheKey, Store
 from .decode import DecodeJob, decode, decode_all
+from .images import BACKGROUND
 from .keys import latent_key, mask_key
 from .looks import Look, check_cacheable, fixed_looks
 from .text_cache import DTYPES, Progress
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from .plan import DataPlan, PlanItem
 
 logger = logging.getLogger(__name__)
-
-BACKGROUND = "white"
-"""What transparent pixels without a mask are laid over; part of the key."""
 
 
 class LatentFacade(Protocol):
@@ -221,7 +219,7 @@ class LatentCache:
 
     def _mask_kind(self, item: PlanItem) -> str | None:
         mask = self.plan.sources[item.source].mask
-        if mask is None:
+        if mask is None or (mask == "alpha" and not item.record.alpha):
             return None
         return "alpha" if mask == "alpha" else "file"
 

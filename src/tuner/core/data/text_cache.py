@@ -203,10 +203,10 @@ def _encoders(
     fields: Mapping[str, Field],
     identities: Mapping[str, str],
 ) -> dict[str, Any]:
-    precision = config.precision.text_encoder
+    precision, rule = config.precision.text_encoder, facts.dtypes.text
     return {
         "family": facts.family,
-        "components": {name: [identities.get(name, ""), precision.get(name) or facts.dtypes.text] for name in components},
+        "components": {name: [identities.get(name, ""), precision.get(name) or rule] for name in components},
         "fields": {name: [list(field.shape), field.dtype, field.trim] for name, field in fields.items()},
         "max_tokens": dict(facts.max_tokens),
         "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens"}),
