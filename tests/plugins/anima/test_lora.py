@@ -1,0 +1,202 @@
+"""LoRA on this family: which modules, which key names, and what files of other trainers do to the prediction.
+
+Golden data: executions of kohya-ss/sd-scripts on tiny random models, float32, CPU (tests/golden/anima).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers import golden, golden_path
+from torch import Tensor
+
+from tuner.core.adapters.convert import convert_adapter, merged_weight
+from tuner.core.adapters.export import verify_export
+from tuner.core.adapters.files import read_adapter, save_adapter
+from tuner.core.adapters.formats import format_by_name, module_name
+from tuner.core.adapters.lora import detach, inject_lora
+from tuner.core.adapters.network import adapter_strength, network_tensors
+from tuner.core.compute.weights import read_tensors
+from tuner.core.config import RunConfig
+from tuner.core.files import safetensors_header
+from tuner.core.types import ModelFacts, Models
+from tuner.plugins.anima import sizes
+from tuner.plugins.anima.denoiser import Denoiser
+from tuner.plugins.anima.facts import facts
+from tuner.plugins.anima.names import MAPS
+from tuner.plugins.anima.text import LLMAdapter, build_encoder, encode_states
+
+PARITY = 3e-5
+SD_SCRIPTS, COMFYUI = golden_path("anima/lora_sdscripts.safetensors"), golden_path("anima/lora_comfyui.safetensors")
+HASHES = {"sshs_model_hash", "sshs_legacy_hash"}
+EVERYTHING = ["denoiser", "llm_adapter", "qwen3"]
+ConfigOf = Callable[..., RunConfig]
+
+
+def own_name(module: str) -> tuple[str, str]:
+    """A module name of the golden table as (component, path)."""
+    if module.startswith("llm_adapter."):
+        return "llm_adapter", module.removeprefix("llm_adapter.")
+    return ("qwen3" if module.startswith("layers.") else "denoiser"), module
+
+
+@pytest.fixture
+def models() -> Models:
+    """The tiny models that the golden LoRA belongs to."""
+    tensors = golden("anima/e2e_weights.safetensors")
+    named = {new: tensors[old] for new, old in sizes.original_names(tensors).items()}
+    prefix = sizes.ADAPTER_PREFIX
+    parts = ({}, {})
+    for name, value in named.items():
+        parts[name.startswith(prefix)][name.removeprefix(prefix)] = value
+    shapes = [{name: SimpleNamespace(shape=tuple(value.shape)) for name, value in part.items()} for part in parts]
+    denoiser, adapter = Denoiser(sizes.denoiser_sizes(shapes[0])), LLMAdapter(sizes.adapter_sizes(shapes[1]))
+    denoiser.load_state_dict(parts[0])
+    adapter.load_state_dict(parts[1])
+    header = safetensors_header(golden_path("anima/qwen3_weights.safetensors"))
+    header = header.renamed(sizes.encoder_names(header))
+    encoder = build_encoder(read_tensors(header), sizes.encoder_sizes(header), {}, dtype=torch.float32)
+    return Models(denoiser=denoiser, text_encoders={"qwen3": encoder, "llm_adapter": adapter})
+
+
+@pytest.fixture
+def facts_of(tiny: dict[str, Any], run_config: ConfigOf) -> Callable[..., tuple[RunConfig, ModelFacts]]:
+    def build(components: list[str], **network: Any) -> tuple[RunConfig, ModelFacts]:
+        config = run_config(tiny, network=network, train={"components": components})
+        return config, facts(config)
+
+    return build
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", golden("anima/lora_names.json"), ids=lambda entry: entry["module"])
+def test_every_linear_has_its_published_names_both_ways(entry: dict[str, Any]) -> None:
+    component, path = own_name(entry["module"])
+    for name, key in (("sd-scripts", "sd_scripts"), ("comfyui", "comfyui")):
+        fmt = format_by_name(MAPS, name)
+        assert module_name(fmt, component, path) == entry[key]
+        file_keys = [entry[key] + suffix for suffix in (fmt.down, fmt.up)]
+        assert path in MAPS.paths(file_keys)[component]
+
+
+def test_the_default_choice_is_the_published_one(
+    models: Models, facts_of: Callable[..., tuple[RunConfig, ModelFacts]]
+) -> None:
+    config, found = facts_of(EVERYTHING)
+    network = inject_lora(models, config, found)
+    chosen = {name.rpartition(".")[0] for name in network_tensors(network)}
+    assert chosen == {
+        ":".join(own_name(entry["module"])) for entry in golden("anima/lora_names.json") if entry["default_target"]
+    }
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "twin"),
+    [(SD_SCRIPTS, "comfyui-alpha", COMFYUI), (COMFYUI, "sd-scripts", SD_SCRIPTS)],
+    ids=["to comfyui", "to sd-scripts"],
+)
+def test_conversion_gives_the_other_golden_file_exactly(tmp_path: Path, source: Path, target: str, twin: Path) -> None:
+    path = tmp_path / "converted.safetensors"
+    convert_adapter(source, path, target, MAPS)
+    got, want = load_file(path), load_file(twin)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) and got[key].dtype == want[key].dtype for key in want)
+    metadata, expected = safetensors_header(path).metadata, safetensors_header(twin).metadata
+    assert metadata == expected
+    assert metadata.keys() >= HASHES
+
+
+@pytest.mark.parametrize("fmt", [fmt.name for fmt in MAPS.formats])
+def test_every_format_carries_the_same_effect(tmp_path: Path, fmt: str) -> None:
+    tensors = read_adapter(SD_SCRIPTS, MAPS).tensors
+    held = format_by_name(MAPS, fmt).prefixes
+    tensors = {name: value for name, value in tensors.items() if name.partition(":")[0] in held}
+    path = save_adapter(tensors, format_by_name(MAPS, fmt), tmp_path / "a.safetensors", {})
+    assert verify_export(path, tensors, MAPS).modules == len(tensors) // 3
+
+
+@pytest.mark.parametrize("prefix", ["net.", "transformer.", "diffusion_model."])
+def test_prefixes_of_other_trainers_are_read(prefix: str) -> None:
+    from tuner.core.adapters.formats import decode_adapter
+
+    encoded = {
+        re.sub(r"^diffusion_model\.", prefix, key): value
+        for key, value in load_file(COMFYUI).items()
+        if not key.startswith("text_encoders.")
+    }
+    internal, _ = decode_adapter(encoded, MAPS.formats, MAPS.paths(list(encoded)))
+    assert len(internal) == len(encoded)
+    assert {name.partition(":")[0] for name in internal} == {"denoiser", "llm_adapter"}
+
+
+# --- effect -----------------------------------------------------------------------------------------------------------
+
+
+def predict(models: Models) -> Tensor:
+    data = golden("anima/e2e_step.safetensors")
+    adapter = models.text_encoders["llm_adapter"]
+    context = adapter(data["qwen_hidden"], data["qwen_mask"], data["t5_ids"], data["t5_mask"])
+    assert models.denoiser is not None
+    return models.denoiser(data["noisy"], data["t"], context)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = PARITY) -> None:
+    assert (got.reshape(want.shape) - want).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("source", [SD_SCRIPTS, COMFYUI], ids=["sd-scripts", "comfyui"])
+def test_a_loaded_file_changes_the_prediction_as_in_the_reference(
+    models: Models, facts_of: Callable[..., tuple[RunConfig, ModelFacts]], source: Path
+) -> None:
+    config, found = facts_of(EVERYTHING, rank="from_file", init_from=str(source))
+    network = inject_lora(models, config, found)
+    effect, text = golden("anima/lora_effect.safetensors"), golden("anima/text_encode.safetensors")
+    with torch.no_grad():
+        for strength in (0, 0.6, 1.0):
+            with adapter_strength(network, float(strength)):
+                close(predict(models), effect[f"dit_pred.mult{strength}"])
+                states = encode_states(models.text_encoders["qwen3"], text["input_ids"], text["attention_mask"].bool())
+                want = effect[f"qwen_hidden.mult{strength}"] if strength else text["prompt_embeds"]
+                close(states, want, 2e-5)
+
+
+def test_merged_weights_equal_the_reference(models: Models) -> None:
+    tensors = read_adapter(SD_SCRIPTS, MAPS).tensors
+    merged = {key: value for key, value in golden("anima/lora_effect.safetensors").items() if key.startswith("merged.")}
+    assert len(merged) == 10
+    for key, want in merged.items():
+        match = re.fullmatch(r"merged\.mult([\d.]+?)\.((?:llm_adapter|blocks)\..*)\.weight", key)
+        assert match is not None
+        component, path = own_name(match[2])
+        weight = models.component(component).get_submodule(path).weight
+        down, up, alpha = (tensors[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
+        close(merged_weight(weight, down, up, float(alpha), float(match[1])), want, 1e-6)
+
+
+def test_the_default_format_folds_alpha_and_starts_another_run_with_the_same_prediction(
+    models: Models, facts_of: Callable[..., tuple[RunConfig, ModelFacts]], tmp_path: Path
+) -> None:
+    config, found = facts_of(EVERYTHING, rank="from_file", init_from=str(SD_SCRIPTS))
+    network = inject_lora(models, config, found)
+    path = save_adapter(network_tensors(network), format_by_name(MAPS, None), tmp_path / "a.safetensors", {})
+    assert not any(key.endswith(".alpha") for key in load_file(path))
+    assert read_adapter(path, MAPS).format == "comfyui"
+    assert verify_export(path, network_tensors(network), MAPS).keys == 2 * 54
+    with torch.no_grad():
+        want = predict(models)
+        detach(network)
+        config, found = facts_of(EVERYTHING, rank="from_file", init_from=str(path))
+        inject_lora(models, config, found)
+        close(predict(models), want, 1e-5)
