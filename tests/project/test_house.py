@@ -19,6 +19,7 @@ FILE_LINES = 500
 FUNCTION_LINES = 80
 LOOP_LINES = {"Loop.train": 60, "TrainStep.__call__": 80}
 BROAD_EXCEPTS = 3
+PICKLERS = ("pickle", "dill", "joblib", "cloudpickle")
 FLAT_FILES = ("denoiser.py",)
 """One model per file, no branches to get lost in: these may be longer."""
 
@@ -85,7 +86,7 @@ def test_the_core_and_the_command_line_know_no_model_by_name():
     }
     # A sampler of timesteps is known to everybody under the name of the model it was first published with.
     allowed = re.compile(r"flux_shift|flux_mu")
-    pattern = re.compile("|".join(sorted(families)), re.IGNORECASE)
+    pattern = re.compile(rf"(?<![a-z])({'|'.join(sorted(families))})(?![a-z])", re.IGNORECASE)
     found = [
         f"{name(path)}:{number}: {line.strip()}"
         for path in SHARED
@@ -99,13 +100,11 @@ def test_nothing_is_pickled_and_nothing_is_printed():
     found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                modules = (
-                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
-                )
-                found += [
-                    f"{name(path)}: {each}" for each in modules if each.split(".")[0] in ("pickle", "dill", "joblib")
-                ]
+            if isinstance(node, ast.Import):
+                found += [f"{name(path)}: {each.name}" for each in node.names if each.name.split(".")[0] in PICKLERS]
+            # torch's restricted loader raises this error, which has no other name.
+            if isinstance(node, ast.ImportFrom) and node.module in PICKLERS:
+                found += [f"{name(path)}: {each.name}" for each in node.names if each.name != "UnpicklingError"]
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 found.append(f"{name(path)}:{node.lineno}: print")
     assert not found
@@ -117,7 +116,7 @@ def test_a_command_that_computes_nothing_never_imports_torch(arguments):
         "import sys; from tuner.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "sys.exit(','.join(sorted(heavy)))"
+        "sys.exit(','.join(sorted(heavy)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

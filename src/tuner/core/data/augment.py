@@ -27,12 +27,12 @@ def shift_color(pixels: Tensor, rng: Rng) -> Tensor:
 def turn_hue(pixels: Tensor, turn: float) -> Tensor:
     """Turn the hue of [3,H,W] RGB in 0..1 by a share of the colour circle; saturation and value stay (HSV)."""
     value, top = pixels.max(dim=0)
-    chroma = value - pixels.min(dim=0).values
+    spread = value - pixels.min(dim=0).values
     red, green, blue = pixels
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    safe = torch.where(spread > 0, spread, torch.ones_like(spread))
     sextants = torch.stack(((green - blue) / safe % 6, (blue - red) / safe + 2, (red - green) / safe + 4))
     hue = (sextants.gather(0, top.unsqueeze(0)).squeeze(0) + 6 * turn) % 6
-    # Back from HSV: channel = value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6.
+    # Back from HSV: channel = value - spread * max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6.
     offsets = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
     k = (offsets + hue) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0.0, 1.0)
+    return value - spread * torch.minimum(k, 4 - k).clamp(0.0, 1.0)

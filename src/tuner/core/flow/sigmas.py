@@ -1,6 +1,6 @@
 """Noise levels from random draws: every value of ``noise.timesteps``.
 
-Formulas as in kohya-ss/sd-scripts (`flux_train_utils`, `sd3_train_utils`, `anima_train_utils`) and, for the beta
+Formulas as in kohya-ss/sd-scripts and, for the beta
 density and the automatic shift, bghira/SimpleTuner. All tensors here are [B] float32 on the CPU.
 """
 
@@ -97,7 +97,7 @@ def flux_mu(latent_hw: tuple[int, int]) -> float:
 
 
 def _density(name: str, noise_cfg: NoiseConfig, normal: Tensor, uniform: Tensor) -> Tensor:
-    """Draws with the named density, as in the SD3 paper (Esser et al. 2024, section 3.1)."""
+    """Draws with the named density, as in Esser et al. 2024, section 3.1."""
     if name == "logit_normal":
         return torch.sigmoid(noise_cfg.logit_mean + noise_cfg.logit_std * normal)
     if name == "mode":

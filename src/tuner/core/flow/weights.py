@@ -20,7 +20,7 @@ def loss_weight(loss_cfg: LossConfig, sigmas: Tensor) -> Tensor:
     """Weight per sample [B] float32 from ``loss.weighting`` and ``loss.min_snr_gamma``.
 
     sigma_sqrt: max(sigma, SIGMA_FLOOR)**-2. cosmap: 2/(pi*(1 - 2 sigma + 2 sigma**2)). none, uniform: 1.
-    Formulas: Esser et al. 2024, as in `compute_loss_weighting_for_sd3` of diffusers and kohya-ss/sd-scripts.
+    Formulas: Esser et al. 2024.
     """
     sigmas = sigmas.to(torch.float32)
     if loss_cfg.weighting == "sigma_sqrt":

@@ -20,6 +20,7 @@ from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
 from tuner.core.registry import Run, open_run
 from tuner.core.track.events import EventLog
+from tuner.core.track.trackers import check_trackers
 from tuner.core.train.caching import Caches
 from tuner.core.train.checkpoint import State, find_state
 from tuner.core.train.device import pick_device
@@ -52,6 +53,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     config = run.config
     wanted = resume or config.checkpoint.resume
     folder = open_folder(Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none")
+    check_trackers(config.log)
     set_threads(config)
     with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
         found = None if wanted == "none" else find_state(folder, wanted)

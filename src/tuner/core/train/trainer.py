@@ -91,9 +91,10 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._announce()
-        if self.position.step == 0 and self.config.sample.at_start:
-            self._preview(0)
-        with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path) as self.trackers:
+        with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path, self.position.step) as trackers:
+            self.trackers = trackers
+            if self.position.step == 0 and self.config.sample.at_start:
+                self._preview(0)
             loop = self._loop(interrupt)
             with self._progress() as progress:
                 self.position, reason = loop.train(self.position, progress)
@@ -222,6 +223,7 @@ class Trainer:
         fields = asdict(result)
         fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
         self.events.emit("validation", **fields)
+        self.trackers.log(step, {"validation/delta": result.delta, "validation/adapted": result.adapted})
         log.info(
             "validation at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
             step, result.delta, result.low, result.high, result.images,
@@ -238,6 +240,7 @@ class Trainer:
             sheet=preview.sheet.relative_to(self.folder.path).as_posix(),
             images=[path.relative_to(self.folder.path).as_posix() for path in preview.images],
         )
+        self.trackers.image(step, "samples", preview.sheet)
         log.info("samples: %s", preview.sheet)
 
     def _save(self, position: Position) -> None:

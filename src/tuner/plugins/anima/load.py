@@ -118,11 +118,11 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a .pth file through torch's restricted loader, which builds tensors and runs no code."""
-    import pickle
+    from pickle import UnpicklingError
 
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError) as error:
         raise UsageError("cannot read this file as plain weights", where=str(path), why=str(error).splitlines()[0],
                          fix="use the .safetensors file instead") from error  # fmt: skip
     values = values.get("state_dict", values) if isinstance(values, dict) else values
