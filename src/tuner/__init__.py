@@ -62,7 +62,7 @@ _HOME = dict.fromkeys(_TYPES, "tuner.core.types") | {
     "train": "tuner.core.train.door",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

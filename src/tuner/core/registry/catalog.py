@@ -238,7 +238,8 @@ def _entries_of(dist: metadata.Distribution) -> list[tuple[Entry, str]]:
     if not sections:
         return []
     name = dist.metadata["Name"] or "unknown"
-    about = {"dist": name, "version": dist.version, "summary": dist.metadata["Summary"] or ""}
+    summary = "" if name == HOME else dist.metadata["Summary"] or ""
+    about = {"dist": name, "version": dist.version, "summary": summary}
     unmet = "" if name == HOME else _unmet(dist)
     return [
         (Entry(name=key, group=group, value=value.split("[")[0].strip(), **about), unmet)

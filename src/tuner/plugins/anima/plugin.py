@@ -13,4 +13,6 @@ plugin = ModelPlugin(
     facts="tuner.plugins.anima.facts:facts",
     hooks="tuner.plugins.anima.hooks",
     presets="tuner.plugins.anima.presets",
+    key_maps="tuner.plugins.anima.names:MAPS",
+    count_tokens="tuner.plugins.anima.sources:count_tokens",
 )

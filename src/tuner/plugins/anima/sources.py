@@ -7,7 +7,7 @@ A source is a local file, a local folder, or a hub id ``owner/name`` that may go
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +81,13 @@ def files(config: RunConfig) -> dict[str, tuple[Path, ...]]:
         "qwen3": (*_with_shards(sources.qwen3), *_settings_file(sources.qwen3), *_tokenizer_files(sources, "qwen3")),
         "vae": _with_shards(sources.vae),
     }
+
+
+def count_tokens(config: RunConfig) -> dict[str, Callable[[Sequence[str]], list[int]]]:
+    """By tokenizer, a function from captions to their numbers of tokens before any cutting."""
+    from .text import load_tokenizer
+
+    return {name: load_tokenizer(name, path).lengths for name, path in resolve(config).tokenizers.items()}
 
 
 def settings_path(weights: Path) -> Path:

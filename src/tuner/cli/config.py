@@ -1,0 +1,46 @@
+"""Print the JSON Schema of configurations, or a configuration with every default written out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tuner.cli.console import out, out_json
+from tuner.cli.settings import add_config_arguments, load
+
+if TYPE_CHECKING:
+    from tuner.core.registry import Catalog
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    schema = actions.add_parser("schema", help="JSON Schema, for editors that complete")
+    schema.add_argument("--model", metavar="NAME", help="include the keys of this model")
+    resolve = actions.add_parser("resolve", help="the configuration with every default; needs the model's files")
+    add_config_arguments(resolve)
+    parser.set_defaults(command="config resolve")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tuner.core.registry import Catalog
+
+    catalog = Catalog()
+    if arguments.action == "schema":
+        return _schema(arguments.model, catalog)
+    from tuner.core.config import resolved_text
+    from tuner.core.registry import open_facts, typed_config
+
+    raw = load(arguments, catalog)
+    opened = open_facts(typed_config(raw, catalog), catalog, raw)
+    out(resolved_text(opened.config).rstrip())
+    return 0
+
+
+def _schema(model: str | None, catalog: Catalog) -> int:
+    from tuner.core.config import ModelConfigBase, run_schema
+    from tuner.core.registry import model_schema
+
+    section = ModelConfigBase if model is None else model_schema(catalog, model)
+    schema = run_schema(section).model_json_schema(by_alias=True, mode="validation")
+    out_json({"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema)
+    return 0

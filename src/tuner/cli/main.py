@@ -1,0 +1,82 @@
+"""The front of the command line. It must stay quick: neither torch nor pydantic nor rich is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from tuner.cli.console import error, out, warn
+from tuner.core.errors import UsageError
+
+COMMANDS = {
+    "train": "train an adapter",
+    "check": "check everything a training needs, without a GPU",
+    "cache": "encode and store images and captions ahead",
+    "convert": "rewrite an adapter file in another format",
+    "config": "print the schema, or a configuration with every default",
+    "plugins": "list installed models and extensions",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 found problems, 2 wrong use, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            return _help()
+        if arguments[0] in ("-V", "--version"):
+            out(f"tuner {metadata.version('tuner')}")
+            return 0
+        return _run(arguments[0], arguments[1:])
+    except UsageError as problem:
+        error(str(problem))
+        return problem.exit_code
+    except KeyboardInterrupt:
+        error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        sys.stderr.close()
+        return 0
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        guess = get_close_matches(name, COMMANDS, n=1)
+        fix = f"did you mean 'tuner {guess[0]}'?" if guess else "tuner --help lists the commands"
+        raise UsageError(f"there is no command {name!r}", fix=fix)
+    module = importlib.import_module(f"tuner.cli.{name}")
+    parser = Parser(prog=f"tuner {name}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(arguments))
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors, like all others."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
+
+
+def _help() -> int:
+    from tuner.core.registry.catalog import MODELS, Catalog
+
+    catalog = Catalog()
+    width = max(map(len, COMMANDS))
+    models = ", ".join(entry.name for entry in catalog.entries(MODELS)) or "none"
+    out("tuner: fine-tune text-to-image models\n")
+    out("usage: tuner COMMAND [OPTIONS]    tuner COMMAND --help\n")
+    out("commands:")
+    for name, summary in COMMANDS.items():
+        out(f"  {name:{width}}  {summary}")
+    out(f"\nmodels: {models}")
+    out("\nexample: tuner train config.json --model NAME")
+    for problem in catalog.warnings():
+        warn(f"{problem}. See: tuner plugins show {problem.name}")
+    return 0

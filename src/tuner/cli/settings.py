@@ -1,0 +1,59 @@
+"""The options that every command with a configuration has, and what they lead to."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.config import RawConfig
+    from tuner.core.registry import Catalog
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """``config``, ``--model``, ``--preset`` and ``--set``."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a JSON file; comments are allowed")
+    parser.add_argument("--model", metavar="NAME", help="the model plugin, when the file does not name it")
+    parser.add_argument("--preset", metavar="MODEL/NAME", help="start from a preset; the file wins over it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="override: --set optimizer.lr=2e-4"
+    )
+
+
+def load(arguments: argparse.Namespace, catalog: Catalog) -> RawConfig:
+    """The merged document that the arguments describe."""
+    from tuner.core.config import load_config
+    from tuner.core.registry import read_preset
+
+    if arguments.config is None and not arguments.preset and not arguments.sets:
+        raise UsageError("which configuration?", fix=f"tuner {arguments.command} config.json")
+    preset = read_preset(catalog, arguments.preset) if arguments.preset else None
+    return load_config(
+        Path(arguments.config) if arguments.config else {}, model=arguments.model, sets=arguments.sets, preset=preset
+    )
+
+
+def set_up_logging(raw: RawConfig) -> None:
+    """Messages of the program to standard error, and to ``log.file``; foreign libraries only when they warn."""
+    section = raw.get("log")
+    section = section if isinstance(section, dict) else {}
+    level = str(section.get("level", "info")).upper()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    file = section.get("file")
+    if isinstance(file, str):
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        except OSError as error:
+            raise UsageError("cannot write the log file", where=f"{file}, log.file", why=error.strerror) from error
+    logger = logging.getLogger("tuner")
+    logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
+    logger.handlers[:] = handlers
+    logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,0 +1,237 @@
+"""Everything that can be known before a run: configuration, files, images, captions, disk. No weight is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tuner.core.config import RawConfig, RunConfig, load_config
+from tuner.core.data.index import scan_source
+from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
+from tuner.core.data.records import SourceIndex
+from tuner.core.data.report import PlanReport, report_plan
+from tuner.core.data.text_cache import cached_fields, planned_texts
+from tuner.core.errors import Problems, UsageError
+from tuner.core.files import safetensors_header
+from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, open_facts, typed_config
+from tuner.core.train.folder import RunFolder
+from tuner.core.train.prompts import resolve_prompts
+from tuner.core.types import ModelFacts
+
+T = TypeVar("T")
+
+BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4, "int64": 8, "bool": 1}
+SHOWN = 5
+
+
+@dataclass(kw_only=True)
+class CheckReport:
+    """What a check found. files, disk: name to a line of text. plan: the data as it would be trained."""
+
+    plan: PlanReport
+    files: dict[str, str] = field(default_factory=dict)
+    disk: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def check(
+    raw: Mapping[str, Any], *, base_dir: Path | None = None, resuming: bool = False, catalog: Catalog | None = None
+) -> CheckReport:
+    """Check everything a run with this configuration needs. Raises one UsageError that lists all problems.
+
+    resuming: the run folder is meant to hold an earlier run.
+    """
+    catalog = catalog or Catalog()
+    document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
+    config = typed_config(document, catalog)
+    problems = Problems()
+    opened = _collected(problems, lambda: open_facts(config, catalog, document))
+    for name in config.extensions:
+        _collected(problems, lambda name=name: catalog.entry(EXTENSIONS, name))  # type: ignore[misc]
+    if opened is not None:
+        config = opened.config
+        problems.extend(_header_problems(opened))
+        _collected(problems, lambda: resolve_prompts(config.sample, opened.facts))
+    problems.extend(_folder_problems(config, resuming=resuming or config.checkpoint.resume != "none"))
+    plan = _plan(config, opened.facts if opened else None, problems)
+    if opened is None or plan is None:
+        problems.raise_if_any()
+        raise AssertionError("a part is missing without a problem")
+    report = CheckReport(plan=report_plan(plan, config.train), files=_file_lines(opened))
+    texts = _collected(problems, lambda: planned_texts(plan, config)) if config.cache.text != "off" else []
+    if texts:
+        _check_lengths(texts, config, catalog, report)
+    _check_disk(plan, config, opened.facts, texts or [], report, problems)
+    problems.raise_if_any()
+    return report
+
+
+def _collected(problems: Problems, action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except UsageError as error:
+        problems.add(error)
+        return None
+
+
+def _header_problems(opened: Opened) -> list[UsageError]:
+    """Weight files that are cut short or something else; the denoiser's was read already."""
+    found = Problems()
+    for files in opened.files.values():
+        for path in files:
+            if path.suffix in (".safetensors", ".sft") and path not in opened.header.files:
+                _collected(found, lambda path=path: safetensors_header(path))  # type: ignore[misc]
+    return found.errors
+
+
+def _folder_problems(config: RunConfig, *, resuming: bool) -> list[UsageError]:
+    found = []
+    run = RunFolder(Path(config.checkpoint.dir), config.checkpoint.name or "")
+    if not resuming and run.is_used():
+        found.append(
+            UsageError(
+                "the run folder is not empty",
+                where=f"{run.path}, checkpoint.dir",
+                fix="go on with --resume, or choose another checkpoint.dir",
+            )
+        )
+    for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("cache.dir", config.cache.dir)):
+        place = _existing(Path(folder))
+        if not place.is_dir():
+            found.append(UsageError("a file is in the way of a folder", where=f"{place}, {key}"))
+        elif not os.access(place, os.W_OK):
+            found.append(UsageError("the folder cannot be written to", where=f"{place}, {key}"))
+    return found
+
+
+def _plan(config: RunConfig, facts: ModelFacts | None, problems: Problems) -> DataPlan | None:
+    """Scan every source, so that all unreadable images are listed, and plan when everything is in order."""
+    before = len(problems.errors)
+    indices: dict[str, SourceIndex] = {}
+    for entry in config.data.sets:
+        for source in entry.sources:
+            if not source.enabled:
+                continue
+            index = _collected(
+                problems,
+                lambda source=source: scan_source(  # type: ignore[misc]
+                    source, Path(config.cache.dir), verify=config.cache.verify, data=config.data
+                ),
+            )
+            if index is not None:
+                problems.extend(index.problems)
+                indices[source.id] = index
+    if facts is None:
+        return None
+    tiers = expand_tiers(config.data, config.train.batch_size, facts.resolution_multiple, problems)
+    if len(problems.errors) > before:
+        return None
+    return _collected(problems, lambda: plan_indices(config, tiers, indices))
+
+
+def _file_lines(opened: Opened) -> dict[str, str]:
+    lines = {}
+    for name, files in opened.files.items():
+        weights = sum(path.stat().st_size for path in files if path.is_file())
+        lines[name] = f"{files[0]} ({size_text(weights)})"
+    lines["model"] = " ".join(filter(None, (opened.facts.family, opened.facts.flavour, opened.facts.architecture)))
+    return lines
+
+
+def _check_lengths(texts: Sequence[str], config: RunConfig, catalog: Catalog, report: CheckReport) -> None:
+    """Captions that would be cut, by tokenizer, with the longest of them."""
+    entry = catalog.entry(MODELS, config.model.family)
+    reference = catalog.model(entry.name).count_tokens
+    if reference is None:
+        report.warnings.append(
+            "this model cannot count tokens; captions over the limit are cut without being listed here"
+        )
+        return
+    counters = catalog.call(entry, "token counter", catalog.load(entry, "descriptor", reference), config)
+    for name, count in counters.items():
+        limit = config.text_encoder.max_tokens.get(name)
+        if limit is None:
+            continue
+        lengths = count(texts)
+        over = sorted(((n, text) for n, text in zip(lengths, texts, strict=True) if n > limit), reverse=True)
+        if over:
+            shown = "; ".join(f"{n}: {_short(text)}" for n, text in over[:SHOWN])
+            report.warnings.append(f"{len(over)} captions have more than {limit} {name} tokens and are cut: {shown}")
+
+
+def _check_disk(
+    plan: DataPlan,
+    config: RunConfig,
+    facts: ModelFacts,
+    texts: Sequence[str],
+    report: CheckReport,
+    problems: Problems,
+) -> None:
+    latents = _latent_bytes(plan, config, facts) if config.cache.latents == "disk" else 0
+    encoded = _text_bytes(len(texts), config, facts) if config.cache.text == "disk" else 0
+    folder = _existing(Path(config.cache.dir))
+    free = shutil.disk_usage(folder).free
+    need = latents + encoded
+    report.disk["cache"] = f"at most {size_text(need)} in {config.cache.dir}, {size_text(free)} free"
+    run_free = shutil.disk_usage(_existing(Path(config.checkpoint.dir))).free
+    report.disk["run folder"] = f"{config.checkpoint.dir}, {size_text(run_free)} free"
+    if need > free:
+        problems.add(
+            UsageError(
+                "there is not enough space for the cache",
+                where=f"{config.cache.dir}, cache.dir",
+                why=f"it may need {size_text(need)}, {size_text(free)} are free",
+                fix="set cache.dir to a folder on a larger disk",
+            )
+        )
+
+
+def _latent_bytes(plan: DataPlan, config: RunConfig, facts: ModelFacts) -> int:
+    item = facts.latent_channels * BYTES[config.cache.dtype]
+    seen = {
+        (each.record.digest, each.fit.bucket, flip)
+        for each in (*plan.items, *plan.validation)
+        for flip in ((False, True) if plan.sources[each.source].augment.flip else (False,))
+    }
+    return sum(item * (w // facts.spatial_factor) * (h // facts.spatial_factor) for _, (w, h), _ in seen)
+
+
+def _text_bytes(count: int, config: RunConfig, facts: ModelFacts) -> int:
+    longest = max(facts.max_tokens.values(), default=1)
+    total = 0
+    for name in cached_fields(config, facts):
+        description = facts.text_fields[name]
+        size = BYTES.get(description.dtype, 4)
+        if description.dtype in ("float32", "bfloat16"):
+            size = BYTES[config.cache.dtype]
+        for axis in description.shape:
+            size *= longest if isinstance(axis, str) else axis
+        total += size
+    return total * count
+
+
+def _existing(path: Path) -> Path:
+    """The nearest part of ``path`` that is there."""
+    return next((place for place in (path, *path.parents) if place.exists()), Path.cwd())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def size_text(count: int) -> str:
+    """Bytes for people: ``1.4 GB``."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
