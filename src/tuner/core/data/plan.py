@@ -5,9 +5,7 @@ Made from the index alone, no pixel is read. Everything later (caching, order, b
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,8 @@ from typing import TYPE_CHECKING
 from tuner.core.errors import Problems, UsageError
 
 from .buckets import Geometry, set_geometry
-from .filters import refused_by
+from .filters import refused_by, refused_by_crop
+from .fingerprint import fingerprint
 from .index import scan_source
 from .records import Fit, ImageRecord, Refused, Size, SourceIndex
 from .repeats import balance_regularisation
@@ -226,6 +225,7 @@ class _Builder:
                 for record in self.indices[source.id].records:
                     size = record.width, record.height
                     refused = refused_by(source.filters, *size, tier.config.resolution_mode)
+                    refused = refused or refused_by_crop(tier.config.crop, record)
                     placed = refused or tier.geometry.fit(*size)
                     if isinstance(placed, Refused):
                         self._leave_out(source.id, record, placed.reason, tier)
@@ -288,7 +288,7 @@ class _Builder:
             short_batches=data.short_batches,
             left_out=tuple(self.left_out),
             notes=tuple(self.notes),
-            fingerprint=_fingerprint(self.placed, self.held_out, self.tiers, self.config),
+            fingerprint=fingerprint(self.placed, self.held_out, self.tiers, self.config),
         )
 
     def _item(self, source: SourceConfig, tier: int, record: ImageRecord, placed: Fit) -> PlanItem:
@@ -315,28 +315,3 @@ def _groups(items: Sequence[PlanItem], tiers: Sequence[Tier], per_source: bool) 
         Group(tier=tier, bucket=bucket, items=tuple(indices), batch_size=tiers[tier].batch_size)
         for (tier, bucket, _), indices in sorted(members.items())
     )
-
-
-def _fingerprint(
-    items: Iterable[PlanItem], validation: Iterable[PlanItem], tiers: Sequence[Tier], config: RunConfig
-) -> str:
-    """Hash of everything that the batches of an epoch depend on, except the seed and the epoch."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(value: object) -> None:
-        digest.update(json.dumps(value, sort_keys=True, ensure_ascii=True).encode() + b"\n")
-
-    add([config.data.sampling, config.data.short_batches, [[tier.name, tier.batch_size] for tier in tiers]])
-    for each in config.data.sets:
-        add([each.resize, each.crop.model_dump(mode="json")])
-        for source in each.sources:
-            settings = {"captions", "augment", "mask"}
-            add([source.id, source.model_dump(mode="json", include=settings)])
-    for part in (items, validation):
-        for item in part:
-            record, place = item.record, item.fit
-            geometry = [place.bucket, place.resized, place.crop]
-            content = [record.digest, record.mask_digest, record.captions_raw]
-            add([item.id, *geometry, *content, item.repeats, item.loss_weight, item.sampling_weight])
-        add("part")
-    return digest.hexdigest()

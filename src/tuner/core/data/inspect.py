@@ -1,0 +1,114 @@
+"""A thorough look at the data before training: every file is decoded, and everything wrong is told at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.core.config import DataConfig
+from tuner.core.data.images import open_upright
+from tuner.core.data.index import scan_source
+from tuner.core.data.records import ImageRecord, Size, Skip, SourceIndex
+from tuner.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceReport:
+    """One source. smallest and largest are sizes by area; without_caption lists keys whose raw caption is empty."""
+
+    source: str
+    root: Path
+    images: int
+    smallest: Size | None
+    largest: Size | None
+    without_caption: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """All sources. duplicates: names of images with the same bytes, at least two in each group.
+
+    leaks: images that are trained on and are in a validation source too.
+    """
+
+    sources: tuple[SourceReport, ...]
+    duplicates: tuple[tuple[str, ...], ...]
+    leaks: tuple[str, ...]
+    problems: tuple[UsageError, ...]
+
+
+def inspect_data(data: DataConfig, cache_dir: Path, *, verify: str = "stat", decode: bool = True) -> DataReport:
+    """Scan every enabled source of ``data`` and, with ``decode``, decode every image and mask.
+
+    Never raises for the data: problems are in the report. Nothing is changed on disk except the stored index.
+    """
+    problems: list[UsageError] = []
+    reports: list[SourceReport] = []
+    records: list[ImageRecord] = []
+    roles: dict[str, str] = {}
+    for source in (source for each in data.sets for source in each.sources if source.enabled):
+        index = scan_source(source, cache_dir, data=data, verify=verify)
+        problems.extend(index.problems)
+        if decode:
+            problems.extend(decode_errors(index.records, data.workers.scan))
+        reports.append(_report(index))
+        records.extend(index.records)
+        roles[source.id] = source.role
+    groups = _same_bytes(records)
+    return DataReport(
+        sources=tuple(reports),
+        # The same file in two sources is a choice; two files with the same bytes are rather an accident.
+        duplicates=tuple(
+            tuple(record.name for record in group) for group in groups if len({record.path for record in group}) > 1
+        ),
+        leaks=tuple(name for group in groups for name in _leaks(group, roles)),
+        problems=tuple(problems),
+    )
+
+
+def decode_errors(records: Sequence[ImageRecord], workers: int | None = None) -> list[UsageError]:
+    """The error of every image or mask that cannot be decoded. workers: threads; None for one per CPU core."""
+    files = dict.fromkeys(path for record in records for path in (record.path, record.mask_path) if path is not None)
+    count = max(1, workers if workers is not None else os.cpu_count() or 1)
+    with ThreadPoolExecutor(max_workers=count) as pool:
+        return [error for error in pool.map(_decode_error, files) if error is not None]
+
+
+def _decode_error(path: Path) -> UsageError | None:
+    try:
+        open_upright(path)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _report(index: SourceIndex) -> SourceReport:
+    by_area = sorted((record.size for record in index.records), key=lambda size: size[0] * size[1])
+    return SourceReport(
+        source=index.source,
+        root=index.root,
+        images=len(index.records),
+        smallest=by_area[0] if by_area else None,
+        largest=by_area[-1] if by_area else None,
+        without_caption=tuple(record.key for record in index.records if not record.captions_raw.strip()),
+        skipped=index.skipped,
+        notes=index.notes,
+    )
+
+
+def _same_bytes(records: Iterable[ImageRecord]) -> list[list[ImageRecord]]:
+    groups: dict[str, list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(record.digest, []).append(record)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _leaks(group: Sequence[ImageRecord], roles: dict[str, str]) -> list[str]:
+    held_out = [record for record in group if roles[record.source] == "validation"]
+    trained = [record for record in group if roles[record.source] == "train"]
+    return [f"{each.name} is also {trained[0].name}" for each in held_out] if trained else []
