@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.helpers import golden, golden_path
+from tests.plugins.anima.golden_models import golden_models, predict
 from torch import Tensor
 
 from tuner.core.adapters.convert import convert_adapter, merged_weight
@@ -23,15 +23,12 @@ from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import format_by_name, module_name
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import adapter_strength, network_tensors
-from tuner.core.compute.weights import read_tensors
 from tuner.core.config import RunConfig
 from tuner.core.files import safetensors_header
 from tuner.core.types import ModelFacts, Models
-from tuner.plugins.anima import sizes
-from tuner.plugins.anima.denoiser import Denoiser
 from tuner.plugins.anima.facts import facts
 from tuner.plugins.anima.names import MAPS
-from tuner.plugins.anima.text import LLMAdapter, build_encoder, encode_states
+from tuner.plugins.anima.text import encode_states
 
 PARITY = 3e-5
 SD_SCRIPTS, COMFYUI = golden_path("anima/lora_sdscripts.safetensors"), golden_path("anima/lora_comfyui.safetensors")
@@ -49,21 +46,7 @@ def own_name(module: str) -> tuple[str, str]:
 
 @pytest.fixture
 def models() -> Models:
-    """The tiny models that the golden LoRA belongs to."""
-    tensors = golden("anima/e2e_weights.safetensors")
-    named = {new: tensors[old] for new, old in sizes.original_names(tensors).items()}
-    prefix = sizes.ADAPTER_PREFIX
-    parts = ({}, {})
-    for name, value in named.items():
-        parts[name.startswith(prefix)][name.removeprefix(prefix)] = value
-    shapes = [{name: SimpleNamespace(shape=tuple(value.shape)) for name, value in part.items()} for part in parts]
-    denoiser, adapter = Denoiser(sizes.denoiser_sizes(shapes[0])), LLMAdapter(sizes.adapter_sizes(shapes[1]))
-    denoiser.load_state_dict(parts[0])
-    adapter.load_state_dict(parts[1])
-    header = safetensors_header(golden_path("anima/qwen3_weights.safetensors"))
-    header = header.renamed(sizes.encoder_names(header))
-    encoder = build_encoder(read_tensors(header), sizes.encoder_sizes(header), {}, dtype=torch.float32)
-    return Models(denoiser=denoiser, text_encoders={"qwen3": encoder, "llm_adapter": adapter})
+    return golden_models()
 
 
 @pytest.fixture
@@ -142,14 +125,6 @@ def test_prefixes_of_other_trainers_are_read(prefix: str) -> None:
 
 
 # --- effect -----------------------------------------------------------------------------------------------------------
-
-
-def predict(models: Models) -> Tensor:
-    data = golden("anima/e2e_step.safetensors")
-    adapter = models.text_encoders["llm_adapter"]
-    context = adapter(data["qwen_hidden"], data["qwen_mask"], data["t5_ids"], data["t5_mask"])
-    assert models.denoiser is not None
-    return models.denoiser(data["noisy"], data["t"], context)
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = PARITY) -> None:
