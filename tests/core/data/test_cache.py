@@ -190,6 +190,16 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path, monkeypatch):
     assert again.digest(file) == digest
 
 
+def test_a_file_that_was_just_written_is_hashed_again(tmp_path: Path):
+    file, memory = tmp_path / "model.safetensors", tmp_path / "identities.json"
+    file.write_bytes(b"weights")
+    stamp = file.stat().st_mtime_ns
+    first = FileHashes(memory).digest(file)
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(stamp, stamp))
+    assert FileHashes(memory).digest(file) != first
+
+
 def test_a_torn_memory_of_hashes_only_costs_hashing_again(tmp_path: Path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")

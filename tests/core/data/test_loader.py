@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.data.toy import Rig, one_set, open_rig, source, word_vector, write_images
+from tests.core.data.toy import Rig, one_set, open_rig, source, word_vector, write_image, write_images
 
 from tuner.core.data.cache import CacheStore
-from tuner.core.data.ledger import Ledger, read_counts
+from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.data.loader import BatchLoader
 from tuner.core.errors import UsageError
 from tuner.core.types import Batch
@@ -256,9 +256,28 @@ def test_the_ledger_goes_on_counting_after_a_resume(tmp_path: Path):
     for batch in loader.batches(0):
         ledger.add(batch.items)
     ledger.write(tmp_path / "data.json")
-    assert read_counts(tmp_path / "data.json") == ledger.state()
     resumed = Ledger(rig.plan, ledger.state())
     for batch in loader.batches(1):
         resumed.add(batch.items)
     assert {row["used"] for row in resumed.as_dict()["images"]} == {2}
-    assert read_counts(tmp_path / "absent.json") == {}
+
+
+def test_a_ledger_tells_what_changed_in_the_data_since_it_was_written(tmp_path: Path):
+    rig, _ = loader_of(tmp_path)
+    path = tmp_path / "data.json"
+    assert changes_since(path, rig.plan) == []
+    Ledger(rig.plan).write(path)
+    assert changes_since(path, rig.plan) == []
+    images = tmp_path / "images"
+    write_image(images / "00.png", SIZES[0], seed=30)
+    (images / "01.txt").write_text("another")
+    (images / "02.png").rename(images / "05.png")
+    (images / "02.txt").rename(images / "05.txt")
+    changed, _ = loader_of(tmp_path)
+    assert changes_since(path, changed.plan) == [
+        "1 image new: a/05.png",
+        "1 image gone: a/02.png",
+        "1 image with changed content: a/00.png",
+        "1 image with a changed caption: a/01.png",
+    ]
+    assert changed.plan.fingerprint != rig.plan.fingerprint

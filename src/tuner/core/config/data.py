@@ -238,7 +238,7 @@ class WorkersConfig(Section):
     cache: CountOrZero | None = None
     """For decoding and resizing while caching. Left out: the number of CPU cores."""
     load: CountOrZero = 2
-    """For loading batches."""
+    """For loading batches. These are threads: reading and decoding leave the interpreter free."""
 
 
 class DataConfig(Section):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from tuner.core.types import ModelFacts
 
 _CHUNK = 1 << 20
+_SETTLED_NS = 2_000_000_000
+
+logger = logging.getLogger(__name__)
 
 
 class FileHashes:
@@ -44,9 +49,17 @@ class FileHashes:
             digest = _hash_file(file)
         except OSError as error:
             raise UsageError("cannot read a model file", where=str(file), why=error.strerror) from error
-        self._known[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}
-        write_json(self.path, self._known)
+        # A file this young may change again without a new time stamp.
+        if stat.st_mtime_ns + _SETTLED_NS < time.time_ns():
+            self._known[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "digest": digest}
+            self._remember()
         return digest
+
+    def _remember(self) -> None:
+        try:
+            write_json(self.path, self._known)
+        except OSError as error:
+            logger.warning("cannot write %s (%s): the next start hashes the model files again", self.path, error)
 
 
 def component_identity(files: Sequence[Path], hashes: FileHashes) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Ledger:
             "part": part,
             "role": self.plan.sources[item.source].role,
             "resolution": self.plan.tiers[item.tier].name,
+            "content": item.record.digest,
+            "caption": _short_hash(item.record.captions_raw),
             "used": self.counts[f"{item.source}/{item.id}"],
             "repeats": item.repeats,
             "loss_weight": item.loss_weight,
@@ -67,12 +70,37 @@ class Ledger:
         }
 
 
-def read_counts(path: Path) -> dict[str, int]:
-    """The counts of a ledger that an earlier run wrote; empty when there is none."""
+def changes_since(path: Path, plan: DataPlan) -> list[str]:
+    """What is different from the data that an earlier ledger tells of, in words; empty when there is no ledger."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["images"]
-        return {f"{row['source']}/{row['image']}@{row['resolution']}": int(row["used"]) for row in rows if row["used"]}
+        before = {(row["source"], row["image"], row["resolution"]): row for row in rows}
     except FileNotFoundError:
-        return {}
+        return []
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError("this is not a data ledger", where=str(path), why=str(error), fix="move it away") from error
+    now = {(row["source"], row["image"], row["resolution"]): row for row in Ledger(plan).as_dict()["images"]}
+    found = {"new": [key for key in now if key not in before], "gone": [key for key in before if key not in now]}
+    for name, word in _WATCHED.items():
+        found[word] = [key for key in now if key in before and now[key][name] != before[key].get(name)]
+    return [_told(word, list(dict.fromkeys(key[:2] for key in keys))) for word, keys in found.items() if keys]
+
+
+_WATCHED = {
+    "content": "with changed content",
+    "caption": "with a changed caption",
+    "part": "on the other side of the validation split",
+    "bucket": "at another size",
+    "repeats": "with other repeats",
+}
+_NAMED = 5
+
+
+def _told(word: str, images: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join("/".join(image) for image in images[:_NAMED])
+    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+    return f"{len(images)} image{'s' if len(images) > 1 else ''} {word}: {names}{more}"
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -15,6 +15,7 @@ import torch
 
 from tuner.core.atomic import write_json
 from tuner.core.config import RunConfig
+from tuner.core.data.ledger import changes_since
 from tuner.core.data.plan import DataPlan, plan_data
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
@@ -128,7 +129,7 @@ def check_resume(folder: RunFolder, run: Run, plan: DataPlan, state: State | Non
         raise UsageError(
             "the data changed since the checkpoint was written",
             where=str(folder.path),
-            why="images, captions or their sizes differ, so this epoch cannot be continued exactly",
+            why="; ".join(changes_since(folder.ledger, plan)) or "settings of the sources or their order differ",
             fix="restore the data, or start a new run with network.init_from set to the last adapter file",
         )
 
