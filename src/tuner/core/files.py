@@ -98,7 +98,7 @@ def safetensors_header(path: Path | str) -> WeightHeader:
 def weight_header(path: Path | str) -> WeightHeader:
     """Like `safetensors_header`, also for a shard index file and for a folder that holds one model.
 
-    In a folder the choice is: one index file, else one safetensors file. Raises UsageError when there is none or several.
+    In a folder the choice is: one index file, else one safetensors file. UsageError when there is none or several.
     """
     path = Path(path)
     if path.is_dir():

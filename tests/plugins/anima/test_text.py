@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
-from tests.helpers import golden, golden_path
 from tuner.core.compute.weights import assign, read_tensors
 from tuner.core.files import safetensors_header
 from tuner.plugins.anima.sizes import adapter_names, adapter_sizes, encoder_names, encoder_sizes
@@ -211,9 +211,7 @@ def test_cut_t5_captions_keep_their_end_token(tokenizers: dict[str, CaptionToken
     assert mask.all()
 
 
-def test_cut_captions_are_counted_and_reported(
-    tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cut_captions_are_counted_and_reported(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     # Fault 13 of the reference: captions over the limit are cut in silence.
     tokenizer = load_tokenizer("t5", Path(tiny["tokenizers"]["t5"]["path"]))
     with caplog.at_level(logging.WARNING):
