@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuner.core.compute.linear import adapted_forward
+from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, inject
+from tuner.core.rng import Rng
 from tuner.plugins.anima.denoiser import Denoiser
 from tuner.plugins.anima.sizes import DenoiserSizes
 
@@ -27,20 +28,6 @@ FULL = DenoiserSizes(
 )  # fmt: skip
 
 
-class Adapter:
-    """Rank-16 float32 matrices on one linear, neither of them zero."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        device = linear.weight.device
-        down = torch.randn(rank, linear.in_features, dtype=torch.float32, device=device)
-        self.down = nn.Parameter(down * linear.in_features**-0.5)
-        self.up = nn.Parameter(0.02 * torch.randn(linear.out_features, rank, dtype=torch.float32, device=device))
-        self.scale = 1.0 / rank
-
-    def mid_mask(self, _x: Tensor) -> None:
-        return None
-
-
 def build(sizes: DenoiserSizes, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Denoiser, list[nn.Parameter]]:
     """A frozen random denoiser with adapters on the ten attention and MLP linears of each block."""
     torch.manual_seed(seed)
@@ -52,9 +39,13 @@ def build(sizes: DenoiserSizes, dtype: torch.dtype, device: str, seed: int = 0) 
     trained: list[nn.Parameter] = []
     for name, linear in denoiser.blocks.named_modules():
         if isinstance(linear, nn.Linear) and "adaln" not in name:
-            linear.adapter = Adapter(linear, RANK)
-            linear.forward = adapted_forward.__get__(linear)
-            trained += [linear.adapter.down, linear.adapter.up]
+            layer = LoraLayer(
+                linear, rank=RANK, alpha=1.0, dropout=Dropout(), keys=DropoutKeys(), dtype=torch.float32,
+                rng=Rng(seed, "benchmark", name),
+            )  # fmt: skip
+            nn.init.normal_(layer.up, std=0.02)
+            inject(linear, layer)
+            trained += [layer.down, layer.up]
     return denoiser, trained
 
 
