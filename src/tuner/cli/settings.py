@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,24 +34,3 @@ def load(arguments: argparse.Namespace, catalog: Catalog) -> RawConfig:
     return load_config(
         Path(arguments.config) if arguments.config else {}, model=arguments.model, sets=arguments.sets, preset=preset
     )
-
-
-def set_up_logging(raw: RawConfig) -> None:
-    """Messages of the program to standard error, and to ``log.file``; foreign libraries only when they warn."""
-    section = raw.get("log")
-    section = section if isinstance(section, dict) else {}
-    level = str(section.get("level", "info")).upper()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    file = section.get("file")
-    if isinstance(file, str):
-        try:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        except OSError as error:
-            raise UsageError("cannot write the log file", where=f"{file}, log.file", why=error.strerror) from error
-    logger = logging.getLogger("tuner")
-    logger.setLevel(level if level in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO")
-    logger.handlers[:] = handlers
-    logger.propagate = False
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))

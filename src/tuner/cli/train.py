@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tuner.cli.console import out
-from tuner.cli.settings import add_config_arguments, load, set_up_logging
+from tuner.cli.settings import add_config_arguments, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
         from tuner.cli.check import report
 
         return report(raw, as_json=False, resuming=arguments.resume is not None)
-    set_up_logging(raw)
+    from tuner.core.train.logs import set_up_logging
     from tuner.core.train.run import train
+
+    set_up_logging(raw)
 
     summary = train(raw, resume=arguments.resume)
     done = "finished" if summary.reason == "finished" else f"{summary.reason}, to go on add --resume"

@@ -84,22 +84,6 @@ class MaskFolder(Section):
     """The folder."""
 
 
-class StorageConfig(Section):
-    """Where the files of a source are."""
-
-    type: Literal["local"] = "local"
-    """A folder on this machine."""
-
-
-class ActiveConfig(Section):
-    """Part of the training in which a source takes part; both ends included."""
-
-    from_epoch: Count = 1
-    """First epoch, counted from 1."""
-    to_epoch: Count | None = None
-    """Last epoch."""
-
-
 class SourceConfig(Section):
     """A folder of images with captions."""
 
@@ -111,8 +95,6 @@ class SourceConfig(Section):
     """Folder of images."""
     recursive: bool = False
     """Look into subfolders as well."""
-    storage: StorageConfig = StorageConfig()
-    """Kind of storage."""
     repeats: Count = 1
     """How often each image comes in an epoch."""
     weight: Positive = 1.0
@@ -122,8 +104,6 @@ class SourceConfig(Section):
     held out."""
     limit: Count | None = None
     """Use a fixed random subset of so many images."""
-    active: ActiveConfig | None = None
-    """Epochs in which the source takes part."""
     captions: CaptionsConfig = CaptionsConfig()
     """Caption settings."""
     mask: Literal["alpha"] | MaskFolder | None = None
@@ -132,8 +112,6 @@ class SourceConfig(Section):
     """Augmentation."""
     filters: FiltersConfig = FiltersConfig()
     """Images to leave out."""
-    attributes: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Free values for reports and extensions."""
 
 
 class InheritedConfig(Section):

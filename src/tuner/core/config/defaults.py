@@ -41,6 +41,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         config,
         model=_with(config.model, flavour=config.model.flavour or facts.flavour or None),
         text_encoder=_with(config.text_encoder, max_tokens={**facts.max_tokens, **config.text_encoder.max_tokens}),
+        latents=_with(config.latents, posterior=config.latents.posterior or facts.posterior),
         noise=config.noise.resolved(facts.noise),
         network=_with(config.network, alpha=alpha),
         precision=_with(

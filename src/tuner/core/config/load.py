@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from tuner.core.config.data import CacheConfig
 from tuner.core.config.document import RawConfig, loose_value, merged, split_path
 from tuner.core.config.jsonc import Document, Path, parse
 from tuner.core.config.locations import absolute_paths
 from tuner.core.errors import UsageError
 
+# Defaults that are places: they start where other relative paths of the document start.
+_PLACES = {"cache": {"dir": CacheConfig.model_fields["dir"].default}}
 ENV_PREFIX = "TUNER__"
 
 
@@ -30,15 +33,14 @@ def load_config(
     model: the model's name from the command line; must agree with ``model.family``. sets: ``key.path=value`` texts.
     env: environment to read ``TUNER__KEY__PATH`` from; None reads the process's own. preset: settings below all others.
     """
+    base = base_dir or FilePath.cwd()
     if isinstance(source, RawConfig):
         raw = RawConfig(source, source.origins)
     elif isinstance(source, Mapping):
-        base = base_dir or FilePath.cwd()
         raw = RawConfig(_include(absolute_paths(dict(source), base), {}))
     else:
-        raw = read_file(FilePath(source))
-    if preset:
-        raw = RawConfig(merged(preset, raw), raw.origins)
+        raw, base = read_file(FilePath(source)), FilePath(source).absolute().parent
+    raw = RawConfig(merged(absolute_paths(_PLACES, base), merged(preset or {}, raw)), raw.origins)
     cwd = FilePath.cwd()
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.upper().startswith(ENV_PREFIX):

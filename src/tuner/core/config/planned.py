@@ -45,7 +45,10 @@ PLANNED: Mapping[str, str] = {
     "data.fill_small_buckets": "raising repeats of small buckets",
     "data.rescan": "a choice of when folders are scanned; a scan costs one stat per file",
     "data.storage": "remote storage",
+    "data.sets.*.sources.*.active": "sources that take part for a while",
+    "data.sets.*.sources.*.storage": "storage other than local folders",
     "data.sets.*.sources.*.adapter_strength": "adapter strength by source",
+    "data.sets.*.sources.*.attributes": "free values of a source",
     "data.sets.*.sources.*.conditioning": "conditioning images",
     "data.sets.*.sources.*.slider": "slider training",
     "data.sets.*.sources.*.timestep_offset": "timestep offset by source",
@@ -136,9 +139,6 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "attention.backend": dict.fromkeys(("flash", "xformers", "sage", "flex", "cudnn"), "other attention kernels"),
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
     "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
-    "data.sets.*.sources.*.storage.type": dict.fromkeys(
-        ("parquet", "jsonl", "hub", "s3", "csv", "shards"), "storage other than local folders"
-    ),
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
     "memory.checkpointing": dict.fromkeys(("selective", "keep_attention"), "partial checkpointing"),
     "network.type": dict.fromkeys(

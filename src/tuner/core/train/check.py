@@ -164,7 +164,7 @@ def _check_lengths(texts: Sequence[str], config: RunConfig, catalog: Catalog, re
         over = sorted(((n, text) for n, text in zip(lengths, texts, strict=True) if n > limit), reverse=True)
         if over:
             shown = "; ".join(f"{n}: {_short(text)}" for n, text in over[:SHOWN])
-            report.warnings.append(f"{len(over)} captions have more than {limit} {name} tokens and are cut: {shown}")
+            report.warnings.append(f"captions with more than {limit} {name} tokens are cut, here {len(over)}: {shown}")
 
 
 def _check_disk(

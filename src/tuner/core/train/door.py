@@ -25,7 +25,9 @@ def train(
     out). model: as ``--model``. resume: ``auto`` or the path of a checkpoint. Raises UsageError for what the user can
     fix. The environment is not read.
     """
+    from tuner.core.train.logs import set_up_logging
     from tuner.core.train.run import train as run
 
     raw = load_config(config, model=model, env={}, base_dir=Path(base_dir) if base_dir is not None else None)
+    set_up_logging(raw)
     return run(raw, resume=resume)

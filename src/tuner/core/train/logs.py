@@ -1,0 +1,40 @@
+"""Where the program's messages go: standard error, and the file that ``log.file`` names."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.core.errors import UsageError
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def set_up_logging(raw: Mapping[str, Any]) -> None:
+    """Show messages from ``log.level`` on. ``raw`` may be unchecked: what is wrong in it is reported later.
+
+    Only this program's logger is touched, so other libraries keep their own settings. Calling it again replaces the
+    handlers of the call before.
+    """
+    section = raw.get("log")
+    section = section if isinstance(section, Mapping) else {}
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    file = section.get("file")
+    if isinstance(file, str):
+        try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        except OSError as error:
+            raise UsageError("cannot write the log file", where=f"{file}, log.file", why=error.strerror) from error
+    logger = logging.getLogger("tuner")
+    level = str(section.get("level", "info")).upper()
+    logger.setLevel(level if level in LEVELS else "INFO")
+    for old in logger.handlers:
+        old.close()
+    logger.handlers[:] = handlers
+    logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
