@@ -248,6 +248,16 @@ def test_a_cache_in_memory_leaves_no_files(tmp_path: Path):
     assert entries(tmp_path) == {}
 
 
+def test_pruning_keeps_what_the_run_reads(tmp_path: Path):
+    rig_of(tmp_path, {"captions": {"prefix": "old"}}, geometry={"resize": "bicubic"}).fill()
+    rig = rig_of(tmp_path)
+    rig.fill()
+    store = CacheStore(tmp_path / "cache")
+    assert len(store.prune(rig.caches.keys())) == 8
+    assert rig.caches.missing() == (0, 0)
+    assert set(store.names()) == rig.caches.keys()
+
+
 def test_ranks_share_the_work_without_meeting(tmp_path: Path):
     rigs = [rig_of(tmp_path) for _ in range(2)]
     counts = [rig.caches.latents.fill(rank=rank, ranks=2) for rank, rig in enumerate(rigs)]

@@ -42,8 +42,8 @@ class LatentFacade(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Missing:
-    """An image whose latents or mask have no entry. The mask's key is None when the source has no masks."""
+class Entry:
+    """One look of an item, and what it is stored under. The mask's key is None for an image without one."""
 
     item: PlanItem
     look: Look
@@ -107,17 +107,20 @@ class LatentCache:
 
     # --- filling ------------------------------------------------------------------------------------------------------
 
-    def missing(self) -> list[Missing]:
+    def entries(self) -> Iterator[Entry]:
+        """Every entry that the run reads; none without a store."""
+        if self.store is not None:
+            for item in (*self.plan.items, *self.plan.validation):
+                for look in fixed_looks(self.plan, item):
+                    yield Entry(item=item, look=look, latents=self.key(item, look), mask=self.mask_key(item, look))
+
+    def missing(self) -> list[Entry]:
         """What has to be encoded, equal sizes together; one stat per entry."""
-        found: dict[tuple[str, str | None], Missing] = {}
-        if self.store is None:
-            return []
-        for item in (*self.plan.items, *self.plan.validation):
-            for look in fixed_looks(self.plan, item):
-                latents, mask = self.key(item, look), self.mask_key(item, look)
-                if not self.store.has(latents) or not (mask is None or self.store.has(mask)):
-                    each = Missing(item=item, look=look, latents=latents, mask=mask)
-                    found[latents.name, mask.name if mask else None] = each
+        found: dict[tuple[str, str | None], Entry] = {}
+        for each in self.entries():
+            assert self.store is not None
+            if not self.store.has(each.latents) or not (each.mask is None or self.store.has(each.mask)):
+                found[each.latents.name, each.mask.name if each.mask else None] = each
         return sorted(found.values(), key=lambda each: each.item.fit.bucket)
 
     def fill(self, on_progress: Progress | None = None, *, rank: int = 0, ranks: int = 1) -> int:
@@ -197,9 +200,9 @@ class LatentCache:
                 )
         return latents
 
-    def _batches(self, absent: Sequence[Missing]) -> Iterator[list[tuple[Missing, Tensor, Tensor | None]]]:
+    def _batches(self, absent: Sequence[Entry]) -> Iterator[list[tuple[Entry, Tensor, Tensor | None]]]:
         """Decoded images in batches of one size."""
-        batch: list[tuple[Missing, Tensor, Tensor | None]] = []
+        batch: list[tuple[Entry, Tensor, Tensor | None]] = []
         jobs = [self._job(each.item, each.look) for each in absent]
         for each, (image, mask) in zip(absent, decode_all(jobs, self.workers), strict=True):
             if batch and (batch[0][0].item.fit.bucket != each.item.fit.bucket or len(batch) == self.batch_size):

@@ -38,6 +38,15 @@ class DataCaches:
         """(captions, images) that have to be encoded before the first step."""
         return len(self.text.missing(self.texts)) if self.text else 0, len(self.latents.missing())
 
+    def keys(self) -> set[str]:
+        """Names of all entries that this run reads: what pruning has to keep."""
+        names = {self.text.key(text).name for text in self.texts} if self.text else set()
+        for entry in self.latents.entries():
+            names.add(entry.latents.name)
+            if entry.mask is not None:
+                names.add(entry.mask.name)
+        return names
+
     def fill_text(self, on_progress: Progress | None = None) -> int:
         """Encode the missing captions; returns how many."""
         return self.text.fill(self.texts, on_progress) if self.text else 0
