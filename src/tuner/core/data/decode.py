@@ -74,7 +74,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None) -> Iterator[tuple
         except BrokenProcessPool as error:
             raise UsageError(
                 "a worker process that decodes images died",
-                why="most often the machine ran out of memory",
+                why="the machine ran out of memory, or the calling script lacks 'if __name__ == \"__main__\":'",
                 fix="set data.workers.cache to a smaller number, or to 0; what is cached already is kept",
             ) from error
         finally:
