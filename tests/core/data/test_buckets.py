@@ -136,21 +136,6 @@ def test_large_images_are_shrunk_before_a_tight_crop():
     assert fitted(sizes, 800, 800) == [512, 512, 512, 512, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"crop": {"aspect": "square"}}, "crop.aspect has no effect here"),
-        ({"crop": {"shrink_above": 9}}, "crop.shrink_above and crop.shrink_to need each other"),
-        ({"buckets": {"rule": "simpletuner", "max": 2048}}, "buckets.max has no effect here"),
-        ({"buckets": {"rule": "simpletuner"}, "crop": {"aspect": "closest"}}, "needs crop.aspect_list"),
-        ({"crop": {"face_range": [1.0, 2.0]}}, "crop.face_range needs crop.style"),
-    ],
-)
-def test_geometry_settings_without_effect_are_refused(values, message):
-    with pytest.raises(UsageError, match=message):
-        geometry(**values)
-
-
 def test_extreme_shapes_are_refused_where_the_ratio_rounds_to_nothing():
     refused = geometry(resolution_mode="short_edge").fit(2, 1000)
     assert isinstance(refused, Refused)

@@ -13,7 +13,6 @@ from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import (
     can_drop,
     caption_set,
-    check_captions,
     draw_caption,
     plain_caption,
     shuffled_orders,
@@ -242,20 +241,3 @@ def test_replacements_run_in_order_with_text_and_patterns():
         {"find": r"^a (\w+)", "with": r"the \1", "regex": True},
     ]
     assert draw(settings(replace=steps), "arafed a cat and cat") == "the dog and dog"
-
-
-def test_settings_without_effect_or_sense_are_named():
-    def told(**values) -> str:
-        return "\n".join(map(str, check_captions(settings(**values))))
-
-    assert told() == ""
-    assert "nothing is drawn" in told(variants=3)
-    assert "exclude each other" in told(variants=3, shuffle=True, tag_warmup={"steps": 5})
-    assert "captions.fixed is missing" in told(**{"from": "fixed"})
-    assert told(**{"from": "fixed"}, fixed="") == ""
-    assert "captions.metadata is missing" in told(**{"from": "metadata"})
-    assert "captions.fixed has no effect" in told(fixed="x")
-    assert 'not part of captions.rule "simpletuner"' in told(rule="simpletuner", shuffle=True)
-    assert "does not work" in told(replace=[{"find": "(", "regex": True}])
-    assert "does not work" in told(replace=[{"find": "a", "with": r"\2", "regex": True}])
-    assert "separator is empty" in told(separator="")

@@ -307,13 +307,6 @@ def test_face_coordinates_in_the_name_are_read_and_may_miss_in_the_caption_name(
     assert scan(folder).records[1].face is None
 
 
-def test_settings_of_captions_that_cannot_work_are_told(folder):
-    picture(folder / "a.png", caption="a")
-    text = told(scan(folder, captions={"from": "fixed"}))
-    assert "captions.fixed is missing" in text
-    assert 'source "s"' in text
-
-
 def table(folder: Path, content: object, name: str = "captions.json", **captions) -> SourceIndex:
     path = folder.parent / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")

@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from tuner.core.config.base import changed_keys
-from tuner.core.config.captions import CaptionsConfig
-from tuner.core.config.data import SetConfig
+from tuner.core.config.data_checks import Problem, caption_problems, geometry_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
-
-Problem = tuple[Path, str, str | None]
-"""JSON path, what is wrong there, what to do."""
 
 
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
@@ -40,7 +36,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     for number, entry in enumerate(data.sets):
         place: Path = ("data", "sets", number)
-        yield from _geometry(entry, place)
+        yield from geometry_problems(entry, place)
         for index, source in enumerate(entry.sources):
             path: Path = (*place, "sources", index)
             if source.id in seen:
@@ -50,7 +46,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
                     "give every source its own id",
                 )
             seen.setdefault(source.id, dotted(path))
-            yield from _captions(source.captions, (*path, "captions"))
+            yield from caption_problems(source.captions, (*path, "captions"))
             if source.weight != 1 and data.sampling == "epoch":
                 yield (*path, "weight"), "has no effect with data.sampling 'epoch'", "choose 'weighted', or use repeats"
     sources = [source for entry in data.sets for source in entry.sources if source.enabled]
@@ -68,42 +64,6 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     for key in sorted(changed_keys(config.validation) - {"seed", "split"}):
         if not held_out:
             yield ("validate", key), "has no effect: nothing is held out", "set validate.split, or a source's role"
-
-
-def _geometry(entry: SetConfig, place: Path) -> Iterator[Problem]:
-    buckets, crop = entry.buckets, entry.crop
-    limit = buckets.max
-    if limit is not None and limit < buckets.min:
-        yield (*place, "buckets", "max"), f"is below buckets.min ({buckets.min})", None
-    if entry.resolution_mode == "fixed" and buckets.enabled and changed_keys(buckets):
-        yield (*place, "buckets"), "have no effect with resolution_mode 'fixed'", "take them out"
-    if crop.face_range is not None and crop.style != "face":
-        yield (
-            (*place, "crop", "face_range"),
-            f"has no effect with crop.style {crop.style!r}",
-            "set crop.style to 'face'",
-        )
-    if crop.face_range is not None and crop.face_range[0] > crop.face_range[1]:
-        yield (*place, "crop", "face_range"), "the first number must not be above the second", None
-    if crop.style == "face" and buckets.enabled and entry.resolution_mode != "fixed":
-        yield (*place, "crop", "style"), "'face' works without buckets only", 'add "buckets": {"enabled": false}'
-
-
-def _captions(captions: CaptionsConfig, path: Path) -> Iterator[Problem]:
-    for origin in ("fixed", "metadata"):
-        given = getattr(captions, origin) is not None
-        if captions.from_ == origin and not given:
-            yield (*path, "from"), f"{origin!r} needs captions.{origin}", None
-        elif given and captions.from_ != origin:
-            yield (*path, origin), f"has no effect with from {captions.from_!r}", f'set "from": "{origin}"'
-    if captions.extension != ".txt" and captions.from_ != "file":
-        yield (*path, "extension"), f"has no effect with from {captions.from_!r}", "take it out"
-    if captions.extension and not captions.extension.startswith("."):
-        yield (*path, "extension"), "an extension begins with a dot", f"write {'.' + captions.extension!r}"
-    if captions.fallback is not None and captions.from_ in ("filename", "fixed"):
-        yield (*path, "fallback"), f"has no effect: from {captions.from_!r} always gives a caption", "take it out"
-    if captions.tag_warmup is not None and captions.tag_warmup.steps == 0:
-        yield (*path, "tag_warmup", "steps"), "must be above 0", None
 
 
 def _cache(config: RunConfig) -> Iterator[Problem]:

@@ -8,7 +8,8 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tuner.core.config.base import Dtype, Section
-from tuner.core.config.checks import Problem, as_errors
+from tuner.core.config.checks import as_errors
+from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
 from tuner.core.config.run import RunConfig

@@ -19,8 +19,6 @@ from tuner.core.data.geometry import (
 from tuner.core.data.records import Fit, Refused, Size
 from tuner.core.errors import Problems, UsageError
 
-_AREA_ONLY = ("min", "max", "upscale")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
@@ -107,7 +105,6 @@ def set_geometry(config: SetConfig, resolution: Size, multiple: int) -> Geometry
     buckets, problems = config.buckets, Problems()
     fixed = not buckets.enabled or config.resolution_mode == "fixed"
     by_ratio = config.resolution_mode == "short_edge" or buckets.rule == "simpletuner"
-    _check_crop(config, by_ratio and not fixed, problems)
     low_high: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     if fixed:
@@ -115,8 +112,6 @@ def set_geometry(config: SetConfig, resolution: Size, multiple: int) -> Geometry
     else:
         _check_multiple((buckets.step,), "buckets.step", multiple, problems)
         low_high, notes = _limits(buckets, resolution, problems, used=not by_ratio)
-    if by_ratio and not fixed:
-        _check_unused(buckets, problems)
     problems.raise_if_any()
     return Geometry(
         resolution=resolution,
@@ -179,44 +174,6 @@ def _check_multiple(values: tuple[int, ...], what: str, multiple: int, problems:
         lower = "x".join(str(max(multiple, value // multiple * multiple)) for value in values)
         problems.add(
             UsageError(f"{what} {shown} is no multiple of {multiple}, which the model needs", fix=f"use {lower}")
-        )
-
-
-def _check_unused(buckets: BucketsConfig, problems: Problems) -> None:
-    unused = [name for name in _AREA_ONLY if name in buckets.model_fields_set]
-    if unused:
-        problems.add(
-            UsageError(
-                f"buckets.{unused[0]} has no effect here",
-                why='only buckets.rule "sd_scripts" with resolution_mode "area" makes a list of buckets within limits',
-                fix=f"remove {', '.join(f'buckets.{name}' for name in unused)}",
-            )
-        )
-
-
-def _check_crop(config: SetConfig, by_ratio: bool, problems: Problems) -> None:
-    crop = config.crop
-    if crop.aspect == "closest" and not crop.aspect_list:
-        problems.add(UsageError('crop.aspect "closest" needs crop.aspect_list', fix="list width / height ratios"))
-    if crop.aspect_list and crop.aspect != "closest":
-        problems.add(UsageError('crop.aspect_list has an effect with crop.aspect "closest" only'))
-    if (crop.shrink_above is None) != (crop.shrink_to is None):
-        problems.add(UsageError("crop.shrink_above and crop.shrink_to need each other", fix="set both, or neither"))
-    used = [name for name in ("aspect", "shrink_above") if getattr(crop, name) not in (None, "preserve")]
-    if used and not by_ratio:
-        problems.add(
-            UsageError(
-                f"crop.{used[0]} has no effect here",
-                why='it belongs to buckets.rule "simpletuner" and to resolution_mode "short_edge"',
-                fix=f"remove crop.{used[0]}, or change the rule",
-            )
-        )
-    if crop.face_range is not None and (crop.style != "face" or config.buckets.enabled):
-        problems.add(
-            UsageError(
-                'crop.face_range needs crop.style "face" and buckets.enabled false',
-                why="it sizes the image by the face, which leaves no choice of bucket",
-            )
         )
 
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from tuner.core.config import CaptionsConfig, Replacement, steps_of
 from tuner.core.data.wildcards import count_expansions, expand, expansions
-from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
 _TOO_MANY = 1 << 16
@@ -90,67 +89,6 @@ def caption_set(config: CaptionsConfig, raw: str, limit: int) -> tuple[str, ...]
         if len(found) > limit:
             return None
     return tuple(found)
-
-
-def check_captions(config: CaptionsConfig) -> list[UsageError]:
-    """Settings that cannot work, or that would have no effect."""
-    problems = []
-    if config.variants is not None and config.tag_warmup is not None:
-        why = "variants are fixed for the whole run, and the warmup changes the caption with the step"
-        problems.append(UsageError("captions.variants and captions.tag_warmup exclude each other", why=why))
-    if config.variants is not None and config.rule != "simpletuner" and not _is_random(config):
-        fix = "set captions.shuffle, captions.tag_dropout or captions.wildcards, or remove captions.variants"
-        problems.append(UsageError("captions.variants has no effect: nothing is drawn", fix=fix))
-    if config.from_ == "fixed" and config.fixed is None:
-        problems.append(UsageError('captions.from is "fixed" and captions.fixed is missing', fix="set captions.fixed"))
-    if config.from_ == "metadata" and config.metadata is None:
-        fix = 'set captions.metadata to {"path": ...}'
-        problems.append(UsageError('captions.from is "metadata" and captions.metadata is missing', fix=fix))
-    for name, source in (("fixed", "fixed"), ("metadata", "metadata")):
-        if getattr(config, name) is not None and config.from_ != source:
-            why = f'captions.from is "{config.from_}"'
-            problems.append(
-                UsageError(f"captions.{name} has no effect", why=why, fix=f'set captions.from to "{source}"')
-            )
-    if not config.separator:
-        problems.append(UsageError("captions.separator is empty", fix='use "," or leave it out'))
-    problems.extend(_check_rule(config))
-    for number, replacement in enumerate(config.replace):
-        problems.extend(_check_pattern(number, replacement))
-    return problems
-
-
-def _is_random(config: CaptionsConfig) -> bool:
-    return config.shuffle or config.tag_dropout > 0 or config.wildcards or config.lines == "random"
-
-
-def _check_rule(config: CaptionsConfig) -> list[UsageError]:
-    if config.rule != "simpletuner":
-        return []
-    used = {
-        "shuffle": config.shuffle, "tag_dropout": config.tag_dropout, "tag_warmup": config.tag_warmup,
-        "wildcards": config.wildcards, "fixed_marker": config.fixed_marker, "group_separator": config.group_separator,
-    }  # fmt: skip
-    return [
-        UsageError(
-            f'captions.{name} is not part of captions.rule "simpletuner"',
-            fix='use captions.variants for shuffling, or captions.rule "tuner"',
-        )
-        for name, value in used.items()
-        if value
-    ]
-
-
-def _check_pattern(number: int, replacement: Replacement) -> list[UsageError]:
-    if not replacement.regex:
-        return []
-    try:
-        re.compile(replacement.find)
-        re.sub(replacement.find, replacement.with_, "")
-    except (re.error, IndexError) as error:
-        where, what = f"captions.replace[{number}]", f"the pattern {replacement.find!r} does not work"
-        return [UsageError(what, where=where, why=str(error))]
-    return []
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tuner.core.config import DataConfig, MaskFolder, SourceConfig
-from tuner.core.data.captions import check_captions
 from tuner.core.data.metadata import CaptionTable, read_table
 from tuner.core.data.probe import FOREIGN, Probe, image_extensions, probe_all
 from tuner.core.data.records import ImageRecord, Skip, SourceIndex
@@ -44,7 +43,6 @@ def scan_source(source: SourceConfig, cache_dir: Path, *, data: DataConfig, veri
     Never raises for the data: everything wrong with it is in ``problems``, so that several sources can be told at once.
     """
     scan = _Scan(source, Path(source.path).expanduser(), cache_dir, data, verify)
-    scan.problems.extend(_at(error, f'source "{source.id}"') for error in check_captions(source.captions))
     files = scan.list_images()
     if not scan.problems:
         scan.describe(files)
@@ -57,11 +55,6 @@ def scan_source(source: SourceConfig, cache_dir: Path, *, data: DataConfig, veri
         notes=tuple(scan.notes),
         hashed=scan.hashed,
     )
-
-
-def _at(error: UsageError, where: str) -> UsageError:
-    place = where if error.where is None else f"{where}, {error.where}"
-    return UsageError(error.what, where=place, why=error.why, fix=error.fix)
 
 
 @dataclass(slots=True)
