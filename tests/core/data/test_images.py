@@ -14,7 +14,8 @@ from tests.core.data.pictures import data_config, pattern, picture
 from tuner.core.config import CropConfig, SetConfig
 from tuner.core.data.augment import MAX_HUE, shift_color, turn_hue
 from tuner.core.data.buckets import set_geometry
-from tuner.core.data.images import crop_offset, load_pixels
+from tuner.core.data.crops import crop_offset, zoomed
+from tuner.core.data.images import load_pixels
 from tuner.core.data.index import scan_source
 from tuner.core.data.records import Fit, ImageRecord
 from tuner.core.errors import UsageError
@@ -226,6 +227,26 @@ def test_a_face_is_centred_as_far_as_the_image_reaches():
     assert offset("face", None, (400, 200, 40, 40)) == (100, 20)
     with pytest.raises(UsageError, match=r"an image names no face\n  at: s/a.png"):
         offset("face", None)
+
+
+def test_the_face_takes_a_share_of_the_crop_within_the_range():
+    crop = CropConfig.model_validate({"style": "face", "face_range": [2.0, 4.0]})
+    record = ImageRecord(
+        source="s", key="a", path=Path("a"), digest="", width=800, height=400, mode="RGB", face=(400, 200, 50, 40)
+    )
+    fit = Fit(image=(800, 400), bucket=(100, 100), resized=(200, 100), crop=(50, 0))
+    widths = {zoomed(record, fit, crop, Rng(0, visit)).resized[0] for visit in range(200)}
+    assert 400 <= min(widths) < 430
+    assert 770 < max(widths) <= 800
+    middle = zoomed(record, fit, crop, None)
+    assert middle.resized == (600, 300)
+    assert crop_offset(record, middle, crop, None) == (250, 100)
+    small = ImageRecord(
+        source="s", key="a", path=Path("a"), digest="", width=90, height=120, mode="RGB", face=(40, 50, 60, 60)
+    )
+    least = Fit(image=(90, 120), bucket=(100, 100), resized=(100, 133), crop=(0, 16))
+    assert zoomed(small, least, crop, Rng(1)).resized == (100, 133)
+    assert zoomed(record, fit, CropConfig(style="face"), Rng(1)) is fit
 
 
 def test_colours_change_for_a_third_of_the_visits_and_a_little():

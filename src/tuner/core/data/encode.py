@@ -23,7 +23,7 @@ from .cache import CacheKey, Store
 from .decode import DecodeJob, decode, decode_all
 from .images import BACKGROUND
 from .keys import latent_key, mask_key
-from .looks import Look, check_cacheable, fixed_looks
+from .looks import Look, check_cacheable, fit_of, fixed_looks
 from .text_cache import DTYPES, Progress
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class LatentCache:
 
     def key(self, item: PlanItem, look: Look) -> CacheKey:
         return latent_key(
-            image=item.record.digest, resize=self._resize(item), resized=item.fit.resized, crop=look.crop,
+            image=item.record.digest, resize=self._resize(item), resized=fit_of(item, look).resized, crop=look.crop,
             size=item.fit.bucket, flip=look.flip, background=self._background(item), vae=self.vae, dtype=self.dtype,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ class LatentCache:
             return None
         digest = item.record.digest if kind == "alpha" else item.record.mask_digest
         return mask_key(
-            mask=f"{kind}:{digest}", resize=self._resize(item), resized=item.fit.resized, crop=look.crop,
+            mask=f"{kind}:{digest}", resize=self._resize(item), resized=fit_of(item, look).resized, crop=look.crop,
             size=item.fit.bucket, flip=look.flip, factor=self.factor,
         )  # fmt: skip
 
@@ -214,7 +214,7 @@ class LatentCache:
 
     def _job(self, item: PlanItem, look: Look) -> DecodeJob:
         return DecodeJob(
-            record=item.record, fit=item.fit, resize=self._resize(item), look=look, mask=self._mask_kind(item)
+            record=item.record, fit=fit_of(item, look), resize=self._resize(item), look=look, mask=self._mask_kind(item)
         )
 
     def _resize(self, item: PlanItem) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.core.config import CropConfig
 from tuner.core.data.augment import shift_color
 from tuner.core.data.probe import READ_ERRORS, has_alpha, refusal
 from tuner.core.data.records import Fit, ImageRecord, Size
@@ -26,37 +25,6 @@ log = logging.getLogger(__name__)
 
 BACKGROUND = "white"
 """What transparent pixels are laid over. With the alpha channel as mask, the colour under it is kept instead."""
-
-
-def crop_offset(record: ImageRecord, fit: Fit, crop: CropConfig, rng: Rng | None) -> tuple[int, int]:
-    """(left, top) of the part of the resized image that is kept.
-
-    rng: names the draw of style ``random``; None for the centre instead. Raises UsageError when style ``face`` finds no
-    face in the file name.
-    """
-    if crop.style == "corner":
-        return 0, 0
-    room = fit.resized[0] - fit.bucket[0], fit.resized[1] - fit.bucket[1]
-    if crop.style == "random" and rng is not None:
-        return rng.child("left").integers(room[0] + 1), rng.child("top").integers(room[1] + 1)
-    if crop.style == "face":
-        return _around_face(record, fit, room)
-    return fit.crop
-
-
-def _around_face(record: ImageRecord, fit: Fit, room: Size) -> tuple[int, int]:
-    if record.face is None:
-        raise UsageError(
-            "an image names no face",
-            where=record.name,
-            why='crop.style "face" reads _centreX_centreY_width_height at the end of the file name',
-            fix="rename the image, or use another crop.style",
-        )
-    wanted = (
-        round(record.face[axis] * fit.resized[axis] / record.size[axis] - fit.bucket[axis] / 2) for axis in (0, 1)
-    )
-    left, top = (min(max(place, 0), most) for place, most in zip(wanted, room, strict=True))
-    return left, top
 
 
 def load_pixels(

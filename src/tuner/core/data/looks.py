@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
-from .images import crop_offset
+from .crops import crop_offset, zoomed
 
 if TYPE_CHECKING:
     from .plan import DataPlan, PlanItem
+    from .records import Fit, Size
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """flip: mirrored left to right. crop: left, top of the part that is kept. color: names the draw, None for none."""
+    """flip: mirrored left to right. crop: left, top of the part that is kept. color: names the draw, None for none.
+
+    resized: size before the crop; None for the one of the item's fit.
+    """
 
     flip: bool
     crop: tuple[int, int]
     color: Rng | None = None
+    resized: Size | None = None
 
 
 def is_fixed(plan: DataPlan, item: PlanItem) -> bool:
     """Whether the item has so few looks that all of them can be cached."""
-    random_crop = plan.tiers[item.tier].config.crop.style == "random"
-    return item.validation or not (random_crop or plan.sources[item.source].augment.color)
+    crop = plan.tiers[item.tier].config.crop
+    drawn = crop.style == "random" or crop.face_range is not None
+    return item.validation or not (drawn or plan.sources[item.source].augment.color)
 
 
 def fixed_looks(plan: DataPlan, item: PlanItem) -> tuple[Look, ...]:
     """Every look that the visits of a fixed item can have."""
-    crop = crop_offset(item.record, item.fit, plan.tiers[item.tier].config.crop, None)
+    look = _framed(plan, item, None)
     if item.validation or not plan.sources[item.source].augment.flip:
-        return (Look(False, crop),)
-    return (Look(False, crop), Look(True, crop))
+        return (look,)
+    return (look, replace(look, flip=True))
 
 
 def draw_look(plan: DataPlan, item: PlanItem, rng: Rng) -> Look:
     """The look of one visit; ``rng`` is named after the visit."""
-    config, augment = plan.tiers[item.tier].config, plan.sources[item.source].augment
     if item.validation:
-        return Look(False, crop_offset(item.record, item.fit, config.crop, None))
+        return _framed(plan, item, None)
+    augment = plan.sources[item.source].augment
     flip = augment.flip and rng.child("flip").random() < 0.5
-    crop = crop_offset(item.record, item.fit, config.crop, rng.child("crop"))
-    return Look(flip, crop, rng.child("color") if augment.color else None)
+    return replace(
+        _framed(plan, item, rng.child("crop")), flip=flip, color=rng.child("color") if augment.color else None
+    )
+
+
+def fit_of(item: PlanItem, look: Look) -> Fit:
+    """How the item is sized when it is seen with ``look``."""
+    return item.fit if look.resized is None else replace(item.fit, resized=look.resized)
+
+
+def _framed(plan: DataPlan, item: PlanItem, rng: Rng | None) -> Look:
+    """What part is kept; ``rng`` names the draws, None for none."""
+    crop = plan.tiers[item.tier].config.crop
+    fit = zoomed(item.record, item.fit, crop, rng)
+    return Look(False, crop_offset(item.record, fit, crop, rng), resized=fit.resized if fit is not item.fit else None)
 
 
 def check_cacheable(plan: DataPlan) -> None:
