@@ -6,9 +6,21 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tuner.core.errors import UsageError
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is now: a live progress bar puts itself in its place to keep lines apart."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -21,7 +33,7 @@ def set_up_logging(raw: Mapping[str, Any]) -> None:
     """
     section = raw.get("log")
     section = section if isinstance(section, Mapping) else {}
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [StderrHandler()]
     file = section.get("file")
     if isinstance(file, str):
         try:

@@ -83,7 +83,7 @@ class Loop:
                 position = self._advance(position, len(group))
                 self._record(position, index, result, rates, time.perf_counter() - started, group, progress)
                 self._do_chores(position)
-                if self.interrupt.requested:
+                if self.interrupt.requested and position.step < self.length.steps:
                     return self._rolled(position), "interrupted"
             position = self._rolled(position)
         return position, "finished"
@@ -133,4 +133,4 @@ class Loop:
         extra = {"memory_bytes": memory} if memory else {}
         self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
         self.chores.on_step(position.step, metrics, group)
-        progress.advance(1, loss=average, **extra)
+        progress.advance(1, loss=average, images_per_second=metrics["images_per_second"], **extra)

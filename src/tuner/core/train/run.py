@@ -19,8 +19,10 @@ from tuner.core.data.ledger import changes_since
 from tuner.core.data.plan import DataPlan, plan_data
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
+from tuner.core.optim import check_optimizer
 from tuner.core.registry import Run, open_run
 from tuner.core.track.events import EventLog
+from tuner.core.track.report import write_report
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.caching import Caches
 from tuner.core.train.checkpoint import State, find_state
@@ -55,6 +57,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     wanted = resume or config.checkpoint.resume
     folder = open_folder(Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none")
     check_trackers(config.log)
+    check_optimizer(config.optimizer)
     set_threads(config)
     with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
         found = None if wanted == "none" else find_state(folder, wanted)
@@ -77,6 +80,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
             files=tuple(files),
         )
         events.emit("run_end", steps=summary.steps, seconds=summary.seconds, reason=reason)
+        write_report(folder.path)
     return summary
 
 

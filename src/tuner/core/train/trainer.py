@@ -24,7 +24,6 @@ from tuner.core.optim import (
     optimizer_state_tensors,
 )
 from tuner.core.track.progress import Progress
-from tuner.core.track.report import write_report
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, write_state
@@ -302,7 +301,6 @@ class Trainer:
 
     def _write_views(self) -> None:
         self.ledger.write(self.folder.ledger)
-        write_report(self.folder.path)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,273 @@
+"""Whole runs on a tiny model: what they write, that they continue exactly, and that only the loss moves the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tuner.core.errors import UsageError
+from tuner.core.track.events import read_events
+from tuner.core.train.checkpoint import list_checkpoints
+from tuner.core.train.folder import RunFolder
+from tuner.core.train.run import cache_only, train
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss by step; a step that was done again after a resume counts once, as it ended."""
+    return {event["step"]: event["loss"] for event in read_events(folder / "events.jsonl") if event["kind"] == "step"}
+
+
+def adapter(folder: Path) -> bytes:
+    [path] = folder.glob("*.safetensors")
+    return path.read_bytes()
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_an_adapter_and_its_whole_story(make_config, tmp_path):
+    prompts = ["a red dog --w 64 --h 48 --s 2", "grass --w 64 --h 48 --s 2 --n dog --l 3"]
+    config = make_config(
+        sample__prompts=prompts, sample__every=4, checkpoint__every=3, validate={"split": 0.4, "every": 5}
+    )
+    summary = train(config)
+    out = tmp_path / "out"
+    assert (summary.reason, summary.steps, summary.files) == ("finished", 7, (out / "out.safetensors",))
+    assert {path.name for path in list_checkpoints(RunFolder(out, "out"))} == {
+        "step-000003", "step-000006", "step-000007",
+    }  # fmt: skip
+    assert (out / "checkpoints/step-000003/out-step00000003.safetensors").is_file()
+    assert (out / "samples/step-000004/sheet.png").is_file()
+    assert (out / "samples/step-000007/001.png").is_file()
+    assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+    assert json.loads((out / "config.resolved.json").read_text())["train"]["steps"] == 7
+    assert json.loads((out / "manifest.json").read_text())["packages"]["torch"]
+    ledger = json.loads((out / "data.json").read_text())
+    assert sum(row["used"] for row in ledger["images"] if row["part"] == "train") > 0
+    kinds = [event["kind"] for event in read_events(out / "events.jsonl")]
+    assert kinds[0] == "run_start" and kinds[-1] == "run_end"
+    assert kinds.count("step") == 7 and kinds.count("validation") == 2 and kinds.count("sample") == 2
+
+
+def test_a_resolved_config_repeats_the_run(make_config, tmp_path):
+    train(make_config())
+    resolved = json.loads((tmp_path / "out/config.resolved.json").read_text())
+    resolved["checkpoint"]["dir"] = str(tmp_path / "again")
+    train(resolved)
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+
+
+def test_no_path_and_no_user_name_leaves_the_machine(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "canary-user")
+    monkeypatch.setenv("HF_TOKEN", "canary-token")
+    train(make_config(checkpoint__metadata={"title": "Dogs", "comment": "hello"}))
+    with safe_open(tmp_path / "out/out.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.title"] == "Dogs"
+    text = json.dumps(metadata)
+    assert str(tmp_path.parent) not in text and "canary" not in text
+    report = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert str(tmp_path.parent) not in report and "canary" not in report
+
+
+def test_metadata_can_be_left_out(make_config, tmp_path):
+    train(make_config(checkpoint__metadata={"embed": False}))
+    with safe_open(tmp_path / "out/out.safetensors", framework="pt") as file:
+        assert not [key for key in file.metadata() or {} if key.startswith(("ss_", "modelspec"))]
+
+
+# --- exact continuation -----------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "accumulated": {"train__accumulate": 2},
+    "with dropout": {"network__dropout": 0.2, "network__rank_dropout": 0.2, "memory__checkpointing": "block"},
+    "with random captions": {
+        "data__sets__0__sources__0__captions": {"shuffle": True, "variants": 3, "dropout": 0.3},
+        "data__sets__0__sources__0__augment": {"flip": True},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_stopped_and_resumed_twice_equals_uninterrupted(make_config, tmp_path, changes):
+    options = {"validate": {"split": 0.2, "every": 2}, **changes}
+    train(make_config(checkpoint__dir=str(tmp_path / "whole/run"), **options))
+    folder = tmp_path / "parts/run"
+    for length in (2, 5, 7):
+        # A constant curve would hide a wrong length, so the schedule is that of the whole run.
+        config = make_config(checkpoint__dir=str(folder), **options)
+        stop_after(config, length)
+    assert adapter(folder) == adapter(tmp_path / "whole/run")
+    assert losses(folder) == losses(tmp_path / "whole/run")
+
+
+def stop_after(config: dict, steps: int) -> None:
+    """Run with an extension that interrupts after an update, as Ctrl+C would, and save there."""
+    folder = Path(config["checkpoint"]["dir"])
+
+    def interrupt(original):
+        def wrapped(self, step, metrics):
+            original(self, step, metrics)
+            if step == steps:
+                signal.raise_signal(signal.SIGINT)
+
+        return wrapped
+
+    from tuner.core.registry.extensions import Extensions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extensions, "on_step_end", interrupt(Extensions.on_step_end))
+        train(config, resume="auto" if folder.exists() else None)
+
+
+SCRIPT = """
+import json, sys
+from tuner.core.train.run import train
+train(json.loads(sys.argv[1]), resume=sys.argv[2] if len(sys.argv) > 2 else None)
+"""
+
+
+def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(make_config, tmp_path):
+    options = {"checkpoint__every": 2, "train__steps": 40, "checkpoint__keep_last": 2}
+    train(make_config(checkpoint__dir=str(tmp_path / "whole/run"), **options))
+    folder = tmp_path / "killed/run"
+    config = make_config(checkpoint__dir=str(folder), **options)
+    for wanted in (5, 17):
+        resume = ["auto"] if folder.exists() else []
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(config), *resume], stderr=subprocess.PIPE)
+        with process:
+            while process.poll() is None and max(losses_now(folder), default=0) < wanted:
+                time.sleep(0.01)
+            assert process.poll() is None, process.stderr.read().decode()
+            os.kill(process.pid, signal.SIGKILL)
+    reached = max(losses_now(folder))
+    train(config, resume="auto")
+    assert adapter(folder) == adapter(tmp_path / "whole/run")
+    assert losses(folder) == losses(tmp_path / "whole/run")
+    resumes = [event["step"] for event in read_events(folder / "events.jsonl") if event["kind"] == "resume"]
+    assert len(resumes) == 2
+    assert all(step % 2 == 0 for step in resumes) and resumes[-1] <= reached
+
+
+def losses_now(folder: Path) -> dict[int, float]:
+    return losses(folder) if (folder / "events.jsonl").exists() else {}
+
+
+def test_a_finished_run_can_be_made_longer(make_config, tmp_path):
+    options = {"schedule__name": "constant"}
+    train(make_config(checkpoint__dir=str(tmp_path / "whole/run"), train__steps=9, **options))
+    folder = tmp_path / "longer/run"
+    train(make_config(checkpoint__dir=str(folder), train__steps=4, **options))
+    train(make_config(checkpoint__dir=str(folder), train__steps=9, **options), resume="auto")
+    assert load_file(folder / "run.safetensors").keys() == load_file(tmp_path / "whole/run/run.safetensors").keys()
+    assert losses(folder) == losses(tmp_path / "whole/run")
+
+
+def test_a_finished_run_that_is_not_made_longer_says_so(make_config):
+    train(make_config())
+    with pytest.raises(UsageError, match="already at step 7"):
+        train(make_config(), resume="auto")
+
+
+def test_resuming_with_another_configuration_is_refused_by_name(make_config):
+    train(make_config(train__steps=2))
+    with pytest.raises(UsageError) as error:
+        train(make_config(optimizer__lr=5e-3), resume="auto")
+    assert "optimizer.lr" in str(error.value)
+
+
+def test_a_used_folder_is_not_overwritten(make_config, tmp_path):
+    train(make_config(train__steps=2))
+    before = adapter(tmp_path / "out")
+    with pytest.raises(UsageError, match="--resume"):
+        train(make_config(train__steps=3))
+    assert adapter(tmp_path / "out") == before
+
+
+# --- nothing but the loss moves the weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample__prompts": ["a dog --w 64 --h 64 --s 2"], "sample__every": 2, "sample__at_start": True},
+        {"memory__checkpointing": "block"},
+        {"cache__latents": "memory", "cache__text": "memory"},
+        {"cache__latents": "off", "cache__dtype": "fp32"},
+        {"cache__text": "off", "cache__dtype": "fp32"},
+        {"data__workers": {"scan": 0, "cache": 2, "load": 3}},
+        {"attention__split": True},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_services_leave_the_losses_as_they_are(make_config, tmp_path, changes):
+    base = {"cache__dtype": changes.get("cache__dtype", "bf16")}
+    train(make_config(checkpoint__dir=str(tmp_path / "plain"), **base))
+    train(make_config(checkpoint__dir=str(tmp_path / "changed"), **changes))
+    plain, changed = losses(tmp_path / "plain"), losses(tmp_path / "changed")
+    # A live encoder sees captions in other batches than the cache did, so matrix products may round differently.
+    exact = not {"attention__split", "cache__text", "cache__latents"} & set(changes)
+    assert changed == (plain if exact else pytest.approx(plain, rel=2e-5))
+
+
+def test_validation_leaves_the_training_as_it_is(make_config, tmp_path):
+    for name, every in (("seldom", {"epochs": 100}), ("often", 1)):
+        train(make_config(checkpoint__dir=str(tmp_path / name), validate={"split": 0.3, "every": every}))
+    assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
+
+
+def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path):
+    for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):
+        config = make_config(checkpoint__dir=str(tmp_path / name), train__accumulate=accumulate, train__epochs=4)
+        del config["train"]["steps"]
+        config["data"]["sets"][0] |= {
+            "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False, "step": 16},
+        }  # fmt: skip
+        config["data"]["sets"][0]["sources"][0]["repeats"] = 1
+        train(config)
+    wide, narrow = losses(tmp_path / "wide"), losses(tmp_path / "narrow")
+    assert list(wide) == [1, 2, 3, 4]
+    assert narrow == pytest.approx(wide, rel=1e-4)
+
+
+def test_a_mask_of_zeros_gives_zero_loss_and_a_mask_of_ones_changes_nothing(make_config, tmp_path, pictures):
+    from PIL import Image
+
+    for name, level in (("ones", 255), ("zeros", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for picture in pictures.glob("*.png"):
+            with Image.open(picture) as image:
+                Image.new("L", image.size, level).save(folder / picture.name)
+        train(
+            make_config(
+                checkpoint__dir=str(tmp_path / f"run-{name}"),
+                data__sets__0__sources__0__mask={"path": str(folder)},
+            )
+        )
+    train(make_config(checkpoint__dir=str(tmp_path / "run-none")))
+    assert losses(tmp_path / "run-ones") == pytest.approx(losses(tmp_path / "run-none"), rel=1e-6)
+    assert set(losses(tmp_path / "run-zeros").values()) == {0.0}
+
+
+# --- caching as a stage of its own ------------------------------------------------------------------------------------
+
+
+def test_caching_ahead_leaves_nothing_to_encode(make_config, tmp_path):
+    config = make_config(cache__dir=str(tmp_path / "cache"))
+    report = cache_only(config)
+    assert report.batches_per_epoch > 0
+    assert not (tmp_path / "out").exists()
+    train(config)
+    stages = [event for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "stage"]
+    assert [event["items"] for event in stages] == [0, 0, 0, 0]
