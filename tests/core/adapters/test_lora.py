@@ -274,6 +274,11 @@ def test_a_start_for_a_component_that_does_not_train_is_refused(tmp_path: Path) 
         build({"rank": "from_file", "init_from": str(path)})
 
 
+def test_a_component_that_the_file_does_not_adapt_is_refused(saved: tuple[Path, Tensor]) -> None:
+    with pytest.raises(UsageError, match="words trains, yet the file"):
+        build({"rank": "from_file", "init_from": str(saved[0])}, components=("denoiser", "words"))
+
+
 def test_from_file_needs_a_file() -> None:
     with pytest.raises(UsageError, match="no file"):
         build({"rank": "from_file"})

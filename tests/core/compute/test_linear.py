@@ -145,6 +145,21 @@ def test_a_replaced_base_product_keeps_its_adapter() -> None:
     torch.testing.assert_close(project(some_x(3), [linear])[0], want)
 
 
+class Packed(nn.Linear):
+    """A linear whose product does not come from its weight as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.neg())
+
+
+def test_a_subclass_computes_its_own_product() -> None:
+    packed = Packed(6, 4, bias=False, dtype=torch.float64).requires_grad_(False)
+    (linear,) = linears_of((4,), (2,))
+    first, second = project(some_x(3), [packed, linear])
+    torch.testing.assert_close(first, -some_x(3) @ packed.weight.t())
+    torch.testing.assert_close(second, plain(some_x(3), linear))
+
+
 def test_bfloat16_activations_give_float32_adapter_gradients() -> None:
     linears = linears_of((4, 5), (2, 3), dtype=torch.bfloat16)
     x = some_x(64, dtype=torch.bfloat16).requires_grad_()
@@ -259,6 +274,22 @@ def test_a_compiled_block_is_one_graph_and_equal(shared: bool) -> None:
     for linear in (block.q, block.k, block.out):
         linear.adapter.scale = 0.25
     torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_alike_blocks_share_one_graph(shared: bool) -> None:
+    # One graph per block would soon pass torch's recompile limit, and then run uncompiled.
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    x = some_x(2, 5, dtype=torch.float32)
+    for block in [Block(shared) for _ in range(10)]:
+        torch.compile(block, backend=count, fullgraph=True)(x)
+    assert len(graphs) == 1
 
 
 def test_recomputation_gives_the_same_gradients() -> None:

@@ -165,6 +165,13 @@ def _targets_of_file(
         )
     stored = modules_of(start)
     _require_training(stored, modules)
+    for component in modules:
+        if not any(component == name for name, _ in stored):
+            raise UsageError(
+                f"component {component} trains, yet the file adapts none of its modules",
+                where="network.init_from",
+                fix=f"take {component} out of train.components, or set network.rank to a number",
+            )
     targets = []
     for component, inside in modules.items():
         for path in inside:

@@ -64,9 +64,14 @@ def _active_adapter(linear: nn.Linear) -> LowRank | None:
 
 
 def _frozen_plain(linear: nn.Linear) -> bool:
-    if getattr(linear, "base_forward", None) is not None or not isinstance(linear, nn.Linear):
+    if getattr(linear, "base_forward", None) is not None or not _is_stock(linear):
         return False
     return not linear.weight.requires_grad and (linear.bias is None or not linear.bias.requires_grad)
+
+
+def _is_stock(linear: nn.Linear) -> bool:
+    # A subclass with a forward of its own (4-bit weights, say) cannot be computed from `weight`.
+    return type(linear).forward is nn.Linear.forward
 
 
 def _general(x: Tensor, linear: nn.Linear, adapter: LowRank | None) -> Tensor:
@@ -74,7 +79,7 @@ def _general(x: Tensor, linear: nn.Linear, adapter: LowRank | None) -> Tensor:
     base_forward: Callable[[Tensor], Tensor] | None = getattr(linear, "base_forward", None)
     if base_forward is not None:
         y = base_forward(x)
-    elif isinstance(linear, nn.Linear):
+    elif _is_stock(linear):
         y = F.linear(x, linear.weight, linear.bias)
     else:
         y = linear(x)
