@@ -29,6 +29,10 @@ def test_sizes_captions_and_copies_are_told_for_every_source(tmp_path):
     assert two.images == 1
     assert report.duplicates == (("one/a.png", "two/copy.png"),)
     assert report.leaks == ()
+    assert report.warnings() == [
+        "the same image several times: one/a.png, two/copy.png",
+        "one: 1 of 2 images have an empty caption",
+    ]
 
 
 def test_one_file_in_two_sources_is_no_copy_but_may_leak_into_validation(tmp_path):
@@ -37,6 +41,7 @@ def test_one_file_in_two_sources_is_no_copy_but_may_leak_into_validation(tmp_pat
     assert twice.duplicates == ()
     held_out = inspect(tmp_path, {"path": "one"}, {"path": "one", "id": "held", "role": "validation"})
     assert held_out.leaks == ("held/a.png is also one/a.png",)
+    assert held_out.warnings() == ["held out and trained on: held/a.png is also one/a.png"]
 
 
 def test_damage_that_only_decoding_shows_is_found(tmp_path):

@@ -81,8 +81,9 @@ def open_upright(path: Path) -> Image.Image:
         error = "the content is no image format that can be read"
     except READ_ERRORS as problem:
         error = str(problem) or type(problem).__name__
-    fix = 'repair or remove it, or set data.on_corrupt to "skip"'
-    raise UsageError("an image cannot be used", where=str(path), why=error, fix=fix)
+    raise UsageError(
+        "an image cannot be used", where=str(path), why=error, fix="repair it, or remove it from the source"
+    )
 
 
 def to_rgb(image: Image.Image, *, keep_hidden: bool = False) -> tuple[Image.Image, Image.Image | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,27 +41,41 @@ class DataReport:
     leaks: tuple[str, ...]
     problems: tuple[UsageError, ...]
 
+    def warnings(self) -> list[str]:
+        """What is not wrong but rarely meant, one line each."""
+        lines = [f"the same image several times: {', '.join(names)}" for names in self.duplicates]
+        lines += [f"held out and trained on: {leak}" for leak in self.leaks]
+        for source in self.sources:
+            if source.without_caption:
+                count = len(source.without_caption)
+                lines.append(f"{source.source}: {count} of {source.images} images have an empty caption")
+        return lines
+
 
 def inspect_data(data: DataConfig, cache_dir: Path, *, verify: str = "stat", decode: bool = True) -> DataReport:
     """Scan every enabled source of ``data`` and, with ``decode``, decode every image and mask.
 
     Never raises for the data: problems are in the report. Nothing is changed on disk except the stored index.
     """
-    problems: list[UsageError] = []
-    reports: list[SourceReport] = []
-    records: list[ImageRecord] = []
-    roles: dict[str, str] = {}
-    for source in (source for each in data.sets for source in each.sources if source.enabled):
-        index = scan_source(source, cache_dir, data=data, verify=verify)
-        problems.extend(index.problems)
-        if decode:
-            problems.extend(decode_errors(index.records, data.workers.scan))
-        reports.append(_report(index))
-        records.extend(index.records)
-        roles[source.id] = source.role
+    indices = [
+        scan_source(source, cache_dir, data=data, verify=verify)
+        for each in data.sets
+        for source in each.sources
+        if source.enabled
+    ]
+    return inspect_indices(data, indices, decode=decode)
+
+
+def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode: bool = True) -> DataReport:
+    """``inspect_data`` for sources that have been scanned; their problems come first."""
+    problems = [problem for index in indices for problem in index.problems]
+    records = [record for index in indices for record in index.records]
+    if decode:
+        problems.extend(decode_errors(records, data.workers.scan))
+    roles = {source.id: source.role for each in data.sets for source in each.sources}
     groups = _same_bytes(records)
     return DataReport(
-        sources=tuple(reports),
+        sources=tuple(_report(index) for index in indices),
         # The same file in two sources is a choice; two files with the same bytes are rather an accident.
         duplicates=tuple(
             tuple(record.name for record in group) for group in groups if len({record.path for record in group}) > 1
@@ -108,7 +122,7 @@ def _same_bytes(records: Iterable[ImageRecord]) -> list[list[ImageRecord]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _leaks(group: Sequence[ImageRecord], roles: dict[str, str]) -> list[str]:
+def _leaks(group: Sequence[ImageRecord], roles: Mapping[str, str]) -> list[str]:
     held_out = [record for record in group if roles[record.source] == "validation"]
     trained = [record for record in group if roles[record.source] == "train"]
     return [f"{each.name} is also {trained[0].name}" for each in held_out] if trained else []

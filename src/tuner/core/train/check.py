@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tuner.core.config import RawConfig, RunConfig, load_config
 from tuner.core.data.index import scan_source
+from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
 from tuner.core.data.records import SourceIndex
 from tuner.core.data.report import PlanReport, report_plan
@@ -65,11 +66,12 @@ def check(
         problems.extend(_header_problems(opened))
         _collected(problems, lambda: resolve_prompts(config.sample, opened.facts))
     problems.extend(_folder_problems(config, resuming=resuming or config.checkpoint.resume != "none"))
-    plan = _plan(config, opened.facts if opened else None, problems)
+    indices, warnings = _look_at_data(config, problems)
+    plan = _plan(config, opened.facts if opened else None, indices, problems)
     if opened is None or plan is None:
         problems.raise_if_any()
         raise AssertionError("a part is missing without a problem")
-    report = CheckReport(plan=report_plan(plan, config.train), files=_file_lines(opened))
+    report = CheckReport(plan=report_plan(plan, config.train), files=_file_lines(opened), warnings=warnings)
     texts = _collected(problems, lambda: planned_texts(plan, config)) if config.cache.text != "off" else []
     if texts:
         _check_lengths(texts, config, catalog, report)
@@ -116,27 +118,28 @@ def _folder_problems(config: RunConfig, *, resuming: bool) -> list[UsageError]:
     return found
 
 
-def _plan(config: RunConfig, facts: ModelFacts | None, problems: Problems) -> DataPlan | None:
-    """Scan every source, so that all unreadable images are listed, and plan when everything is in order."""
-    before = len(problems.errors)
-    indices: dict[str, SourceIndex] = {}
-    for entry in config.data.sets:
-        for source in entry.sources:
-            if not source.enabled:
-                continue
-            index = _collected(
-                problems,
-                lambda source=source: scan_source(  # type: ignore[misc]
-                    source, Path(config.cache.dir), verify=config.cache.verify, data=config.data
-                ),
-            )
-            if index is not None:
-                problems.extend(index.problems)
-                indices[source.id] = index
+def _look_at_data(config: RunConfig, problems: Problems) -> tuple[dict[str, SourceIndex], list[str]]:
+    """Scan every source and decode every image, so that all bad ones are listed; also what is rarely meant."""
+    indices = {
+        source.id: scan_source(source, Path(config.cache.dir), verify=config.cache.verify, data=config.data)
+        for entry in config.data.sets
+        for source in entry.sources
+        if source.enabled
+    }
+    found = inspect_indices(config.data, list(indices.values()))
+    problems.extend(found.problems)
+    return indices, found.warnings()
+
+
+def _plan(
+    config: RunConfig, facts: ModelFacts | None, indices: dict[str, SourceIndex], problems: Problems
+) -> DataPlan | None:
+    """Plan when everything is in order."""
     if facts is None:
         return None
+    before = len(problems.errors)
     tiers = expand_tiers(config.data, config.train.batch_size, facts.resolution_multiple, problems)
-    if len(problems.errors) > before:
+    if len(problems.errors) > before or any(index.problems for index in indices.values()):
         return None
     return _collected(problems, lambda: plan_indices(config, tiers, indices))
 
