@@ -1,0 +1,64 @@
+"""Keys that need another key, or that another key leaves without effect, are refused; defaults never are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.core.config.samples import build
+
+from tuner.core.config import build_config
+from tuner.core.errors import UsageError
+
+
+def source(**settings: Any) -> dict[str, Any]:
+    return {"data": {"sets": [{"sources": [{"id": "a", "path": "a"} | settings]}]}}
+
+
+def a_set(**settings: Any) -> dict[str, Any]:
+    return {"data": {"sets": [{"sources": [{"id": "a", "path": "a"}]} | settings]}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            {"data": {"sets": [{"sources": [{"id": "a", "path": "a"}, {"id": "a", "path": "b"}]}]}},
+            "the id 'a' is taken",
+        ),
+        (source(weight=2), "weight: has no effect with data.sampling 'epoch'"),
+        (source(role="regularisation"), "no enabled source has the role 'train'"),
+        (source(enabled=False), "no enabled source has the role 'train'"),
+        ({"data": {"regularisation_weight": 0.5}}, "no source has the role 'regularisation'"),
+        ({"loss": {"mask": {"enabled": True}}}, "loss.mask.enabled: no source has a mask"),
+        ({"loss": {"mask": {"floor": 0.1}}}, "loss.mask.floor: has no effect without masks"),
+        ({"validate": {"max_batches": 3}}, "validate.max_batches: has no effect: nothing is held out"),
+        (a_set(crop={"style": "random"}), "changes at every visit, so latents cannot be cached"),
+        (source(augment={"color": True}), "changes at every visit, so latents cannot be cached"),
+        (source(captions={"from": "fixed"}), "'fixed' needs captions.fixed"),
+        (source(captions={"fixed": "x"}), "captions.fixed: has no effect with from 'file'"),
+        ({"network": {"rank": "from_file"}}, "network.rank: 'from_file' needs network.init_from"),
+        ({"network": {"preset": "x", "targets": ["y"]}}, "network.preset: is replaced by network.targets"),
+        ({"network": {"rules": [{"match": "x"}]}}, "network.rules[0]: sets neither rank, alpha nor lr"),
+        ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
+        ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
+        ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
+        ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last: has no effect without checkpoint.every"),
+        ({"noise": {"timesteps": "uniform", "sigmoid_scale": 2}}, "sigmoid_scale is not used by timesteps 'uniform'"),
+        ({"loss": {"huber_c": 0.2}}, "huber_c is not used by type 'l2'"),
+    ],
+)
+def test_a_key_without_effect_or_without_what_it_needs_is_refused(sections: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(**sections)
+    assert expected in str(caught.value)
+
+
+def test_random_crops_and_colour_are_fine_without_cached_latents() -> None:
+    sections = a_set(crop={"style": "random"}, augment={"color": True})
+    assert build(cache={"latents": "off"}, **sections).data.sets[0].crop.style == "random"
+
+
+def test_a_document_that_spells_out_every_default_is_accepted() -> None:
+    config = build()
+    assert build_config(config.model_dump(mode="json")) == config

@@ -1,0 +1,92 @@
+"""The model's facts fill the open defaults in and judge names and sizes; a resolved configuration stays as it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tests.core.config.samples import build, minimal, toy_facts
+
+from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
+
+FORMATS = ("native", "other")
+SOURCE = {"id": "a", "path": "a"}
+
+
+def test_every_default_of_the_model_is_filled_in() -> None:
+    config = resolve_defaults(build(train={"seed": 7}), toy_facts(), formats=FORMATS)
+    assert (config.noise.timesteps, config.noise.shift) == ("shift", 3.0)
+    assert (config.sample.size, config.sample.steps, config.sample.cfg, config.sample.shift) == (
+        (1024, 1024),
+        20,
+        4.0,
+        3.0,
+    )
+    assert (config.checkpoint.name, config.checkpoint.format, config.checkpoint.dtype) == ("hero", "native", "fp32")
+    assert (config.network.alpha, config.model.flavour, config.validation.seed) == (16.0, "small", 7)
+    assert (config.precision.vae, config.precision.text_encoder) == ("fp32", {"text": "bf16"})
+    assert config.text_encoder.max_tokens == {"text": 77}
+    assert config.latents.posterior == "mode"
+
+
+def test_what_the_user_says_wins_over_the_model() -> None:
+    config = build(
+        noise={"timesteps": "uniform"},
+        network={"alpha": 1},
+        sample={"cfg": 0, "size": [512, 768]},
+        validate={"seed": 0},
+    )
+    config = resolve_defaults(config, toy_facts(), formats=FORMATS)
+    assert (config.noise.timesteps, config.noise.shift, config.network.alpha) == ("uniform", None, 1.0)
+    assert (config.sample.cfg, config.sample.size, config.validation.seed) == (0, (512, 768), 0)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"noise": {"timesteps": "sigmoid"}},
+        {"data": {"sets": [{"resolution": [1024, 512], "captions": {"prefix": "p"}, "sources": [SOURCE]}]}},
+        {"train": {"steps": None, "epochs": 3, "clip_grad": None}, "checkpoint": {"every": {"epochs": 1}}},
+        {"network": {"blocks": {"main": [0, "2-3"]}, "rules": [{"match": "x", "rank": 4}]}},
+        {"schedule": {"warmup": "5%"}},
+    ],
+)
+def test_resolving_a_resolved_configuration_changes_nothing(sections: dict[str, Any]) -> None:
+    first = resolve_defaults(build_config(load_config(minimal(**sections), env={})), toy_facts(), formats=FORMATS)
+    again = build_config(load_config(json.loads(resolved_text(first)), env={}))
+    assert facts_problems(again, toy_facts(), formats=FORMATS) == []
+    second = resolve_defaults(again, toy_facts(), formats=FORMATS)
+    assert second == first
+    assert resolved_text(second) == resolved_text(first)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"train": {"components": ["denoisr"]}}, "this model has no 'denoisr'\n  at: train.components[0], "),
+        ({"train": {"components": ["vae"]}}, "'vae': this part of the model cannot train"),
+        ({"optimizer": {"lr_by_component": {"text": 1e-5}}}, "has no effect: it does not train"),
+        ({"text_encoder": {"max_tokens": {"txt": 5}}}, "did you mean 'text'?"),
+        ({"network": {"preset": "atention"}}, "did you mean 'attention'?"),
+        ({"network": {"blocks": {"side": "all"}}}, "this model has no 'side'\n  at: network.blocks.side"),
+        ({"checkpoint": {"format": "nativ"}}, "did you mean 'native'?"),
+        ({"model": {"flavour": "large"}}, "model.flavour: is 'large', but the weights are 'small'"),
+        (
+            {"data": {"sets": [{"resolution": 1000, "sources": [{"id": "a", "path": "a"}]}]}},
+            "1000 is not a multiple of 16",
+        ),
+        ({"data": {"defaults": {"buckets": {"step": 24}}}}, "24 is not a multiple of 16"),
+        ({"sample": {"size": 500, "prompts": ["x"]}}, "sample.size: 500 is not a multiple of 16"),
+    ],
+)
+def test_names_and_sizes_that_the_model_does_not_have_are_refused(sections: dict[str, Any], expected: str) -> None:
+    problems = facts_problems(build(**sections), toy_facts(), formats=FORMATS)
+    assert len(problems) == 1
+    assert expected.removesuffix(", ") in str(problems[0])
+
+
+def test_a_size_that_does_not_fit_names_the_nearest_ones() -> None:
+    problems = facts_problems(build(sample={"size": 500, "prompts": ["x"]}), toy_facts())
+    assert problems[0].fix == "use 496 or 512"

@@ -1,0 +1,65 @@
+"""The schema is what editors see: described keys, JSON names, no surprises; intervals and shares read as documented."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from pydantic import BaseModel
+from tests.core.config.samples import build
+
+from tuner.core.config import EveryFields, RunConfig, steps_of
+from tuner.core.config.messages import _models
+
+
+def sections(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    found = {schema.__name__: schema}
+    for field in schema.model_fields.values():
+        for inner in _models(field.annotation):
+            found |= sections(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(sections(RunConfig)))
+def test_every_section_is_frozen_strict_and_every_key_described(name: str) -> None:
+    schema = sections(RunConfig)[name]
+    assert schema.model_config["frozen"]
+    assert schema.model_config["extra"] == "forbid"
+    for key, field in schema.model_fields.items():
+        assert field.description, f"{name}.{key} has no description"
+
+
+def test_json_schema_uses_json_names() -> None:
+    schema = RunConfig.model_json_schema()
+    assert "validate" in schema["properties"]
+    assert "validation" not in schema["properties"]
+    captions = schema["$defs"]["CaptionsConfig"]["properties"]
+    assert "from" in captions
+    assert json.dumps(schema)
+
+
+def test_every_takes_a_number_a_share_or_an_object() -> None:
+    assert build(checkpoint={"every": 250}).checkpoint.every == EveryFields(steps=250)
+    assert build(checkpoint={"every": "10%"}).checkpoint.every == EveryFields(steps="10%")
+    every = {"epochs": 2, "minutes": 30}
+    assert build(checkpoint={"every": every}).checkpoint.every == EveryFields(epochs=2, minutes=30)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"), [(7, 100, 7), ("5%", 2000, 100), ("0.5%", 1000, 5), ("7%", 100, 7)]
+)
+def test_a_share_of_the_steps_is_exact(count: int | str, total: int, expected: int) -> None:
+    assert steps_of(count, total) == expected
+
+
+def test_the_configuration_is_frozen() -> None:
+    config = build()
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.seed = 3  # type: ignore[misc]
+
+
+def test_importing_the_configuration_imports_no_torch() -> None:
+    code = "import sys, tuner.core.config; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
