@@ -10,7 +10,7 @@ import configparser
 import importlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -121,6 +121,10 @@ class Catalog:
         found = metadata.distributions() if self.path is None else metadata.distributions(path=list(self.path))
         for dist in found:
             result = self._guarded(None, "metadata", lambda dist=dist: _entries_of(dist))  # type: ignore[misc]
+            if result is None:
+                known = self._guarded(None, "metadata", lambda dist=dist: (dist.name, dist.version))  # type: ignore[misc]
+                name, version = known or ("?", "?")
+                self.problems[-1] = replace(self.problems[-1], dist=name, version=version)
             for entry, unmet in result or ():
                 if entry.dist in seen:
                     continue
