@@ -164,20 +164,20 @@ TEXTS = (
 
 def test_every_draw_is_in_the_set_and_small_sets_are_drawn_completely():
     draws, checked = random.Random(3), 0
-    for config, raw in itertools.product([random_settings(draws) for _ in range(120)], TEXTS):
+    for config, raw in itertools.product([random_settings(draws) for _ in range(60)], TEXTS):
         texts = caption_set(config, raw, 1000)
         if texts is None:
             continue
         assert len(set(texts)) == len(texts)
-        seen = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(24)}
+        seen = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(12)}
         assert seen <= set(texts), (config, raw)
         if config.tag_dropout < 1 and (config.variants is None or config.variants.include_original):
             assert plain_caption(config, raw) in texts, (config, raw)
         if len(texts) <= 2:
-            more = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(400)}
+            more = {draw(config, raw, visit, step=visit % 8, max_steps=8) for visit in range(64)}
             assert more == set(texts), (config, raw)
         checked += 1
-    assert checked > 500
+    assert checked > 250
 
 
 def test_a_set_above_the_limit_is_not_listed():
