@@ -136,7 +136,7 @@ class _Scan:
         if probe is None:
             self._missing(file.key, "the file is a link to nothing")
             return False
-        if _extension(file) in FOREIGN and probe.error is not None:
+        if _extension(file) not in image_extensions():
             self._corrupt(file.key, f"{_extension(file)} files cannot be read: convert it to PNG, JPEG or WebP")
             return False
         if probe.error is not None:

@@ -23,11 +23,10 @@ MODES = frozenset(
 )
 """Pixel layouts with a known range, which is what a faithful conversion to 8-bit RGB needs."""
 
-# Pictures that people keep beside others and that Pillow cannot open, or not without extra programs.
-FOREIGN = frozenset(
-    {".heic", ".heif", ".jxl", ".svg", ".eps", ".pdf", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"}
-)
-_NOT_PICTURES = frozenset({".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"})
+# Photos that people keep beside others and that Pillow cannot open: named instead of passed over. Raw files are listed
+# because some open as their small preview.
+FOREIGN = frozenset({".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"})
+_NOT_PICTURES = frozenset({".eps", ".ps", ".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"})
 _ORIENTATION = 0x0112
 
 
@@ -54,7 +53,7 @@ def image_extensions() -> frozenset[str]:
 
     Image.init()
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return frozenset(readable - FOREIGN - _NOT_PICTURES)
+    return frozenset(readable - _NOT_PICTURES)
 
 
 def probe(path: Path) -> Probe:
