@@ -47,6 +47,8 @@ class CheckpointConfig(Section):
     """Dtype of exported tensors. Left out: the adapter's."""
     resume: str = "none"
     """``none``, ``auto`` for the newest state in the run folder, or the path of a checkpoint."""
+    strict_data: bool = False
+    """Refuse to resume when images or captions changed. Off: say what changed and go on with the next epoch."""
     on_interrupt: Literal["save", "stop"] = "save"
     """At SIGINT or SIGTERM: finish the step and save, or just stop."""
     metadata: MetadataConfig = MetadataConfig()

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import torch
 
 from tuner.core.atomic import write_json
 from tuner.core.config import RunConfig
-from tuner.core.data.ledger import changes_since
-from tuner.core.data.plan import DataPlan, plan_data
+from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
 from tuner.core.optim import check_optimizer
@@ -25,7 +24,7 @@ from tuner.core.track.events import EventLog
 from tuner.core.track.report import write_report
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.caching import Caches
-from tuner.core.train.checkpoint import State, find_state
+from tuner.core.train.checkpoint import find_state
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, open_folder
 from tuner.core.train.trainer import Trainer
@@ -62,16 +61,22 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
+        check_same_run(folder, run)
         plan = plan_data(config, run.facts)
-        check_resume(folder, run, plan, state)
         report = report_plan(plan, config.train)
+        show_plan(report, folder)
         write_records(folder, run)
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
         device = pick_device()
         caches = stack.enter_context(Caches(run, plan, device, events))
         caches.fill()
         trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
-        reason, files = trainer.train(state)
+        try:
+            reason, files = trainer.train(state)
+        except BaseException as error:
+            # The log must say that the run is over even when nobody saw the message.
+            events.emit("run_end", steps=trainer.position.step, seconds=time.monotonic() - started, reason=repr(error))
+            raise
         summary = RunSummary(
             folder=folder.path,
             steps=trainer.position.step,
@@ -81,6 +86,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         )
         events.emit("run_end", steps=summary.steps, seconds=summary.seconds, reason=reason)
         write_report(folder.path)
+        run.extensions.on_run_end(asdict(summary))
     return summary
 
 
@@ -94,6 +100,21 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     with Caches(run, plan, pick_device(), None) as caches:
         caches.fill()
     return report_plan(plan, run.config.train)
+
+
+def show_plan(report: PlanReport, folder: RunFolder) -> None:
+    """Say what is about to happen, before anything takes time."""
+    log.info(
+        "data: %d images, %d uses per epoch in %d batches of %d sizes, %d held out, %.1f%% of the pixels cropped",
+        report.images, report.visits_per_epoch, report.batches_per_epoch, len(report.buckets),
+        report.validation_images, 100 * report.cropped,
+    )  # fmt: skip
+    for reason, count in report.left_out.items():
+        log.warning("%d left out: %s", count, reason)
+    for note in report.notes:
+        log.warning("%s", note)
+    epochs = report.total_steps / report.steps_per_epoch
+    log.info("run: %d steps, %.1f epochs, into %s", report.total_steps, epochs, folder.path)
 
 
 def set_threads(config: RunConfig) -> None:
@@ -116,8 +137,8 @@ def resolved(run: Run) -> dict[str, Any]:
 FREE_ON_RESUME = ("train.steps", "train.epochs", "sample", "validate", "log", "checkpoint")
 
 
-def check_resume(folder: RunFolder, run: Run, plan: DataPlan, state: State | None) -> None:
-    """Refuse to continue with settings that would make it another run; say what changed in the data."""
+def check_same_run(folder: RunFolder, run: Run) -> None:
+    """Refuse to continue with settings that would make it another run."""
     if not folder.config.is_file():
         return
     before = json.loads(folder.config.read_text(encoding="utf-8"))
@@ -128,13 +149,6 @@ def check_resume(folder: RunFolder, run: Run, plan: DataPlan, state: State | Non
             where=", ".join(changed[:8]),
             why="on resume only lengths, samples, validation, logging and retention may differ",
             fix="restore these values, or start a new run in another checkpoint.dir",
-        )
-    if state is not None and state.position.fingerprint != plan.fingerprint:
-        raise UsageError(
-            "the data changed since the checkpoint was written",
-            where=str(folder.path),
-            why="; ".join(changes_since(folder.ledger, plan)) or "settings of the sources or their order differ",
-            fix="restore the data, or start a new run with network.init_from set to the last adapter file",
         )
 
 

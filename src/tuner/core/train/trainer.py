@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
-from tuner.core.data.ledger import Ledger
+from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.optim import (
@@ -231,8 +231,13 @@ class Trainer:
     def _preview(self, step: int) -> None:
         if self.previewer is None:
             return
-        with eval_weights(self.optimizer):
-            preview = self.previewer.run(step)
+        try:
+            with eval_weights(self.optimizer):
+                preview = self.previewer.run(step)
+        except (torch.OutOfMemoryError, OSError) as error:
+            # Pictures are a convenience; the training goes on without them.
+            self._warn(f"no samples at step {step}: {error}")
+            return
         self.events.emit(
             "sample",
             step=step,
@@ -247,9 +252,13 @@ class Trainer:
         try:
             self._write_checkpoint(position)
         except OSError as error:
-            message = f"checkpoint of step {position.step} was not written ({error.strerror}); earlier ones are intact"
-            log.error("%s", message)
-            self.events.emit("warning", message=message)
+            self._warn(
+                f"the checkpoint of step {position.step} was not written: {error.strerror}; earlier ones are intact"
+            )
+
+    def _warn(self, message: str) -> None:
+        log.warning("%s", message)
+        self.events.emit("warning", message=message)
 
     def _write_checkpoint(self, position: Position) -> None:
         building = self.writer.begin(position.step)
@@ -329,9 +338,25 @@ class Trainer:
         )
         self.average.values = list(state.scalars["loss_average"])
         self.ledger = Ledger(self.plan, state.scalars["ledger"])
-        self.position = state.position
+        self.position = self._placed(state.position)
         self.events.emit("resume", step=state.position.step)
         log.info("resumed at step %d", state.position.step)
+
+    def _placed(self, position: Position) -> Position:
+        """Where to go on. Changed data has another order: a started epoch cannot be finished, the next one begins."""
+        if position.fingerprint == self.plan.fingerprint:
+            return position
+        changes = "; ".join(changes_since(self.folder.ledger, self.plan)) or "settings of the sources differ"
+        if self.config.checkpoint.strict_data:
+            raise UsageError(
+                "the data changed since the checkpoint was written",
+                where=str(self.folder.path),
+                why=changes,
+                fix="restore the data, or set checkpoint.strict_data to false to go on at the next epoch",
+            )
+        self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
+        epoch = position.epoch + 1 if position.batch > 0 else position.epoch
+        return replace(position, epoch=epoch, batch=0, fingerprint=self.plan.fingerprint)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return self.names
