@@ -15,7 +15,7 @@ from typing import Any
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block succeeds it is fsynced and renamed over ``path``.
 
-    When the block raises, the temporary file is removed and ``path`` is as before. Raises OSError as the file system does.
+    When the block raises, the temporary file is removed and ``path`` is as before. OSErrors pass through.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
