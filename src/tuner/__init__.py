@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuner.core.config import ModelConfigBase as ModelConfigBase
     from tuner.core.errors import UsageError as UsageError
+    from tuner.core.files import TensorInfo as TensorInfo
     from tuner.core.hooks import hookimpl as hookimpl
+    from tuner.core.registry.door import open_model as open_model
     from tuner.core.rng import Rng as Rng
+    from tuner.core.train.door import train as train
     from tuner.core.types import Batch as Batch
     from tuner.core.types import Blocks as Blocks
     from tuner.core.types import DtypeRules as DtypeRules
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from tuner.core.types import ParamGroup as ParamGroup
     from tuner.core.types import Placement as Placement
     from tuner.core.types import SampleDefaults as SampleDefaults
-    from tuner.core.types import TensorInfo as TensorInfo
     from tuner.core.types import TextEmbeds as TextEmbeds
 
 _TYPES = (
@@ -50,12 +52,12 @@ _TYPES = (
     "ParamGroup",
     "Placement",
     "SampleDefaults",
-    "TensorInfo",
     "TextEmbeds",
 )
 _HOME = dict.fromkeys(_TYPES, "tuner.core.types") | {
     "ModelConfigBase": "tuner.core.config",
     "Rng": "tuner.core.rng",
+    "TensorInfo": "tuner.core.files",
     "UsageError": "tuner.core.errors",
     "hookimpl": "tuner.core.hooks",
     "open_model": "tuner.core.registry.door",

@@ -101,7 +101,6 @@ PLANNED: Mapping[str, str] = {
     "checkpoint.rolling": "a second series of checkpoints",
     "checkpoint.save_ema": "averaged weights",
     "checkpoint.start_at": "starting at a step of one's choice",
-    "checkpoint.strict_data": "a choice of what changed data does at resume",
     "sample.adapter_strength": "adapter strength in samples",
     "sample.adapters": "further adapters in samples",
     "sample.cfg_rescale": "guidance rescaling",

@@ -190,7 +190,7 @@ def plan_indices(
             "there is nothing to train on",
             where="data.sets",
             why="; ".join(reasons[:5]) or "no source has images",
-            fix='look at "tuner data inspect", or set data.short_batches to "keep"',
+            fix='"tuner check" lists what was left out; or set data.short_batches to "keep"',
         )
     return plan
 

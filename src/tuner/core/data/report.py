@@ -41,7 +41,7 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """Everything that ``tuner data inspect`` and the start of a run show about the data."""
+    """Everything that ``tuner check`` and the start of a run show about the data."""
 
     buckets: tuple[BucketRow, ...]
     sources: tuple[SourceRow, ...]
