@@ -48,9 +48,9 @@ def load_models(config: RunConfig, facts: ModelFacts, components: Collection[str
 
 
 @hookspec(firstresult=True)
-def encode_text(
+def encode_text(  # type: ignore[empty-body]
     models: Models, config: RunConfig, facts: ModelFacts, captions: Sequence[str], components: Collection[str]
-) -> TextEmbeds:  # type: ignore[empty-body]
+) -> TextEmbeds:
     """Encode B captions into the text fields that come from ``components``. Since 1.0. Model.
 
     ``""`` must work: it is the unconditional. Fields whose components are all frozen are produced under no_grad and
