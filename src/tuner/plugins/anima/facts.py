@@ -154,12 +154,12 @@ def text_fields(training: Collection[str], adapter: AdapterSizes) -> dict[str, F
         mask = Field(shape=("L",), dtype="bool", of=of, trim="context_mask", floor=CONTEXT_FLOOR)
         context = Field(shape=("L", adapter.out_width), of=of, trim="context_mask", floor=CONTEXT_FLOOR)
         return {"context": context, "context_mask": mask}
-    of = ("qwen3",)
+    encoder = ("qwen3",)
     return {
-        "qwen3": Field(shape=("L", adapter.source_width), of=of, trim="qwen3_mask"),
-        "qwen3_mask": Field(shape=("L",), dtype="bool", of=of, trim="qwen3_mask"),
-        "t5_ids": Field(shape=("L",), dtype="int64", of=of, trim="t5_mask"),
-        "t5_mask": Field(shape=("L",), dtype="bool", of=of, trim="t5_mask"),
+        "qwen3": Field(shape=("L", adapter.source_width), of=encoder, trim="qwen3_mask"),
+        "qwen3_mask": Field(shape=("L",), dtype="bool", of=encoder, trim="qwen3_mask"),
+        "t5_ids": Field(shape=("L",), dtype="int64", of=encoder, trim="t5_mask"),
+        "t5_mask": Field(shape=("L",), dtype="bool", of=encoder, trim="t5_mask"),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = Conv(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.residual(x)
+        result: Tensor = self.shortcut(x) + self.residual(x)
+        return result
 
 
 class AttentionBlock(nn.Module):
@@ -92,8 +94,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = qkv[:, None].chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj(out)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        result: Tensor = x + self.proj(out)
+        return result
 
 
 class Resample(nn.Module):
@@ -107,7 +110,8 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest-exact") if self.up else F.pad(x, (0, 1, 0, 1))
-        return self.resample(x)
+        result: Tensor = self.resample(x)
+        return result
 
 
 def _middle(channels: int) -> nn.Sequential:
@@ -130,7 +134,8 @@ class Encoder(nn.Module):
         self.head = _head(top, moments)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.middle(self.downsamples(self.conv1(x))))
+        result: Tensor = self.head(self.middle(self.downsamples(self.conv1(x))))
+        return result
 
 
 class Decoder(nn.Module):
@@ -145,7 +150,8 @@ class Decoder(nn.Module):
         self.head = _head(stages[-1][2], 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.upsamples(self.middle(self.conv1(x))))
+        result: Tensor = self.head(self.upsamples(self.middle(self.conv1(x))))
+        return result
 
 
 def _stage(kind: str, channels: int, out_channels: int) -> nn.Module:
@@ -201,7 +207,8 @@ class VAE(nn.Module):
         """Pixels [B,3,H,W] float32 in -1..1 from normalised latents [B,16,h,w]."""
         x = latents.float() * self.latent_std + self.latent_mean
         x = x.to(self.conv2.weight.dtype).contiguous(memory_format=torch.channels_last)
-        return self.decoder(self.conv2(x)).float().clamp(-1.0, 1.0).contiguous()
+        pixels: Tensor = self.decoder(self.conv2(x)).float()
+        return pixels.clamp(-1.0, 1.0).contiguous()
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -263,7 +270,8 @@ def build(tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ..
         )
     assign(vae, _folded(tensors), dtype=dtype, device=device, where=where, unused=lambda name: bool(UNUSED.match(name)))
     vae.set_tables(device)
-    return vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    # Module.to takes a memory format, though its type stubs do not know.
+    return cast(VAE, cast(Any, vae).to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
 def _folded(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

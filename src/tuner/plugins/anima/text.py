@@ -80,7 +80,8 @@ class AdapterAttention(nn.Module):
         v = self.v_proj(source).unflatten(-1, heads)
         # A softmax over no key at all is NaN in some kernels; `attention` gives zero there.
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=key_mask[:, None, None])
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class AdapterBlock(nn.Module):
@@ -109,7 +110,8 @@ class AdapterBlock(nn.Module):
         normed = self.norm_self_attn(x)
         x = x + self.self_attn(normed, normed, mask, table, table)
         x = x + self.cross_attn(self.norm_cross_attn(x), source, source_mask, table, source_table)
-        return x + self.mlp(self.norm_mlp(x))
+        result: Tensor = x + self.mlp(self.norm_mlp(x))
+        return result
 
 
 class LLMAdapter(nn.Module):
@@ -190,7 +192,7 @@ def build_encoder(
         use_cache=False,
     )
     with torch.device("meta"):
-        model = Qwen3Model(config)
+        model: nn.Module = Qwen3Model(config)
     assign(model, tensors, dtype=dtype, device=device, where=where)
     # Its frequencies are a buffer that no file carries; they stay float32 whatever the weights are.
     model.rotary_emb = type(model.rotary_emb)(config).to(device)
