@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .groups import learning_rates, torch_groups
-from .registry import build_optimizer, optimizer_names, register
+from .registry import build_optimizer, check_optimizer, optimizer_names, register
 from .schedules import LrSchedule, lr_factor
 from .state import eval_weights, is_schedule_free, load_optimizer_state, optimizer_state_tensors
 
 __all__ = [
     "LrSchedule",
     "build_optimizer",
+    "check_optimizer",
     "eval_weights",
     "is_schedule_free",
     "learning_rates",

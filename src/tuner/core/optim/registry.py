@@ -99,6 +99,11 @@ def build_optimizer(
         ) from error
 
 
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raise what `build_optimizer` would raise about name, package and options, with no parameter at hand."""
+    _options(config, find_factory(config.name))
+
+
 def find_factory(name: str) -> Factory:
     """What ``optimizer.name`` stands for; imports its package. Import paths are case-sensitive, names are not."""
     if "." in name:

@@ -171,4 +171,7 @@ def _make_bar(console: Console) -> Bar:
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         refresh_per_second=4,
+        # messages appear above the bar, but a file that standard error was sent to keeps getting them
+        redirect_stdout=False,
+        redirect_stderr=sys.stderr.isatty(),
     )
