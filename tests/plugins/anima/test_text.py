@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.tiny_anima import CHARACTERS, T5_WORDS
 from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
 from tuner.core.compute.weights import assign, read_tensors
+from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.plugins.anima.sizes import adapter_names, adapter_sizes, encoder_names, encoder_sizes
 from tuner.plugins.anima.text import CaptionTokenizer, LLMAdapter, build_encoder, encode_states, load_tokenizer
@@ -244,3 +247,28 @@ def test_the_public_tokenizers_give_the_reference_ids() -> None:
         assert qwen3.ids([case["text"]]) == [case["qwen3"]]
         assert t5.ids([case["text"]]) == [case["t5"]]
     assert qwen3.pad_id == 151643
+
+
+def piece(text: str, score: float) -> bytes:
+    """One vocabulary entry of a sentencepiece model, as its protocol buffer spells it."""
+    content = text.encode()
+    inner = bytes([0x0A, len(content)]) + content + b"\x15" + struct.pack("<f", score) + b"\x18\x01"
+    return bytes([0x0A, len(inner)]) + inner
+
+
+def test_a_bare_sentencepiece_model_serves_as_t5_tokenizer(
+    tokenizers: dict[str, CaptionTokenizer], tmp_path: Path
+) -> None:
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    vocabulary += [(f"▁{word}", -3.0) for word in T5_WORDS] + [(character, -8.0) for character in CHARACTERS]
+    (tmp_path / "spiece.model").write_bytes(b"".join(piece(*entry) for entry in vocabulary))
+    captions = ["a photo of a red cat, 日本", "", "blue square xyz"]
+    for path in (tmp_path, tmp_path / "spiece.model"):
+        assert load_tokenizer("t5", path).ids(captions) == tokenizers["t5"].ids(captions)
+
+
+@pytest.mark.parametrize("content", [b"\x0a\xff\xff", b"", b"\x0f" * 9, b"\x0a\x02\x0a\x00"])
+def test_another_file_is_no_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(UsageError, match="not a sentencepiece model"):
+        load_tokenizer("t5", tmp_path)

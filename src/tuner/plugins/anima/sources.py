@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ FOLDERS = {
     "t5_tokenizer": ("t5_tokenizer",),
 }
 """Names of the components' folders in the diffusers layout."""
-TOKENIZER_FILES = {"qwen3": ("tokenizer.json", "vocab.json", "merges.txt"), "t5": ("tokenizer.json",)}
+TOKENIZER_FILES = {"qwen3": ("tokenizer.json", "vocab.json", "merges.txt"), "t5": ("tokenizer.json", "spiece.model")}
 TOKENIZER_HUB = {"qwen3": "Qwen/Qwen3-0.6B", "t5": "google-t5/t5-base"}
 """Public repositories whose tokenizer files are the ones that the model was trained with."""
 
@@ -152,16 +153,18 @@ def _tokenizer(name: str, model: AnimaConfig, root: _Place, qwen3: Path) -> Path
     return _fetch(TOKENIZER_HUB[name], None, model.download_dir, TOKENIZER_FILES[name], f"model.tokenizers.{name}.path")
 
 
+ALTERNATIVES = {"qwen3": ("vocab.json", "merges.txt"), "t5": ("spiece.model",)}
+"""What serves as well as a ``tokenizer.json``, taken together."""
+
+
 def _is_tokenizer(path: Path, name: str) -> bool:
     if path.is_file():
-        return path.name.endswith(".json")
-    if (path / "tokenizer.json").is_file():
-        return True
-    return name == "qwen3" and all((path / file).is_file() for file in ("vocab.json", "merges.txt"))
+        return path.suffix == ".json" or path.name in ALTERNATIVES[name]
+    return (path / "tokenizer.json").is_file() or all((path / file).is_file() for file in ALTERNATIVES[name])
 
 
 def _wanted(name: str) -> str:
-    return "it needs tokenizer.json" + (", or vocab.json and merges.txt" if name == "qwen3" else "")
+    return f"it needs tokenizer.json, or {' and '.join(ALTERNATIVES[name])}"
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -230,8 +233,9 @@ def _is_local(path: str) -> bool:
     return Path(first).exists() or (not inside and path.endswith(WEIGHT_SUFFIXES)) or first in (".", "..", "~")
 
 
+@cache
 def _fetch(repo: str, revision: str | None, folder: str | None, patterns: tuple[str, ...], where: str) -> Path:
-    """A snapshot of the matching files of a hub repository; from the local cache when they are there."""
+    """A snapshot of the matching files of a hub repository; asks the hub once per process, then the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

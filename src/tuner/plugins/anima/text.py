@@ -19,6 +19,8 @@ from tuner.core.compute.attention import attention
 from tuner.core.compute.norm_rope import rms_norm_rope
 from tuner.core.compute.weights import assign
 
+from .spiece import read_tokenizer
+
 if TYPE_CHECKING:
     from .sizes import AdapterSizes, EncoderSizes
 
@@ -263,12 +265,15 @@ class CaptionTokenizer:
 
 
 def load_tokenizer(name: str, path: Path) -> CaptionTokenizer:
-    """The tokenizer ``qwen3`` or ``t5`` from a folder, or from a ``tokenizer.json`` itself."""
+    """The tokenizer ``qwen3`` or ``t5`` from a folder, or from a ``tokenizer.json`` or ``spiece.model`` itself."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
     file = path if path.is_file() else path / "tokenizer.json"
-    if file.is_file():
+    pieces = path if path.suffix == ".model" else path / "spiece.model"
+    if file.suffix == ".json" and file.is_file():
         backend: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    elif name == "t5" and pieces.is_file():
+        backend = PreTrainedTokenizerFast(tokenizer_object=read_tokenizer(pieces))
     else:
         backend = Qwen2Tokenizer(vocab=str(path / "vocab.json"), merges=str(path / "merges.txt"))
     # Captions longer than any limit are counted and cut here, so the backend's own warning would only repeat that.
