@@ -71,7 +71,7 @@ def test_a_built_in_name_cannot_be_taken(site: Site) -> None:
 @pytest.mark.parametrize(
     ("descriptor", "expected"),
     [
-        ("import toy_not_installed", "ModuleNotFoundError: No module named 'toy_not_installed' (while reading its descriptor)"),
+        ("import toy_gone", "ModuleNotFoundError: No module named 'toy_gone' (while reading its descriptor)"),
         ("raise SystemExit(3)", "SystemExit: 3 (while reading its descriptor)"),
         ("plugin = 3", "toy_cubist.plugin:plugin is not a ModelPlugin"),
         ("x = 3", "AttributeError: module 'toy_cubist.plugin' has no attribute 'plugin'"),

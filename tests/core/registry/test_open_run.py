@@ -222,14 +222,22 @@ def test_every_hook_is_reached_through_the_facade(site: Site, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ("pixels.shape[3] // 8)", "pixels.shape[3] // 8, dtype=torch.bfloat16)", "hook encode_latents: expected [2,4,4,4] float32, got [2,4,4,4] bfloat16"),
-        ("pixels.shape[0], 4", "pixels.shape[0], 16", "hook encode_latents: expected [2,4,4,4] float32, got [2,16,4,4] float32"),
-        ("latents.shape[2] * 8", "latents.shape[2]", "hook decode_latents: expected [2,3,32,32] float32, got [2,3,4,32] float32"),
-        ("noisy * 0", "noisy[:1]", "hook predict: expected [2,4,4,4] floating, got [1,4,4,4] float32"),
-        ('"context": torch.zeros(len(captions), 5, 3)', '"ctx": torch.zeros(1)', "hook encode_text: expected fields among context, got a field 'ctx'"),
-        ("5, 3)", "5, 7)", "hook encode_text: expected context [2,L,3] floating, got context [2,5,7] float32"),
-        ("return noisy * 0", "return None", "hook predict: expected [2,4,4,4] floating, got None"),
-        ("vae=torch.nn.Identity(), ", "", "hook load_models: expected the component 'vae', got nothing under that name"),
+        ("pixels.shape[3] // 8)", "pixels.shape[3] // 8, dtype=torch.bfloat16)",
+         "encode_latents: expected [2,4,4,4] float32, got [2,4,4,4] bfloat16"),
+        ("pixels.shape[0], 4", "pixels.shape[0], 16",
+         "encode_latents: expected [2,4,4,4] float32, got [2,16,4,4] float32"),
+        ("latents.shape[2] * 8", "latents.shape[2]",
+         "decode_latents: expected [2,3,32,32] float32, got [2,3,4,32] float32"),
+        ("noisy * 0", "noisy[:1]",
+         "predict: expected [2,4,4,4] floating, got [1,4,4,4] float32"),
+        ('"context": torch.zeros(len(captions), 5, 3)', '"ctx": torch.zeros(1)',
+         \"encode_text: expected fields among context, got a field 'ctx'"),
+        ("5, 3)", "5, 7)",
+         "encode_text: expected context [2,L,3] floating, got context [2,5,7] float32"),
+        ("return noisy * 0", "return None",
+         "predict: expected [2,4,4,4] floating, got None"),
+        ("vae=torch.nn.Identity(), ", "",
+         "load_models: expected the component 'vae', got nothing under that name"),
     ],
 )  # fmt: skip
 def test_a_result_that_breaks_the_contract_is_told_at_the_first_call(
@@ -243,7 +251,7 @@ def test_a_result_that_breaks_the_contract_is_told_at_the_first_call(
         latents = model.encode_latents(models, torch.zeros(2, 3, 32, 32))
         model.decode_latents(models, latents)
         model.predict(models, latents, torch.zeros(2), text)
-    assert str(caught.value).startswith(f"plugin 'cubist' 0.3, {expected}")
+    assert str(caught.value).startswith(f"plugin 'cubist' 0.3, hook {expected}")
 
 
 def test_a_file_that_was_not_written_is_noticed(site: Site, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from tuner import ModelPlugin
 
 plugin = ModelPlugin(
     name={name!r}, api={api}, config="{module}.config:Config", files="{module}.facts:files",
-    detect="{module}.facts:detect", facts="{module}.facts:facts", hooks="{module}.hooks", key_maps="{module}.facts:MAPS",
+    detect="{module}.facts:detect", facts="{module}.facts:facts", hooks="{module}.hooks",
+    key_maps="{module}.facts:MAPS",
 )
 """
 CONFIG = """
