@@ -231,7 +231,7 @@ def test_every_hook_is_reached_through_the_facade(site: Site, tmp_path: Path) ->
         ("noisy * 0", "noisy[:1]",
          "predict: expected [2,4,4,4] floating, got [1,4,4,4] float32"),
         ('"context": torch.zeros(len(captions), 5, 3)', '"ctx": torch.zeros(1)',
-         \"encode_text: expected fields among context, got a field 'ctx'"),
+         "encode_text: expected fields among context, got a field 'ctx'"),
         ("5, 3)", "5, 7)",
          "encode_text: expected context [2,L,3] floating, got context [2,5,7] float32"),
         ("return noisy * 0", "return None",
