@@ -19,6 +19,7 @@ from tuner.core.errors import UsageError
 from tuner.core.types import Models, Placement
 from tuner.plugins.anima import hooks, names
 from tuner.plugins.anima.facts import facts
+from tuner.plugins.anima.sources import files
 
 Configure = Callable[..., RunConfig]
 
@@ -295,6 +296,9 @@ def test_a_file_of_another_family_is_told_by_name(
     tiny: dict[str, Any], run_config: Configure, tmp_path: Path, key: str, family: str | None
 ) -> None:
     message = wrong(tiny, run_config, tmp_path, {name: torch.zeros(2, 2) for name in key.split()})
+    with pytest.raises(UsageError) as caught:
+        files(run_config({**tiny, "path": str(tmp_path / "anima.safetensors")}))
+    assert str(caught.value) == message
     assert "not an Anima model" in message
     assert family is None or f"it looks like {'' if family.startswith('a ') else 'a'}" in message
     assert family is None or family in message

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from tuner.core.errors import UsageError
 from tuner.core.files import INDEX_SUFFIX, WeightHeader, find_weights, weight_header
 
+from .sizes import check_family, original_names
+
 if TYPE_CHECKING:
     from tuner.core.config import ComponentSource, RunConfig
 
@@ -72,9 +74,11 @@ def resolve(config: RunConfig) -> Sources:
 def files(config: RunConfig) -> dict[str, tuple[Path, ...]]:
     """The files whose bytes make each component; the first one of a component carries its header.
 
-    The tokenizers' files belong to the components whose input they make.
+    The tokenizers' files belong to the components whose input they make. A denoiser file of another family is refused
+    here, where it can still be said what it seems to be.
     """
     sources = resolve(config)
+    check_family(original_names(sources.header("denoiser")), str(sources.denoiser))
     adapter = sources.llm_adapter or sources.denoiser
     return {
         "denoiser": _with_shards(sources.denoiser),
