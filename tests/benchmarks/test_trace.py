@@ -1,0 +1,75 @@
+"""Memory traffic, operation count and saved activations of the training step, counted rather than timed.
+
+The bounds are goals set against counts of the reference trainers' step, made by the same rules (docs: performance).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.models import REDUCED, build, make_inputs, saved_bytes
+from benchmarks.trace import Counting, Traffic, tensor_bytes, trace
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+REFERENCE_OPERATIONS = {"plain": 11_046, "checkpointed": 16_305}
+"""Operations of kohya-ss/sd-scripts' full-size step at 1024 px, rank-16 LoRA."""
+REFERENCE_SAVED_GIB = 14.0
+"""What autograd keeps of that step without recomputation."""
+REFERENCE_SAVED_REDUCED_MIB = {(1, 64, 64): 177, (2, 96, 64): 509}
+"""The same of the reduced model in bf16, by (batch, latent height, latent width)."""
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, Traffic]:
+    return {"plain": trace(checkpointed=False), "checkpointed": trace(checkpointed=True)}
+
+
+def test_elementwise_traffic_of_the_full_step_stays_below_the_goal(full: dict[str, Traffic]) -> None:
+    assert full["checkpointed"].elementwise <= 150e9
+    assert full["plain"].elementwise <= 107e9
+
+
+@pytest.mark.parametrize("arm", ["plain", "checkpointed"])
+def test_the_full_step_takes_two_thirds_of_the_reference_operations(full: dict[str, Traffic], arm: str) -> None:
+    assert full[arm].operations <= 0.67 * REFERENCE_OPERATIONS[arm]
+
+
+def test_the_full_step_keeps_three_quarters_of_the_reference_activations(full: dict[str, Traffic]) -> None:
+    assert full["plain"].saved <= 0.75 * REFERENCE_SAVED_GIB * 2**30
+    assert full["checkpointed"].saved <= 0.5 * 2**30
+
+
+@pytest.mark.parametrize("shape", REFERENCE_SAVED_REDUCED_MIB)
+def test_the_reduced_model_in_bf16_keeps_few_activations(shape: tuple[int, int, int]) -> None:
+    batch, height, width = shape
+    with FakeTensorMode():
+        denoiser, _ = build(REDUCED, torch.bfloat16, "cpu")
+        inputs = make_inputs(REDUCED, batch, height, width, torch.bfloat16, "cpu")
+        with saved_bytes(denoiser) as kept:
+            denoiser(inputs.latents, inputs.sigmas, inputs.context)
+    ratio = kept["bytes"] / 2**20 / REFERENCE_SAVED_REDUCED_MIB[shape]
+    assert round(ratio, 2) <= 0.87
+
+
+def test_views_and_allocations_cost_nothing_and_the_rest_its_inputs_and_outputs() -> None:
+    x, out = torch.randn(4, 6), torch.empty(4, 6)
+    with Counting() as counting:
+        torch.mul(x.view(24), 2.0)
+        torch.add(x, x, out=out)
+        torch.empty(100).view(10, 10).t()
+    assert counting.traffic.operations == 2
+    assert counting.traffic.elementwise == (2 + 3) * 24 * 4
+
+
+def test_products_with_a_short_side_are_counted_apart() -> None:
+    wide, down = torch.randn(128, 96), torch.randn(96, 16)
+    with Counting() as counting:
+        wide @ down
+        wide @ wide.t()
+    assert counting.traffic.small_products == (128 * 96 + 96 * 16 + 128 * 16) * 4
+    assert counting.traffic.big_products == (2 * 128 * 96 + 128 * 128) * 4
+    assert counting.traffic.elementwise == 0
+
+
+def test_a_broadcast_axis_counts_once() -> None:
+    assert tensor_bytes(torch.zeros(1, 8).expand(16, 8)) == 8 * 4
