@@ -108,7 +108,7 @@ def test_the_objective_is_the_reference_one(step: dict[str, Tensor]) -> None:
 
 
 def test_padding_of_the_text_encoder_takes_no_part(golden_models: Models, step: dict[str, Tensor]) -> None:
-    # Fault 1: one path, always masked; without the mask the reference's prediction moves by 0.3.
+    # The full fine-tuning path of sd-scripts drops this mask, which moves its prediction by 0.3.
     with torch.no_grad():
         prediction = hooks.predict(golden_models, step["noisy"], step["t"], live_text(step))
     assert (prediction - step["pred_without_source_mask"]).abs().max() > 0.05
@@ -117,7 +117,7 @@ def test_padding_of_the_text_encoder_takes_no_part(golden_models: Models, step: 
 def test_the_context_is_padded_to_512_rows_however_short_the_text_arrives(
     golden_models: Models, step: dict[str, Tensor]
 ) -> None:
-    # Section 5 of the model: zero rows take part in the softmax. Fault 13: a shorter limit must not change that.
+    # Zero rows take part in the softmax. In sd-scripts a shorter limit changes that.
     short = trimmed(live_text(step), 172, 190)
     with torch.no_grad():
         prediction = hooks.predict(golden_models, step["noisy"], step["t"], short)
@@ -136,7 +136,7 @@ def test_a_cached_context_gives_the_same_prediction_as_the_live_adapter(
 
 
 def test_sigma_reaches_the_model_unrounded(golden_models: Models, step: dict[str, Tensor]) -> None:
-    # Fault 3: the reference rounds the model's time to bfloat16 first.
+    # sd-scripts rounds the model's time to bfloat16 first.
     shifted = step["t"] + 3e-4
     assert torch.equal(shifted.bfloat16(), step["t"].bfloat16())
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_sigma_reaches_the_model_unrounded(golden_models: Models, step: dict[str
 
 
 def test_rotary_angles_stay_float32_in_a_bfloat16_model(golden_config: RunConfig) -> None:
-    # Fault 4: casting the whole model casts the frequencies, and angles are off by up to 0.1 rad at 1024 pixels.
+    # sd-scripts casts the frequencies with the model: angles are off by up to 0.1 rad at 1024 pixels.
     dtypes = {"denoiser": "bfloat16", "llm_adapter": "bfloat16"}
     models = hooks.load_models(golden_config, ("denoiser", "llm_adapter"), Placement(dtypes=dtypes))
     exact = hooks.load_models(golden_config, ("denoiser",), Placement())
@@ -170,7 +170,7 @@ def test_a_bfloat16_model_stays_near_the_float32_one(golden_config: RunConfig, s
 
 @pytest.mark.parametrize("size", [(2, 34), (34, 2), (10, 14)])
 def test_a_small_image_sees_its_whole_context(golden_config: RunConfig, size: tuple[int, int]) -> None:
-    # Fault 5: the reference's one-sample-at-a-time attention cuts the context to the number of image tokens.
+    # split_attn of sd-scripts cuts the context to the number of image tokens.
     config = golden_config.model_copy(update={"attention": golden_config.attention.model_copy(update={"split": True})})
     split = hooks.load_models(config, ("denoiser",), Placement())
     plain = hooks.load_models(golden_config, ("denoiser",), Placement())
@@ -238,7 +238,7 @@ def test_the_empty_caption_is_the_trained_unconditional(
     assert not tensors["qwen3_mask"].any()
     assert tensors["t5_ids"].tolist() == [[1]]
     assert tensors["t5_mask"].tolist() == [[True]]
-    # Fault 8: no valid key anywhere must not make NaN.
+    # No valid key anywhere must not make NaN.
     assert encode(text_models, run_config(tiny), "")["context"].isfinite().all()
 
 
@@ -252,7 +252,7 @@ def test_gradients_reach_a_training_encoder_through_the_frozen_adapter(
     text = hooks.encode_text(models, record, ["a red cat", ""], ("qwen3",))
     prediction = hooks.predict(models, torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7]), text)
     prediction.square().mean().backward()
-    # Fault 17: nothing of the encoder itself is un-frozen for checkpointing's sake.
+    # sd-scripts un-freezes a parameter of the encoder for checkpointing's sake.
     assert not any(parameter.requires_grad for parameter in models.text_encoders["qwen3"].parameters())
     ups = [
         parameter for group in network.param_groups for name, parameter in group.params.items() if name.endswith(".up")

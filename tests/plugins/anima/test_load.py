@@ -80,7 +80,7 @@ def test_reading_without_mapping_gives_the_same_model(
 def test_a_separate_adapter_file_wins_over_the_one_inside(
     tiny: dict[str, Any], run_config: Configure, expected: Models, tmp_path: Path, prefix: str
 ) -> None:
-    # Fault 9 of the reference: it promises this option and ignores it.
+    # sd-scripts documents this option and ignores it.
     inside = {key: value for key, value in tensors_of(tiny).items() if key.startswith("llm_adapter.")}
     tensors = {prefix + key.removeprefix("llm_adapter."): value + 1 for key, value in inside.items()}
     save_file(tensors, tmp_path / "adapter.safetensors")
@@ -133,7 +133,7 @@ def test_a_file_variant_is_chosen_by_name(
 
 
 def diffusers_folder(model: dict[str, Any], folder: Path) -> Path:
-    """The tiny model as a folder of the diffusers layout, made from the name table of the fact sheet."""
+    """The tiny model as a folder of the diffusers layout."""
     tensors = without(tensors_of(model), "pos_embedder")
     adapter = {key.removeprefix("llm_adapter."): value for key, value in tensors.items() if "llm_adapter" in key}
     renamed = {}

@@ -62,7 +62,7 @@ def test_the_table_of_modules_is_that_of_the_real_modules() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_name_reads_back_to_its_own_module(tmp_path: Path, name: str) -> None:
-    # Fault 10 of the reference: its converter turns underscores into dots by text replacement.
+    # The converter of sd-scripts turns underscores into dots by text replacement.
     keys: dict[str, Tensor] = {}
     expected = []
     for entry in golden_names():

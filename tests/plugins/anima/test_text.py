@@ -84,7 +84,7 @@ def test_a_row_is_the_same_alone_and_beside_longer_ones(adapter: LLMAdapter, inp
 
 
 def test_source_states_behind_the_mask_do_not_matter(adapter: LLMAdapter, inputs: dict[str, Tensor]) -> None:
-    # Fault 1 of the reference: its full fine-tuning path lets Qwen padding take part.
+    # The full fine-tuning path of sd-scripts lets this padding take part.
     changed = {**inputs, "source": inputs["source"] + 100.0 * ~inputs["source_mask"][..., None]}
     assert (run(adapter, changed) - run(adapter, inputs)).abs().max() <= 1e-6
 
@@ -169,7 +169,7 @@ def test_encoder_is_frozen_and_in_eval_mode_and_keeps_its_angles_in_float32(qwen
 def test_the_rotary_base_of_a_config_file_is_honoured_in_both_spellings(
     qwen3: nn.Module, settings: dict[str, Any]
 ) -> None:
-    # Fault 15 of the reference: transformers 5 moved the key.
+    # transformers 5 moved the key.
     data = golden("anima/text_encode.safetensors")
     other = encode_states(encoder(settings), data["input_ids"], data["attention_mask"].bool())
     usual = encode_states(encoder({"rope_theta": 1e6}), data["input_ids"], data["attention_mask"].bool())
@@ -215,7 +215,7 @@ def test_cut_t5_captions_keep_their_end_token(tokenizers: dict[str, CaptionToken
 
 
 def test_cut_captions_are_counted_and_reported(tiny: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    # Fault 13 of the reference: captions over the limit are cut in silence.
+    # sd-scripts cuts captions over the limit in silence.
     tokenizer = load_tokenizer("t5", Path(tiny["tokenizers"]["t5"]["path"]))
     with caplog.at_level(logging.WARNING):
         tokenizer(["a cat"], 3)
