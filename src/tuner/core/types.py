@@ -253,7 +253,6 @@ class ModelFacts:
 
     components: names that ``load_models``, ``train.components`` and ``optimizer.lr_by_component`` use.
     trainable: the components that may train. step_components: frozen components that every step still needs.
-    tokens_per_side: pixels of one side of an image token, for shift rules and reports.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise.
     """
