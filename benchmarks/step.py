@@ -198,13 +198,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--arms", default=",".join(("eager", "eager+recomputed", "eager+forward only")),
-                        help="separated by commas, of: " + ", ".join(arm.replace(", ", "+") for arm in ARMS))  # fmt: skip
+    named = {arm.replace(", ", "+"): arm for arm in ARMS}
+    parser.add_argument("--arms", default="eager,eager+recomputed,eager+forward only", help=f"of: {', '.join(named)}")
     parser.add_argument("--cases", default="", help="names separated by semicolons (default: all of the device)")
     parser.add_argument("--peak", type=float, help="peak of the device in TFLOP/s (default: measured)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arms = [arm.replace("+", ", ") for arm in arguments.arms.split(",")]
+    arms = [named.get(arm, arm) for arm in arguments.arms.split(",")]
     unknown = [arm for arm in arms if arm not in ARMS]
     chosen = [
         case for case in cases(arguments.device) if not arguments.cases or case.name in arguments.cases.split(";")
