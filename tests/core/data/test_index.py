@@ -215,6 +215,21 @@ def test_broken_images_can_be_skipped_and_are_listed(folder):
     assert "every image of the source was skipped" in told(scan(folder, on_corrupt="skip"))
 
 
+def test_damage_behind_a_sound_header_is_skipped_even_when_the_index_knew_the_file(folder):
+    picture(folder / "good.png", caption="good")
+    path = picture(folder / "hollow.webp", 300, 200, caption="hollow")
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes(len(data) - 100))
+    age(path)
+    assert scan(folder).hashed == 2
+    assert keys(scan(folder)) == ["good.png", "hollow.webp"]
+    index = scan(folder, on_corrupt="skip")
+    assert keys(index) == ["good.png"]
+    [skip] = index.skipped
+    assert skip.key == "hollow.webp" and "damaged" in skip.reason
+    assert scan(folder, on_corrupt="skip").hashed == 1, "the good one is decoded once, the damaged one each time"
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_a_truncated_image_is_found_without_keeping_pixels(folder, kind):
     path = picture(folder / f"cut.{kind.lower()}", 200, 150, caption="cut")

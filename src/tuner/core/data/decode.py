@@ -88,7 +88,9 @@ def _check_content(path: Path, digest: str) -> None:
         raise UsageError("an image cannot be read", where=str(path), why=error.strerror) from error
     if found != digest:
         raise UsageError(
-            "an image changed after it was indexed", where=str(path), fix="start again: what changed is encoded anew"
+            "an image changed after it was indexed",
+            where=str(path),
+            fix='start again: what changed is encoded anew; if this comes back, set cache.verify to "full"',
         )
 
 

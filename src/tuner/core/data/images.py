@@ -82,7 +82,10 @@ def open_upright(path: Path) -> Image.Image:
     except READ_ERRORS as problem:
         error = str(problem) or type(problem).__name__
     raise UsageError(
-        "an image cannot be used", where=str(path), why=error, fix="repair it, or remove it from the source"
+        "an image cannot be used",
+        where=str(path),
+        why=error,
+        fix='repair or remove it, or set data.on_corrupt to "skip"',
     )
 
 

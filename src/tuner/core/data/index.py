@@ -116,15 +116,19 @@ class _Scan:
         wanted |= {_mask_name(file): file for group in masks.values() for file in group if not file.missing}
         stored = store.load()
         trusted = self.verify != "full"
+        # What may be skipped must be known before the plan is made, and only decoding finds every damage.
+        decode = self.data.on_corrupt == "skip"
         known = {
             name: stored[name].probe
             for name, file in wanted.items()
             if trusted and name in stored and stored[name].trusted(file.size, file.mtime_ns)
+            if stored[name].probe.decoded or not decode
         }
         unknown = {name: file for name, file in wanted.items() if name not in known}
         workers = self.data.workers.scan
         workers = workers if workers is not None else (os.cpu_count() or 1)
-        read = dict(zip(unknown, probe_all([file.path for file in unknown.values()], workers), strict=True))
+        probes = probe_all([file.path for file in unknown.values()], workers, decode=decode)
+        read = dict(zip(unknown, probes, strict=True))
         self.hashed = len(read)
         fresh = {
             name: (wanted[name].size, wanted[name].mtime_ns, each) for name, each in read.items() if each.error is None

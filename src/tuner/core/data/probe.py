@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,8 @@ _ORIENTATION = 0x0112
 class Probe:
     """What one read of an image file tells.
 
-    width and height have the EXIF orientation applied. error is None for a usable file.
+    width and height have the EXIF orientation applied. decoded: whether every pixel was read, which is what proves a
+    file whole. error is None for a usable file.
     """
 
     digest: str = ""
@@ -43,6 +44,7 @@ class Probe:
     mode: str = ""
     orientation: int = 1
     alpha: bool = False
+    decoded: bool = False
     error: str | None = None
 
 
@@ -56,8 +58,11 @@ def image_extensions() -> frozenset[str]:
     return frozenset(readable - _NOT_PICTURES)
 
 
-def probe(path: Path) -> Probe:
-    """Hash and describe an image file. Never raises for the file's content; a broken file has ``error`` set."""
+def probe(path: Path, *, decode: bool = False) -> Probe:
+    """Hash and describe an image file. Never raises for the file's content; a broken file has ``error`` set.
+
+    decode: read the pixels too, so that damage behind a sound header is found.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -65,16 +70,16 @@ def probe(path: Path) -> Probe:
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     if not data:
         return Probe(digest=digest, error="the file is empty")
-    return _described(data, digest)
+    return _described(data, digest, decode=decode)
 
 
-def probe_all(paths: Iterable[Path], workers: int) -> list[Probe]:
-    """``probe`` of many files in order; hashing and reading release the interpreter, so threads are enough."""
+def probe_all(paths: Iterable[Path], workers: int, *, decode: bool = False) -> list[Probe]:
+    """``probe`` of many files in order; hashing, reading and decoding release the interpreter: threads are enough."""
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        return list(pool.map(probe, paths))
+        return list(pool.map(partial(probe, decode=decode), paths))
 
 
-def _described(data: bytes, digest: str) -> Probe:
+def _described(data: bytes, digest: str, *, decode: bool) -> Probe:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -89,8 +94,11 @@ def _described(data: bytes, digest: str) -> Probe:
                 mode=image.mode,
                 orientation=orientation,
                 alpha=has_alpha(image),
+                decoded=decode and error is None,
                 error=error,
             )
+            if found.decoded:
+                image.load()
         return found
     except Image.DecompressionBombError:
         return Probe(digest=digest, error="the image has too many pixels to be read safely")

@@ -16,7 +16,7 @@ from tuner.core.data.probe import Probe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a stored index must not be read by this program any more; it is then made anew."""
 
 _SETTLED_NS = 2_000_000_000
@@ -24,9 +24,9 @@ _SETTLED_NS = 2_000_000_000
 
 _CREATE = """CREATE TABLE IF NOT EXISTS files (
     key TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, read_ns INTEGER,
-    digest TEXT, width INTEGER, height INTEGER, mode TEXT, orientation INTEGER, alpha INTEGER)"""
-_SELECT = "SELECT key, size, mtime_ns, read_ns, digest, width, height, mode, orientation, alpha FROM files"
-_REPLACE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    digest TEXT, width INTEGER, height INTEGER, mode TEXT, orientation INTEGER, alpha INTEGER, decoded INTEGER)"""
+_SELECT = "SELECT key, size, mtime_ns, read_ns, digest, width, height, mode, orientation, alpha, decoded FROM files"
+_REPLACE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,20 @@ def index_path(cache_dir: Path, source: str, root: Path) -> Path:
 
 
 def _row(key: str, size: int, mtime_ns: int, read_ns: int, probe: Probe) -> tuple[object, ...]:
-    found = (probe.digest, probe.width, probe.height, probe.mode, probe.orientation, int(probe.alpha))
+    found = (
+        probe.digest,
+        probe.width,
+        probe.height,
+        probe.mode,
+        probe.orientation,
+        int(probe.alpha),
+        int(probe.decoded),
+    )
     return key, size, mtime_ns, read_ns, *found
 
 
 def _stored(row: tuple[object, ...]) -> Stored:
-    _, size, mtime_ns, read_ns, digest, width, height, mode, orientation, alpha = row
+    _, size, mtime_ns, read_ns, digest, width, height, mode, orientation, alpha, decoded = row
     probe = Probe(
         digest=str(digest),
         width=_int(width),
@@ -119,6 +127,7 @@ def _stored(row: tuple[object, ...]) -> Stored:
         mode=str(mode),
         orientation=_int(orientation),
         alpha=bool(alpha),
+        decoded=bool(decoded),
     )
     return Stored(_int(size), _int(mtime_ns), _int(read_ns), probe)
 
