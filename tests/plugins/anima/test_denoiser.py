@@ -25,8 +25,10 @@ from tuner.plugins.anima.text import LLMAdapter
 
 PARITY = 3e-5
 """Largest difference from the reference that the golden data allows for outputs of order 1."""
-GRADIENTS = 1e-4
-"""Relative L2 error per tensor."""
+EXACT = 5e-6
+"""What we ask of ourselves for one forward; 2e-6 was measured."""
+GRADIENTS = 1e-5
+"""Relative L2 error per tensor: a tenth of what the golden data allows; 8e-7 was measured."""
 
 SIZES = shapes_of.DenoiserSizes(
     width=64, heads=2, head_dim=32, blocks=2, mlp_width=128, text_width=24, adaln_rank=8, in_channels=16,
@@ -108,7 +110,7 @@ def test_forward_matches_the_reference(case: str) -> None:
             data[f"{case}.context"],
             padding_mask=data[f"{case}.padding_mask"],
         )
-    close(out, data[f"{case}.out"][:, :, 0])
+    close(out, data[f"{case}.out"][:, :, 0], EXACT)
 
 
 def test_intermediate_values_match_the_reference() -> None:
@@ -152,7 +154,7 @@ def test_one_training_step_with_the_adapter_matches_the_reference() -> None:
     adapter.load_state_dict(tensors, strict=True)
     context = adapter(data["qwen_hidden"], data["qwen_mask"], data["t5_ids"], data["t5_mask"])
     pred = denoiser(data["noisy"], data["t"], context)
-    close(pred, data["pred"])
+    close(pred, data["pred"], EXACT)
     loss = (pred - data["target"]).square().mean()
     loss.backward()
     close(loss.detach(), data["loss"], 1e-5)
