@@ -182,7 +182,7 @@ def test_a_resumed_run_is_not_called_by_its_old_end(folder: Path) -> None:
         events.emit("run_start", run="hero", plan={"total_steps": 8})
         events.emit("resume", step=4)
     text = parsed(folder).text
-    assert "no end recorded" in text
+    assert "no end recorded · resumed 1 time" in text
     assert "· finished" not in text
 
 
@@ -192,8 +192,16 @@ def test_a_resumed_run_is_not_called_by_its_old_end(folder: Path) -> None:
 )
 def test_the_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, verdict: str) -> None:
     with EventLog(tmp_path / "events.jsonl") as events:
-        events.emit("validation", step=1, base=0.5, adapted=0.5, delta=(low + high) / 2, low=low, high=high)
+        events.emit("validation", step=1, images=9, base=0.5, adapted=0.5, delta=0.5 * (low + high), low=low, high=high)
     assert verdict in parsed(tmp_path).text
+
+
+def test_one_held_out_image_gets_no_verdict(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as events:
+        events.emit("validation", step=1, images=1, base=0.5, adapted=0.4, delta=-0.1, low=-0.1, high=-0.1)
+    text = parsed(tmp_path).text
+    assert "One held-out image says nothing" in text
+    assert "better than" not in text
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

@@ -103,14 +103,19 @@ def _heading(record: _Record, name: str) -> str:
     delta = record.last("validation")
     if delta:
         note = f"95% interval {_signed(delta.get('low'))} to {_signed(delta.get('high'))}"
+        count = _images_of(delta)
+        note += f", {count} image{'' if count == 1 else 's'}" if count else ""
         entries.append(("held-out loss against the base", _signed(delta.get("delta")), note))
     for export in record.of("export")[-1:]:
-        note = f"{export.get('matched')} of {export.get('keys')} keys match" if export.get("keys") else ""
+        keys, matched = export.get("keys"), export.get("matched")
+        counted = f"{keys} keys" if matched is None else f"{matched} of {keys} keys match"
+        note = ", ".join(each for each in (counted if keys else "", str(export.get("format") or "")) if each)
         entries.append(("adapter file", Path(str(export.get("path"))).name, note))
-    started = record.last("run_start").get("time") or (record.events[0]["time"] if record.events else "")
-    return (
-        f'<h1>{escape(name)}</h1><p class="soft">{escape(str(started))} · {escape(record.state())}</p>{tiles(entries)}'
-    )
+    started = record.events[0].get("time", "") if record.events else ""
+    resumed = len(record.of("resume"))
+    again = f" · resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
+    line = f"{escape(str(started))} · {escape(record.state())}{again}"
+    return f'<h1>{escape(name)}</h1><p class="soft">{line}</p>{tiles(entries)}'
 
 
 def _numbers(steps: Sequence[Event]) -> list[tuple[str, str, str]]:
@@ -174,6 +179,8 @@ def _validation(record: _Record) -> str:
     low, high = last.get("low"), last.get("high")
     if low is None or high is None:
         verdict = ""
+    elif _images_of(last) == 1:
+        verdict = "<p>One held-out image says nothing about others: hold out more for an interval.</p>"
     elif high < 0:
         verdict = '<p class="good">The adapter predicts held-out images better than the base model.</p>'
     elif low > 0:
@@ -267,7 +274,8 @@ def _told(event: Event) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return table(["setting", "value"], [[key, value] for key, value in flattened(values)]) if values else ""
+    """Every leaf that has a value."""
+    return table(["setting", "value"], [[key, value] for key, value in flattened(values) if value is not None])
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -279,6 +287,12 @@ def _points(events: Sequence[Event], key: str) -> list[tuple[float, float]]:
 
 def _signed(value: float | None) -> str:
     return "?" if value is None else f"{value:+.4f}"
+
+
+def _images_of(validation: Event) -> int | None:
+    """How many images a validation looked at, where it says so."""
+    count = validation.get("images", validation.get("n"))
+    return count if isinstance(count, int) else None
 
 
 def _size(value: Any) -> str:
