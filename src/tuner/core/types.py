@@ -156,6 +156,7 @@ class Field:
     of: components the values come from; the field is cached when none of them trains.
     trim: name of the boolean field whose False rows are exactly ``pad``: such rows are not stored.
     floor: batches are padded with ``pad`` to at least this many tokens.
+    parts: where a field joins several components side by side, the range [first, last) of the last axis of each.
     """
 
     shape: tuple[int | str, ...]
@@ -164,6 +165,7 @@ class Field:
     trim: str | None = None
     floor: int | None = None
     pad: float = 0.0
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,21 +194,27 @@ class DtypeRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleDefaults:
-    """Preview settings that mirror what the model's users render with."""
+    """Preview settings that mirror what the model's users render with.
+
+    schedule: ``linear`` shifts evenly spaced levels from 1 to 0; ``table`` shifts evenly spaced levels down to the
+    lowest of a shifted table of 1000, then ends at 0.
+    """
 
     steps: int
     cfg: float
     shift: float
     size: tuple[int, int]
     multiple: int
+    schedule: Literal["linear", "table"] = "linear"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseDefaults:
-    """Defaults of ``noise.timesteps`` and ``noise.shift`` for this model."""
+    """Defaults of ``noise.timesteps``, ``noise.shift`` and ``noise.truncate`` for this model."""
 
     timesteps: str
     shift: float
+    truncate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +262,8 @@ class ModelFacts:
     components: names that ``load_models``, ``train.components`` and ``optimizer.lr_by_component`` use.
     trainable: the components that may train. step_components: frozen components that every step still needs.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
-    posterior: how pixels are encoded unless ``latents.posterior`` says otherwise.
+    posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
+    ``loss.target`` says otherwise.
     """
 
     family: str
@@ -277,6 +286,7 @@ class ModelFacts:
     sample: SampleDefaults
     guidance_input: bool = False
     posterior: Literal["mode", "sample"] = "mode"
+    loss_target: Literal["velocity", "clean"] = "velocity"
     architecture: str = ""
     capabilities: Mapping[str, str] = field(default_factory=dict)
 

@@ -138,9 +138,9 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Linears (quantized ones too: they have no children and tell their sizes) and ungrouped 1x1 convolutions."""
+    """Linears (quantized ones too: they have no children and tell their sizes) and ungrouped convolutions."""
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.kernel_size == (1, 1)
+        return module.groups == 1
     if isinstance(module, nn.Linear):
         return True
     sized = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
@@ -200,7 +200,7 @@ def eject(record: Injection) -> None:
 
 
 def _adapted_convolution(base: nn.Conv2d, x: Tensor) -> Tensor:
-    """`forward` of an adapted 1x1 convolution: [B, in, H, W] -> [B, out, H', W']."""
+    """`forward` of an adapted convolution: [B, in, H, W] -> [B, out, H', W']."""
     y: Tensor = base.base_forward(x)  # type: ignore[operator]
     layer: LoraLayer = base.adapter  # type: ignore[assignment]
     if layer.scale == 0.0:

@@ -82,7 +82,7 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
 
 
 def adaptable_modules(component: nn.Module) -> dict[str, nn.Module]:
-    """Module path inside the component to every linear and 1x1 convolution."""
+    """Module path inside the component to every linear and convolution."""
     return {path: module for path, module in component.named_modules() if is_adaptable(module)}
 
 

@@ -44,6 +44,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         text_encoder=_with(config.text_encoder, max_tokens={**facts.max_tokens, **config.text_encoder.max_tokens}),
         latents=_with(config.latents, posterior=config.latents.posterior or facts.posterior),
         noise=config.noise.resolved(facts.noise),
+        loss=_with(config.loss, target=config.loss.target or facts.loss_target),
         network=_with(config.network, alpha=alpha),
         precision=_with(
             precision,
@@ -107,6 +108,10 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     for place, given, known in named:
         for name in given:
             yield from _known((*place, name), name, known)
+    for place, given in ((("dropout",), config.text_encoder.dropout),
+                         (("unconditional",), config.text_encoder.unconditional)):  # fmt: skip
+        for name in given:
+            yield from _known(("text_encoder", *place, name), name, separable(facts))
     if config.network.preset is not None:
         yield from _known(("network", "preset"), config.network.preset, facts.lora.presets)
     if config.checkpoint.format is not None and formats:
@@ -118,6 +123,16 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     if flavour is not None and facts.flavour and flavour != facts.flavour:
         fix = f"write {facts.flavour!r}, or leave it out"
         yield ("model", "flavour"), f"is {flavour!r}, but the weights are {facts.flavour!r}", fix
+
+
+def separable(facts: ModelFacts) -> list[str]:
+    """Text encoders whose values stand apart in every field that they are part of, so that they alone can be zeroed."""
+    fields = facts.text_fields.values()
+    return [
+        name for name in facts.text_components
+        if any(name in field.of for field in fields)
+        and all(name in field.parts or field.of == (name,) for field in fields if name in field.of)
+    ]  # fmt: skip
 
 
 def _geometry(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:

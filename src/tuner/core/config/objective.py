@@ -66,6 +66,8 @@ class NoiseConfig(Section):
     """Smallest timestep; draws are mapped linearly into the range."""
     max_timestep: Annotated[float, Field(ge=0, le=1000)] = 1000
     """Largest timestep."""
+    truncate: bool | None = None
+    """Cut timesteps to whole numbers. Left out: as the model was trained."""
     stratified: bool = False
     """Spread the draws of a batch evenly instead of independently."""
     offset: NoiseOffset | None = None
@@ -106,6 +108,8 @@ class NoiseConfig(Section):
             given.pop("shift", None)
             if timesteps in ("shift", "sigma"):
                 given["shift"] = defaults.shift
+        if self.truncate is None:
+            given["truncate"] = defaults.truncate
         return NoiseConfig.model_validate(given)
 
 
@@ -140,8 +144,9 @@ class LossConfig(Section):
     """Weight by noise level; ``none`` and ``uniform`` are both 1."""
     min_snr_gamma: Positive | None = None
     """Cap on the signal-to-noise ratio in the weight of a sample."""
-    target: Literal["velocity", "clean"] = "velocity"
-    """What is compared: velocities, or the clean latents they imply, which multiplies the error by sigma."""
+    target: Literal["velocity", "clean"] | None = None
+    """What is compared: velocities, or the clean latents they imply, which multiplies the error by sigma. Left out: the
+    model's own choice."""
     mask: LossMask = LossMask()
     """Masked loss."""
 

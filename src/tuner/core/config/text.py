@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuner.core.config.base import Count, Section
+from tuner.core.config.base import Count, Section, Share
 
 
 class TextEncoderConfig(Section):
@@ -14,6 +14,10 @@ class TextEncoderConfig(Section):
 
     max_tokens: dict[str, Count] = Field(default_factory=dict)
     """Token limit by tokenizer; longer captions are cut. Left out: the model's own limit."""
+    dropout: dict[str, Share] = Field(default_factory=dict)
+    """By text encoder: chance per sample that its whole encoding is zeros in a training step."""
+    unconditional: dict[str, Literal["empty_string", "zero"]] = Field(default_factory=dict)
+    """By text encoder: what an empty caption becomes, its encoding or zeros. Left out: its encoding."""
 
 
 class LatentsConfig(Section):

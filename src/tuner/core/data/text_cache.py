@@ -209,7 +209,7 @@ def _encoders(
         "components": {name: [identities.get(name, ""), precision.get(name) or rule] for name in components},
         "fields": {name: [list(field.shape), field.dtype, field.trim] for name, field in fields.items()},
         "max_tokens": dict(facts.max_tokens),
-        "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens"}),
+        "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens", "dropout"}),
     }
 
 

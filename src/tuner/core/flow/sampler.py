@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .sigmas import apply_shift
+from .sigmas import TABLE_SIZE, apply_shift
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,11 +16,20 @@ Velocity = Callable[["Tensor", "Tensor"], "Tensor"]
 """(noisy [B,C,h,w] float32, sigmas [B] float32) -> velocity [B,C,h,w], any float dtype."""
 
 
-def euler_sigmas(steps: int, shift: float) -> Tensor:
-    """Noise levels [steps + 1] float32 from exactly 1 to exactly 0: linear points, then the shift formula."""
+def euler_sigmas(steps: int, shift: float, schedule: str = "linear") -> Tensor:
+    """Noise levels [steps + 1] float32 from exactly 1 to exactly 0: linear points, then the shift formula.
+
+    schedule: ``linear`` spaces the points down to 0; ``table`` down to 0.001 after the shift, with 0 as a last point of
+    its own, as `FlowMatchEulerDiscreteScheduler` of diffusers does with a static shift.
+    """
     if steps < 1:
         raise ValueError(f"a sampler needs at least one step, not {steps}")
-    sigmas = apply_shift(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
+    if schedule == "table":
+        lowest = shift / TABLE_SIZE / (1.0 + (shift - 1.0) / TABLE_SIZE)
+        points = torch.linspace(1.0, lowest, steps, dtype=torch.float32)
+        sigmas = torch.cat([apply_shift(points, shift), torch.zeros(1)])
+    else:
+        sigmas = apply_shift(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
     sigmas[0], sigmas[-1] = 1.0, 0.0
     return sigmas
 

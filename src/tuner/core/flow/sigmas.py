@@ -72,7 +72,10 @@ def sigmas_from_draws(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor
         sigmas = apply_shift(sigmas, math.exp(flux_mu(latent_hw)))
     elif name in SHIFTED:
         sigmas = apply_shift(sigmas, shift_value(noise_cfg.shift, latent_hw))
-    low, high = noise_cfg.min_timestep / 1000.0, noise_cfg.max_timestep / 1000.0
+    low, high = noise_cfg.min_timestep, noise_cfg.max_timestep
+    if noise_cfg.truncate:
+        return (low + sigmas * (high - low)).floor().clamp(0.0, 1000.0) / 1000.0
+    low, high = low / 1000.0, high / 1000.0
     return (low + sigmas * (high - low)).clamp(0.0, 1.0)
 
 

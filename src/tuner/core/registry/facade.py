@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.core.registry.blank import blank_text
 from tuner.core.registry.checks import Contract
-from tuner.core.types import Models, Placement
+from tuner.core.types import Models, Placement, TextEmbeds
 
 if TYPE_CHECKING:
     import pluggy
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from tuner.core.config import RunConfig
     from tuner.core.rng import Rng
-    from tuner.core.types import ModelFacts, Network, NoiseTarget, TextEmbeds
+    from tuner.core.types import ModelFacts, Network, NoiseTarget
 
 
 @dataclass(slots=True)
@@ -66,7 +67,16 @@ class ModelFacade:
             models=models, config=self.config, facts=self.facts, captions=captions, components=wanted
         )
         self._contract.text(embeds, len(captions))
-        return embeds
+        return self._unconditional(embeds, captions)
+
+    def _unconditional(self, embeds: TextEmbeds, captions: Sequence[str]) -> TextEmbeds:
+        """With zeros for empty captions where ``text_encoder.unconditional`` asks for them."""
+        zero = [name for name, kind in self.config.text_encoder.unconditional.items() if kind == "zero"]
+        if not zero or "" not in captions:
+            return embeds
+        some = next(iter(embeds.tensors.values()))
+        kept = some.new_tensor([caption != "" for caption in captions]).bool()
+        return TextEmbeds(tensors=blank_text(embeds.tensors, self.facts.text_fields, dict.fromkeys(zero, kept)))
 
     def encode_latents(self, models: Models, pixels: Tensor, rng: Rng | None = None) -> Tensor:
         """Pixels [B,3,H,W] float32 in -1..1 to latents [B,C,h,w] float32; ``rng`` None takes the posterior's mode."""

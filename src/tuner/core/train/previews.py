@@ -120,7 +120,7 @@ class Previewer:
                 return pred
             return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
 
-        sigmas = euler_sigmas(prompt.steps, prompt.shift)
+        sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
         if strength is None:
             latents = euler_sample(velocity, noise, sigmas)
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sample_sigmas
+from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
 from tuner.core.train.draws import StepDraws, draw_noise, perturbed
 from tuner.core.types import Batch, Models, Network, TextEmbeds
@@ -93,9 +94,9 @@ class TrainStep:
         target = self.model.noise_target(latents, noise, sigmas)
         shaken = perturbed(config.noise, noise, draws, step, self.total)
         noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy
-        prediction = self.model.predict(
-            self.models, noisy, target.timesteps, self.text(batch), rng=Rng(config.train.seed, "model", step, number)
-        )
+        text = self._dropped(self.text(batch), draws)
+        rng = Rng(config.train.seed, "model", step, number)
+        prediction = self.model.predict(self.models, noisy, target.timesteps, text, rng=rng)
         losses = reduce_loss(
             elementwise_loss(config.loss, prediction, target.target, sigmas),
             weight=target.weight * loss_weight(config.loss, sigmas),
@@ -113,6 +114,14 @@ class TrainStep:
             captions = [item.caption for item in batch.items]
             tensors.update(self.model.encode_text(self.models, captions, self.live_text).tensors)
         return TextEmbeds(tensors=tensors)
+
+    def _dropped(self, text: TextEmbeds, draws: StepDraws) -> TextEmbeds:
+        """With zeros for the encoders that ``text_encoder.dropout`` drops, drawn by sample and encoder."""
+        rates = {name: rate for name, rate in self.config.text_encoder.dropout.items() if rate > 0}
+        if not rates:
+            return text
+        kept = {name: draws.uniform(f"text {name}") >= rate for name, rate in rates.items()}
+        return TextEmbeds(tensors=blank_text(text.tensors, self.model.facts.text_fields, kept))
 
     def _clip(self) -> float:
         """Limit the gradients as ``train.clip_grad`` says; returns their norm before that."""
