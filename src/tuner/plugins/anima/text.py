@@ -19,7 +19,7 @@ from tuner.core.compute.attention import attention
 from tuner.core.compute.norm_rope import rms_norm_rope
 from tuner.core.compute.weights import assign
 
-from .spiece import read_tokenizer
+from tuner.core.compute.spiece import read_tokenizer
 
 if TYPE_CHECKING:
     from .sizes import AdapterSizes, EncoderSizes
