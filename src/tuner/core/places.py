@@ -1,0 +1,110 @@
+"""From a path or hub id in a configuration to files on this machine. No torch.
+
+A place is a local file, a local folder, or a hub id ``owner/name`` that may go on with a path inside the repository
+(``owner/name/folder/file.safetensors``). What is not here is fetched once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tuner.core.errors import UsageError
+from tuner.core.files import INDEX_SUFFIX, find_weights, weight_header
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inside>(/[\w. -]+)*)")
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
+PATTERNS = ("*.safetensors", "*.sft", "*.json", "*.txt", "*.model")
+DENOISER_FOLDERS = ("transformer",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What one path of the configuration means: ``local`` is a file or folder that exists. ``where``: its key."""
+
+    local: Path
+    where: str
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        *,
+        where: str,
+        revision: str | None = None,
+        download_dir: str | None = None,
+        patterns: tuple[str, ...] = PATTERNS,
+    ) -> Place:
+        """Find ``path``, fetching what matches ``patterns`` when it is a hub id. UsageError when there is no such."""
+        local = Path(path).expanduser()
+        if local.exists():
+            return cls(local=local, where=where)
+        match = HUB_ID.fullmatch(path)
+        if not match or _is_local(path):
+            raise UsageError("no such file or folder", where=f"{where}: {path}", fix="check the path")
+        inside = match["inside"].strip("/")
+        if inside:
+            patterns = (inside, f"{inside}/*")
+        folder = fetch(match["repo"], revision=revision, download_dir=download_dir, patterns=patterns, where=where)
+        local = folder / inside if inside else folder
+        if not local.exists():
+            raise UsageError(f"{match['repo']} has no {inside}", where=where, fix="look at the repository's file list")
+        return cls(local=local, where=where)
+
+    def folder(self, *names: str) -> Path | None:
+        """The first of the named folders that exists in a diffusers layout around ``local``; None for a lone file."""
+        base = self.local if self.local.is_dir() else self.local.parent
+        inside = base.name in DENOISER_FOLDERS
+        if self.local.is_file() and not inside:
+            return None
+        root = base.parent if inside else base
+        return next((root / name for name in names if (root / name).is_dir()), None)
+
+    def weights(self, *names: str, subfolder: str | None = None, variant: str | None = None) -> Path:
+        """The weight file or shard index: in ``subfolder``, or in the first folder of ``names`` that exists."""
+        if self.local.is_file():
+            return self.local
+        base = self.local / subfolder if subfolder else self.local
+        if not subfolder:
+            base = next((self.local / name for name in names if (self.local / name).is_dir()), self.local)
+        if variant is not None:
+            named = sorted((*base.glob(f"*.{variant}.safetensors"), *base.glob(f"*.safetensors.index.{variant}.json")))
+            if len(named) != 1:
+                raise UsageError(f"{len(named)} files of variant {variant!r}", where=str(base),
+                                 fix="set model.variant to a variant that exists, or name the file")  # fmt: skip
+            return named[0]
+        return find_weights(base)
+
+
+def with_shards(path: Path) -> tuple[Path, ...]:
+    """A weight file, or a shard index and its shards."""
+    return (path, *weight_header(path).files) if path.name.endswith(INDEX_SUFFIX) else (path,)
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a local one: by its suffix, or because its folder exists."""
+    first = Path(path).parts[0]
+    inside = path.count("/") > 1
+    return Path(first).exists() or (not inside and path.endswith(WEIGHT_SUFFIXES)) or first in (".", "..", "~")
+
+
+@cache
+def fetch(repo: str, *, revision: str | None, download_dir: str | None, patterns: tuple[str, ...], where: str) -> Path:
+    """A snapshot of the matching files of a hub repository; asks the hub once per process, then the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns)))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        options = "".join(f" --include '{pattern}'" for pattern in patterns)
+        options += f" --revision {revision}" if revision else ""
+        options += f" --cache-dir {download_dir}" if download_dir else ""
+        raise UsageError(
+            f"cannot fetch {repo} from the hub",
+            where=where,
+            why=str(error).splitlines()[0] or type(error).__name__,
+            fix=f"on a machine with network run: hf download {repo}{options}; or set {where} to local files",
+        ) from error
