@@ -263,7 +263,8 @@ class ModelFacts:
     trainable: the components that may train. step_components: frozen components that every step still needs.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
-    ``loss.target`` says otherwise.
+    ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding: whether
+    ``text_encoder.zero_padding`` is honoured.
     """
 
     family: str
@@ -287,6 +288,8 @@ class ModelFacts:
     guidance_input: bool = False
     posterior: Literal["mode", "sample"] = "mode"
     loss_target: Literal["velocity", "clean"] = "velocity"
+    padding_masks: tuple[str, ...] = ()
+    zero_padding: bool = False
     architecture: str = ""
     capabilities: Mapping[str, str] = field(default_factory=dict)
 

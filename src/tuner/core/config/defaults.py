@@ -108,6 +108,10 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     for place, given, known in named:
         for name in given:
             yield from _known((*place, name), name, known)
+    for name in config.text_encoder.mask_padding:
+        yield from _known(("text_encoder", "mask_padding", name), name, facts.padding_masks)
+    if config.text_encoder.zero_padding and not facts.zero_padding:
+        yield ("text_encoder", "zero_padding"), "this model has no padding that could be zeros", "take it out"
     for place, given in ((("dropout",), config.text_encoder.dropout),
                          (("unconditional",), config.text_encoder.unconditional)):  # fmt: skip
         for name in given:

@@ -14,6 +14,10 @@ class TextEncoderConfig(Section):
 
     max_tokens: dict[str, Count] = Field(default_factory=dict)
     """Token limit by tokenizer; longer captions are cut. Left out: the model's own limit."""
+    mask_padding: dict[str, bool] = Field(default_factory=dict)
+    """By the model's names: hide padding tokens from attention. Pictures must then be made the same way."""
+    zero_padding: bool = False
+    """Replace encodings of padding tokens by zeros where the model reads them."""
     dropout: dict[str, Share] = Field(default_factory=dict)
     """By text encoder: chance per sample that its whole encoding is zeros in a training step."""
     unconditional: dict[str, Literal["empty_string", "zero"]] = Field(default_factory=dict)
