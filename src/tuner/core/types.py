@@ -169,18 +169,33 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """Linears of one input that some files hold as one matrix.
+
+    parent: full-match regular expression of the path in front of the members. members: their paths below it, in the
+    order of the rows. rows: rows of each member in multiples of the input's width.
+    """
+
+    parent: str
+    members: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoraRules:
     """Which modules an adapter touches by default: full-match regular expressions on module paths inside a component.
 
     include: what may be adapted at all. exclude: built-in exclusions, lifted by a user's include. presets: named
     alternatives for ``network.preset``: (include, exclude) pairs. groups: block groups for ``network.blocks``: name to
-    the path prefix of a block list.
+    the path prefix of a block list. fused: members of one group that are chosen with equal settings share one adapter,
+    unless ``network.split_fused``; patterns match the single linears.
     """
 
     include: Mapping[str, tuple[str, ...]]
     exclude: tuple[str, ...] = ()
     presets: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[Fused, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,15 +212,17 @@ class SampleDefaults:
     """Preview settings that mirror what the model's users render with.
 
     schedule: ``linear`` shifts evenly spaced levels from 1 to 0; ``table`` shifts evenly spaced levels down to the
-    lowest of a shifted table of 1000, then ends at 0.
+    lowest of a shifted table of 1000, then ends at 0. shift: ``auto`` goes by the size of the picture. guidance: value
+    of the embedded guidance, where the model has that input.
     """
 
     steps: int
     cfg: float
-    shift: float
+    shift: float | Literal["auto"]
     size: tuple[int, int]
     multiple: int
     schedule: Literal["linear", "table"] = "linear"
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +243,9 @@ class KeyFormat:
     down, up: suffixes of the two matrices. alpha: suffix of the scalar; None folds alpha/rank into ``up``.
     rename: component to (pattern, replacement) pairs applied in order to its module paths, full ``re.sub`` semantics.
     read_prefixes: further prefixes accepted when reading.
+    fused: component to (group, module path of its joint matrix): the path is written as a replacement for the group's
+    ``parent``. exchange: component to patterns of modules whose two halves of rows stand in the other order; they act
+    only where there are twice as many rows as columns.
     """
 
     name: str
@@ -236,6 +256,8 @@ class KeyFormat:
     alpha: str | None = None
     rename: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, tuple[tuple[Fused, str], ...]] = field(default_factory=dict)
+    exchange: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +285,8 @@ class ModelFacts:
     trainable: the components that may train. step_components: frozen components that every step still needs.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
-    ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding: whether
-    ``text_encoder.zero_padding`` is honoured.
+    ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding:
+    whether ``text_encoder.zero_padding`` is honoured.
     """
 
     family: str
@@ -300,9 +322,9 @@ class ModelPlugin:
 
     config: pydantic model of the ``model`` section. files: (RunConfig) -> ComponentFiles, may download.
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
-    functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools that
-    have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token counts};
-    called by checks only, so it may import a tokenizer library.
+    functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
+    that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
+    counts}; called by checks only, so it may import a tokenizer library.
     """
 
     name: str
