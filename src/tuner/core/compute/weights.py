@@ -34,8 +34,10 @@ def read_tensors(header: WeightHeader, *, mmap: bool = True) -> Iterator[tuple[s
     """(name, tensor on the CPU) for every entry of ``header``, in the order of the bytes in the files.
 
     mmap: map the file; the tensors are views of it, valid after the file is closed, and never to be written to. False
-    reads with ordinary calls into memory of their own.
+    reads with ordinary calls into memory of their own. Inside ``with torch.device("meta")`` the tensors have dtype and
+    shape only, and nothing is read: that is how a model is looked at that does not fit into memory.
     """
+    shapes_only = torch.get_default_device().type == "meta"
     by_file: dict[Path, list[tuple[str, TensorInfo]]] = {}
     for name, stored in header.tensors.items():
         if stored.dtype not in FILE_DTYPES:
@@ -44,6 +46,9 @@ def read_tensors(header: WeightHeader, *, mmap: bool = True) -> Iterator[tuple[s
         by_file.setdefault(stored.path, []).append((name, stored))
     for path, entries in by_file.items():
         entries.sort(key=lambda entry: entry[1].start)
+        if shapes_only:
+            yield from ((name, torch.empty(info.shape, dtype=FILE_DTYPES[info.dtype])) for name, info in entries)
+            continue
         yield from _mapped(path, entries) if mmap else _read(path, entries)
 
 

@@ -1,0 +1,81 @@
+"""Checks of what trains: its gradients, that it learns, and that its files say what was trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters.files import read_adapter
+from tuner.core.adapters.formats import key_maps
+from tuner.core.adapters.network import load_network_tensors, network_tensors
+from tuner.core.rng import Rng
+from tuner.core.testing.bench import Bench, assert_near
+from tuner.core.types import Network
+
+
+class NetworkChecks:
+    """An adapter on the tiny model."""
+
+    def test_a_fresh_network_changes_nothing(self, bench: Bench) -> None:
+        models, _ = bench.adapted(bench.run)
+        batch = bench.batch()
+        assert_near(bench.predict(bench.run, models, batch), bench.predict(bench.run, bench.models, batch))
+
+    def test_only_the_network_gets_gradients(self, bench: Bench) -> None:
+        models, network = bench.adapted(bench.run)
+        bench.step(bench.run, models, network)(1, [bench.batch()])
+        trained = {id(value): name for group in network.param_groups for name, value in group.params.items()}
+        modules = [models.denoiser, *models.text_encoders.values(), *models.others.values()]
+        for module in modules:
+            for name, value in module.named_parameters() if module is not None else ():
+                if id(value) not in trained:
+                    assert value.grad is None and not value.requires_grad, name
+        reached = [value.grad is not None for group in network.param_groups for value in group.params.values()]
+        assert all(reached), f"{reached.count(False)} of {len(reached)} parameters got no gradient"
+
+    def test_every_component_that_can_train_does(self, bench: Bench) -> None:
+        for name in bench.facts.trainable:
+            run = bench.open(train={"components": [name]})
+            models, network = bench.adapted(run)
+            before = {key: value.clone() for key, value in network_tensors(network).items()}
+            step, batch = bench.step(run, models, network), bench.batch(run=run)
+            first, second = step(1, [batch]).loss, step(1, [batch]).loss
+            assert first != second, f"{name}: an update leaves the loss as it was"
+            moved = [key for key, value in network_tensors(network).items() if not torch.equal(value, before[key])]
+            assert moved, f"{name}: no parameter moves"
+
+    def test_the_loss_falls_on_one_batch_in_20_steps(self, bench: Bench) -> None:
+        models, network = bench.adapted(bench.run)
+        step, batch = bench.step(bench.run, models, network), bench.batch()
+        losses = [step(1, [batch]).loss for _ in range(20)]
+        assert losses[-1] < 0.97 * losses[0]
+
+    def test_a_saved_adapter_predicts_the_same_in_every_format(self, bench: Bench) -> None:
+        maps = key_maps(bench.facts)
+        batch = bench.batch()
+        models, network = bench.adapted(bench.run)
+        shake(network)
+        expected = bench.predict(bench.run, models, batch)
+        base = bench.predict(bench.run, bench.models, batch)
+        assert float((expected - base).abs().max()) > 1e-5, "the adapter has no effect"
+        for fmt in maps.formats:
+            if "denoiser" not in fmt.prefixes:
+                continue
+            run = bench.open(checkpoint={"format": fmt.name, "dtype": "fp32"})
+            tensors = {name: value.cpu() for name, value in network_tensors(network).items()}
+            path = bench.folder / f"saved-{fmt.name}.safetensors"
+            files = run.model.save(network, tensors, path, {})
+            read: dict[str, Tensor] = {}
+            for file in files:
+                read |= read_adapter(file, maps).tensors
+            others, loaded = bench.adapted(run)
+            load_network_tensors(loaded, read)
+            assert_near(bench.predict(run, others, batch), expected, fmt.name)
+
+
+def shake(network: Network) -> None:
+    """Give a fresh network values that act; ups start at zero."""
+    with torch.no_grad():
+        for group in network.param_groups:
+            for name, value in group.params.items():
+                value.add_(0.05 * Rng(5, name).normal(tuple(value.shape)).to(value.device, value.dtype))

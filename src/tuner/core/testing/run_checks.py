@@ -1,0 +1,61 @@
+"""Checks of whole trainings: the ways to run one agree, and what it leaves behind is what it trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tuner.core.adapters.network import load_network_tensors
+from tuner.core.testing.bench import STEPS, Bench, assert_near, losses
+from tuner.core.track.events import read_events
+from tuner.core.train.checkpoint import STATE_TENSORS, list_checkpoints
+from tuner.core.train.folder import RunFolder
+
+NEAR = 1e-3
+"""Relative: encoders and blocks see other batch shapes in the variants of a run."""
+
+
+class RunChecks:
+    """Trainings of a few steps on six pictures."""
+
+    def test_two_aspect_ratios_train_in_one_run(self, bench: Bench) -> None:
+        events = list(read_events(bench.trained / "events.jsonl"))
+        plan = next(event["plan"] for event in events if event["kind"] == "run_start")
+        assert len(plan["buckets"]) == 2
+        assert len(losses(bench.trained)) == STEPS
+        assert all(loss is not None for loss in losses(bench.trained).values())
+
+    def test_a_run_without_caches_trains_the_same(self, bench: Bench) -> None:
+        folder = bench.train("live", cache={"latents": "off", "text": "off"})
+        assert losses(folder) == pytest.approx(losses(bench.trained), rel=NEAR)
+
+    def test_a_checkpointed_run_trains_the_same(self, bench: Bench) -> None:
+        folder = bench.train("recomputed", memory={"checkpointing": "block"})
+        assert losses(folder) == pytest.approx(losses(bench.trained), rel=NEAR)
+
+    def test_a_run_in_two_parts_is_one_run(self, bench: Bench) -> None:
+        """Stopped inside an epoch and resumed: the same losses and the same bytes."""
+        bench.train("parts", train={"steps": 2})
+        folder = bench.train("parts", resume="auto")
+        assert losses(folder) == losses(bench.trained)
+        assert adapter(folder).read_bytes() == adapter(bench.trained).read_bytes()
+
+    def test_an_exported_adapter_predicts_what_was_trained(self, bench: Bench) -> None:
+        """The final file, opened as a user would, against the exact state of the run."""
+        batch = bench.batch()
+        models, network = bench.adapted(bench.run)
+        state = load_file(list_checkpoints(RunFolder(bench.trained, "adapter"))[-1] / STATE_TENSORS)
+        own = {name.removeprefix("network/"): value for name, value in state.items() if name.startswith("network/")}
+        load_network_tensors(network, own)
+        reopened = bench.open(network={"init_from": str(adapter(bench.trained)), "rank": "from_file"})
+        others, _ = bench.adapted(reopened)
+        expected = bench.predict(bench.run, models, batch)
+        assert_near(bench.predict(reopened, others, batch), expected)
+
+
+def adapter(folder: Path) -> Path:
+    """The final file of a run."""
+    [path] = folder.glob("*.safetensors")
+    return path
