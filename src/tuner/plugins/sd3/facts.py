@@ -1,0 +1,175 @@
+"""What the core needs to know about an SD3 model: one record, made from the weight files' headers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from tuner.core.compute.encoder_sizes import ClipSizes, clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.errors import UsageError
+from tuner.core.types import (
+    Blocks,
+    DtypeRules,
+    Field,
+    ModelFacts,
+    NoiseDefaults,
+    SampleDefaults,
+)
+
+from . import sources
+from .names import LORA
+from .sizes import DenoiserSizes, denoiser_sizes, flavour_of, looks_like_family
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.types import Header
+
+    from .config import SD3Config
+
+MAX_TOKENS = {"clip": 77, "t5": 256}
+VAE_FACTOR = 8
+ARCHITECTURES = {
+    "medium": "stable-diffusion-3-medium",
+    "3.5-medium": "stable-diffusion-3.5-medium",
+    "3.5-large": "stable-diffusion-3.5-large",
+}
+GUIDANCE = {"medium": 7.0, "3.5-medium": 4.5, "3.5-large": 4.5}
+"""Classifier-free guidance that each flavour is usually rendered with."""
+
+
+def detect(header: Header) -> str | None:
+    """The flavour of a file of this family, None for any other file."""
+    return flavour_of(denoiser_sizes(header)) if looks_like_family(header) else None
+
+
+def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
+    """What the core needs to know about the model of this run; sizes are read from the weight files.
+
+    header: of the denoiser's file; read when left out. Raises UsageError when the files are not of this family, do not
+    fit each other, or when an option does not fit the flavour.
+    """
+    found = sources.resolve(config)
+    denoiser = denoiser_sizes(header if header is not None else found.denoiser.header(), str(found.denoiser.path))
+    flavour = flavour_of(denoiser)
+    _check_options(config, flavour)
+    clips = {name: _clip_sizes(found, name) for name in ("clip_l", "clip_g")}
+    check_fit(denoiser, clips, _t5_width(found))
+    names = tuple(found.encoders)
+    limits = _limits(config, "t5" in names)
+    return ModelFacts(
+        family="sd3",
+        flavour=flavour,
+        components=("denoiser", *names, "vae"),
+        trainable=("denoiser", *names),
+        text_components=names,
+        latent_channels=denoiser.in_channels,
+        spatial_factor=VAE_FACTOR,
+        resolution_multiple=VAE_FACTOR * denoiser.patch,
+        block_lists=(Blocks(path="transformer_blocks", count=denoiser.blocks),),
+        lora=LORA,
+        key_maps="tuner.plugins.sd3.names:MAPS",
+        dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
+        text_fields=text_fields(config, denoiser, clips, with_t5="t5" in names),
+        max_tokens=limits,
+        files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
+        noise=NoiseDefaults(timesteps="logit_normal", shift=1.0, truncate=True),
+        sample=SampleDefaults(
+            steps=30, cfg=GUIDANCE[flavour], shift=3.0, size=(1024, 1024), multiple=16, schedule="table"
+        ),
+        posterior="sample",
+        loss_target="clean",
+        padding_masks=("clip", "t5") if "t5" in names else ("clip",),
+        zero_padding="t5" in names,
+        architecture=ARCHITECTURES[flavour],
+    )
+
+
+def text_fields(
+    config: RunConfig, denoiser: DenoiserSizes, clips: Mapping[str, ClipSizes], *, with_t5: bool
+) -> dict[str, Field]:
+    """What the text side hands over.
+
+    The CLIPs are stored side by side, or apart when just one of them trains, so that the other can be cached.
+    """
+    tokens = MAX_TOKENS["clip"]
+    widths = {name: sizes.width for name, sizes in clips.items()}
+    pooled = {name: sizes.projection or sizes.width for name, sizes in clips.items()}
+    fields: dict[str, Field] = {}
+    if len(set(clips) & set(config.train.components)) == 1:
+        for name in clips:
+            fields[name] = Field(shape=(tokens, widths[name]), of=(name,))
+            fields[f"pooled_{name}"] = Field(shape=(pooled[name],), of=(name,))
+    else:
+        both = tuple(clips)
+        fields["clip_lg"] = Field(shape=(tokens, denoiser.text_width), of=both, parts=_ranges(widths))
+        fields["pooled"] = Field(shape=(denoiser.pooled_width,), of=both, parts=_ranges(pooled))
+    if with_t5:
+        # Padding takes part in the denoiser, so only zeros may be left out of a cache, and they come back.
+        mask = "t5_mask" if config.text_encoder.zero_padding else None
+        length = _limits(config, with_t5)["t5"]
+        fields["t5"] = Field(shape=("L", denoiser.text_width), of=("t5",), trim=mask, floor=length if mask else None)
+        if mask is not None:
+            fields[mask] = Field(shape=("L",), dtype="bool", of=("t5",), trim=mask, floor=length)
+    return fields
+
+
+def check_fit(denoiser: DenoiserSizes, clips: Mapping[str, ClipSizes], t5_width: int | None) -> None:
+    """Raise UsageError when the outputs of the encoders are not what the denoiser reads."""
+    width = sum(sizes.width for sizes in clips.values())
+    pooled = sum(sizes.projection or sizes.width for sizes in clips.values())
+    for what, made, read, where in (
+        ("both CLIPs together", min(width, denoiser.text_width), width, "model.text_encoders.clip_g.path"),
+        ("the pooled text of both CLIPs", pooled, denoiser.pooled_width, "model.text_encoders.clip_g.path"),
+        ("T5", t5_width or denoiser.text_width, denoiser.text_width, "model.text_encoders.t5.path"),
+    ):
+        if made != read:
+            raise UsageError("the text encoders and the denoiser do not fit each other", where=where,
+                             why=f"{what} has a width of {made}, the denoiser reads {read}",
+                             fix="use files of the same model")  # fmt: skip
+
+
+def _ranges(widths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    ranges, start = {}, 0
+    for name, width in widths.items():
+        ranges[name] = (start, start + width)
+        start += width
+    return ranges
+
+
+def _clip_sizes(found: sources.Sources, name: str) -> ClipSizes:
+    header = found.part(name).header()
+    return clip_sizes(header.renamed(clip_names(header)), str(found.part(name).path))
+
+
+def _t5_width(found: sources.Sources) -> int | None:
+    if "t5" not in found.encoders:
+        return None
+    header = found.part("t5").header()
+    return t5_sizes(header.renamed(t5_names(header)), str(found.part("t5").path)).width
+
+
+def _limits(config: RunConfig, with_t5: bool) -> dict[str, int]:
+    limits = {name: count for name, count in MAX_TOKENS.items() if with_t5 or name != "t5"}
+    for name, count in config.text_encoder.max_tokens.items():
+        if name not in limits:
+            raise UsageError(f"no tokenizer {name!r}", where="text_encoder.max_tokens", fix=f"use {_or(limits)}")
+        if count < 2 or (name == "clip" and count > MAX_TOKENS[name]):
+            raise UsageError(f"{count} tokens are not possible for {name}", where=f"text_encoder.max_tokens.{name}",
+                             fix="choose 2 to 77 for clip, 2 or more for t5")  # fmt: skip
+        limits[name] = count
+    return limits
+
+
+def _check_options(config: RunConfig, flavour: str) -> None:
+    model: SD3Config = config.model  # type: ignore[assignment]
+    for name in ("scaled_pos_embed", "pos_embed_random_crop"):
+        if getattr(model, name) and flavour != "3.5-medium":
+            raise UsageError(f"model.{name} is for 3.5 medium", where=f"model.{name}",
+                             why=f"these weights are {flavour}, which was trained with the centre of its table",
+                             fix="take it out")  # fmt: skip
+    if config.latents.chunk_size is not None:
+        raise UsageError("this autoencoder cannot work in bands", where="latents.chunk_size", fix="take it out")
+
+
+def _or(names: Collection[str]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,158 @@
+"""Module names of SD3 in the layouts that programs use. No torch.
+
+The modules are diffusers': ``transformer_blocks.N.attn.to_q``. Original files join queries, keys and values in one
+matrix, and exchange the two halves of the final modulation and of the last block's text modulation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from tuner.core.compute.encoder_sizes import clip_modules, t5_modules
+from tuner.core.types import KeyFormat, KeyMaps, LoraRules
+
+QKV = ("to_q", "to_k", "to_v")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+FUSED = {
+    "x_block.attn.qkv": tuple(f"attn.{name}" for name in QKV),
+    "context_block.attn.qkv": tuple(f"attn.{name}" for name in ADDED_QKV),
+    "x_block.attn2.qkv": tuple(f"attn2.{name}" for name in QKV),
+}
+"""Inside one block: original matrices that are several modules here, in the order of their rows."""
+BLOCK = {
+    "x_block.attn.proj": "attn.to_out.0",
+    "context_block.attn.proj": "attn.to_add_out",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+NORMS = {
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+}
+ROOT = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+NORM_PROBE = "transformer_blocks.0.attn.norm_added_k.weight"
+
+
+def parameter_name(original: str) -> str:
+    """diffusers' name of a parameter outside the blocks."""
+    if original == "pos_embed":
+        return "pos_embed.pos_embed"
+    module, _, leaf = original.rpartition(".")
+    return f"{ROOT[module]}.{leaf}"
+
+
+def parameter_parts(original: str) -> tuple[str, ...] | None:
+    """diffusers' names of the parameters that one original parameter becomes, by rows; None for an unknown name."""
+    if original == "pos_embed":
+        return ("pos_embed.pos_embed",)
+    module, _, leaf = original.rpartition(".")
+    match = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
+    if match is None:
+        return (f"{ROOT[module]}.{leaf}",) if module in ROOT else None
+    number, inner = match.groups()
+    parts = FUSED.get(inner) or tuple(filter(None, (BLOCK.get(inner) or NORMS.get(inner),)))
+    return tuple(f"transformer_blocks.{number}.{part}.{leaf}" for part in parts) or None
+
+
+def exchanged(module: str, blocks: int) -> bool:
+    """Whether the two halves of the rows of a module (diffusers' name) lie in the other order in original files."""
+    return module in ("norm_out.linear", f"transformer_blocks.{blocks - 1}.norm1_context.linear")
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+BLOCKS = r"transformer_blocks\.\d+\."
+CLASSES = {
+    "x_attn": BLOCKS + r"(attn|attn2)\.(to_q|to_k|to_v|to_out\.0)",
+    "context_attn": BLOCKS + r"attn\.(add_[qkv]_proj|to_add_out)",
+    "x_mlp": BLOCKS + r"ff\..*",
+    "context_mlp": BLOCKS + r"ff_context\..*",
+    "x_mod": BLOCKS + r"norm1\.linear",
+    "context_mod": BLOCKS + r"norm1_context\.linear",
+}
+"""Linears of the blocks by side and kind, as the options of other trainers name them."""
+EMBEDDERS = r"context_embedder|time_text_embed\..*|pos_embed\.proj|norm_out\.linear|proj_out"
+TEXT_LAYERS = {
+    "clip_l": r"text_model\.encoder\.layers\..*",
+    "clip_g": r"text_model\.encoder\.layers\..*",
+    "t5": r"encoder\.block\..*",
+}
+TEXT = tuple(dict.fromkeys(TEXT_LAYERS.values()))
+
+LORA = LoraRules(
+    include={
+        "denoiser": (BLOCKS + r".*", EMBEDDERS),
+        **{name: (pattern,) for name, pattern in TEXT_LAYERS.items()},
+    },
+    exclude=(EMBEDDERS,),
+    presets={
+        "blocks": ((BLOCKS + r".*", *TEXT), ()),
+        "attention": ((CLASSES["x_attn"], CLASSES["context_attn"], *TEXT), ()),
+        "mlp": ((CLASSES["x_mlp"], CLASSES["context_mlp"], *TEXT), ()),
+        "image": ((CLASSES["x_attn"], CLASSES["x_mlp"], CLASSES["x_mod"], *TEXT), ()),
+        "context": ((CLASSES["context_attn"], CLASSES["context_mlp"], CLASSES["context_mod"], *TEXT), ()),
+        "embedders": ((EMBEDDERS, *TEXT), ()),
+        "all": ((r".*",), ()),
+        **{name: ((pattern, *TEXT), ()) for name, pattern in CLASSES.items()},
+    },
+    groups={"transformer_blocks": "transformer_blocks"},
+)
+"""Without a preset every linear of the blocks is adapted, as in kohya-ss/sd-scripts."""
+
+
+def denoiser_modules(blocks: int) -> tuple[str, ...]:
+    """Every linear that a denoiser of that depth can have, and its patch convolution."""
+    paths = list(ROOT.values())
+    for index in range(blocks):
+        inner = [*(part for parts in FUSED.values() for part in parts), *BLOCK.values()]
+        paths += [f"transformer_blocks.{index}.{name}" for name in inner]
+    return tuple(paths)
+
+
+def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Module paths by component, deep enough for every index that occurs in the keys of an adapter file."""
+
+    def depth(pattern: str) -> int:
+        return max((int(match[1]) + 1 for key in keys if (match := re.search(pattern, key))), default=0)
+
+    layers = depth(r"layers[._](\d+)[._]")
+    return {
+        "denoiser": denoiser_modules(depth(r"(?:joint|transformer)_blocks[._](\d+)[._]")),
+        "clip_l": clip_modules(layers),
+        "clip_g": clip_modules(layers),
+        "t5": t5_modules(depth(r"encoder[._]block[._](\d+)[._]")),
+    }
+
+
+DIFFUSERS_PREFIXES = {
+    "denoiser": "transformer.",
+    "clip_l": "text_encoder.",
+    "clip_g": "text_encoder_2.",
+    "t5": "text_encoder_3.",
+}
+
+MAPS = KeyMaps(
+    formats=(KeyFormat(name="diffusers", prefixes=DIFFUSERS_PREFIXES, down=".lora_A.weight", up=".lora_B.weight"),),
+    default="diffusers",
+    paths=module_paths,
+)
