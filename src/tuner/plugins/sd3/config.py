@@ -22,11 +22,11 @@ class SD3Config(ModelConfigBase):
     text_encoders: dict[Literal["clip_l", "clip_g", "t5"], ComponentSource] = Field(  # type: ignore[assignment]
         default_factory=dict
     )
-    """``clip_l``, ``clip_g``, ``t5``: a file or folder each, where ``path`` does not bring them. Without any T5 its part
-    of the text is zeros."""
+    """``clip_l``, ``clip_g``, ``t5``: a file or folder each, where ``path`` does not bring them. Without any T5 its
+    part of the text is zeros."""
     tokenizers: dict[Literal["clip", "t5"], ComponentSource] = Field(default_factory=dict)  # type: ignore[assignment]
     """``clip``, ``t5``: tokenizer folders. Left out: beside the weights, else fetched from the hub once."""
     scaled_pos_embed: bool = False
     """Use a position table for each training resolution that spans the same range; for 3.5 medium only."""
     pos_embed_random_crop: Share = 0.0
-    """Chance that a training step reads a random window of the position table instead of its centre; 3.5 medium only."""
+    """Chance that a training step reads a random window of the position table, not its centre; 3.5 medium only."""

@@ -79,7 +79,8 @@ class Conditioning(nn.Module):
 
     def forward(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         time: Tensor = self.timestep_embedder(time_features(timesteps))
-        return (time + self.text_embedder(pooled).float()).to(pooled.dtype)
+        text: Tensor = self.text_embedder(pooled)
+        return (time + text.float()).to(pooled.dtype)
 
 
 def time_features(timesteps: Tensor) -> Tensor:
@@ -117,7 +118,10 @@ class JointAttention:
         self, x: Tensor, attn: Any, names: tuple[str, ...], norms: tuple[nn.Module | None, ...]
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values [B, tokens, heads, width], the first two normed where the model does so."""
-        made = [value.unflatten(-1, (attn.heads, -1)) for value in project(x, [getattr(attn, name) for name in names])]
+        made = [
+            value.reshape(*value.shape[:-1], attn.heads, -1)
+            for value in project(x, [getattr(attn, name) for name in names])
+        ]
         normed = [
             value if norm is None else rms_norm_rope(value, norm.weight, None, norm.eps)  # type: ignore[arg-type]
             for value, norm in zip(made, norms, strict=False)

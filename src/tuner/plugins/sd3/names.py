@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 
 from tuner.core.compute.encoder_sizes import clip_modules, t5_modules
-from tuner.core.types import KeyFormat, KeyMaps, LoraRules
+from tuner.core.types import Fused, KeyFormat, KeyMaps, LoraRules
 
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -99,6 +99,15 @@ TEXT_LAYERS = {
 }
 TEXT = tuple(dict.fromkeys(TEXT_LAYERS.values()))
 
+_GROUPS = tuple(
+    (Fused(parent=rf"transformer_blocks\.(\d+)\.{module}", members=members, rows=(1, 1, 1)), original)
+    for module, members, original in (
+        ("attn", QKV, "x_block.attn.qkv"),
+        ("attn", ADDED_QKV, "context_block.attn.qkv"),
+        ("attn2", QKV, "x_block.attn2.qkv"),
+    )
+)
+
 LORA = LoraRules(
     include={
         "denoiser": (BLOCKS + r".*", EMBEDDERS),
@@ -115,7 +124,8 @@ LORA = LoraRules(
         "all": ((r".*",), ()),
         **{name: ((pattern, *TEXT), ()) for name, pattern in CLASSES.items()},
     },
-    groups={"transformer_blocks": "transformer_blocks"},
+    groups={"blocks": "transformer_blocks"},
+    fused=tuple(group for group, _ in _GROUPS),
 )
 """Without a preset every linear of the blocks is adapted, as in kohya-ss/sd-scripts."""
 
@@ -144,15 +154,63 @@ def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
-DIFFUSERS_PREFIXES = {
-    "denoiser": "transformer.",
-    "clip_l": "text_encoder.",
-    "clip_g": "text_encoder_2.",
-    "t5": "text_encoder_3.",
-}
+_RENAME = (
+    *((rf"^transformer_blocks\.(\d+)\.{re.escape(name)}$", rf"joint_blocks.\1.{old}") for old, name in BLOCK.items()),
+    *((rf"^{re.escape(name)}$", old) for old, name in ROOT.items()),
+)
+# Patterns without regard to depth: only matrices with twice as many rows as columns are exchanged.
+_EXCHANGED = (r"norm_out\.linear", r"transformer_blocks\.\d+\.norm1_context\.linear")
+
+
+def _original(name: str, prefixes: dict[str, str], separator: str, down: str, up: str) -> KeyFormat:
+    """A format that spells the denoiser's modules as original files do."""
+    return KeyFormat(
+        name=name,
+        prefixes=prefixes,
+        separator=separator,
+        down=down,
+        up=up,
+        alpha=".alpha",
+        rename={"denoiser": _RENAME},
+        fused={"denoiser": tuple((group, rf"joint_blocks.\1.{original}") for group, original in _GROUPS)},
+        exchange={"denoiser": _EXCHANGED},
+    )
+
 
 MAPS = KeyMaps(
-    formats=(KeyFormat(name="diffusers", prefixes=DIFFUSERS_PREFIXES, down=".lora_A.weight", up=".lora_B.weight"),),
-    default="diffusers",
+    formats=(
+        _original(
+            "sd-scripts",
+            {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"},
+            "_",
+            ".lora_down.weight",
+            ".lora_up.weight",
+        ),
+        _original(
+            "comfyui",
+            {
+                "denoiser": "diffusion_model.",
+                "clip_l": "text_encoders.clip_l.transformer.",
+                "clip_g": "text_encoders.clip_g.transformer.",
+                "t5": "text_encoders.t5xxl.transformer.",
+            },
+            ".",
+            ".lora_A.weight",
+            ".lora_B.weight",
+        ),
+        KeyFormat(
+            name="diffusers",
+            prefixes={
+                "denoiser": "transformer.",
+                "clip_l": "text_encoder.",
+                "clip_g": "text_encoder_2.",
+                "t5": "text_encoder_3.",
+            },
+            down=".lora_A.weight",
+            up=".lora_B.weight",
+        ),
+    ),
+    default="sd-scripts",
     paths=module_paths,
 )
+"""Every format that is written or read. The products of the matrices are the same in all of them."""

@@ -57,7 +57,7 @@ class ScaledTables:
         self._tables: dict[int, Tensor] = {}
 
     def thresholds(self) -> list[tuple[float, int]]:
-        """(number of tokens below which a size serves, size): halfway between neighbours, then the last table's area."""
+        """(number of tokens below which a size serves, size): halfway between neighbours; last, the table's area."""
         middles = [(low**2 + high**2) / 2 for low, high in zip(self.sizes, self.sizes[1:], strict=False)]
         return list(zip([*middles, (MARGIN * self.sizes[-1]) ** 2], self.sizes, strict=True))
 
@@ -96,7 +96,7 @@ class PatchEmbed(nn.Module):
         return side - rows + 1, side - columns + 1
 
     def forward(self, latents: Tensor) -> Tensor:
-        tokens = self.proj(latents)
+        tokens: Tensor = self.proj(latents)
         rows, columns = tokens.shape[-2:]
         places = window(self._table(rows, columns), rows, columns, self.corner)
         # The sum is float32 and rounded once: a rounded table would shift every image.

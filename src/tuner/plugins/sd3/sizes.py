@@ -47,7 +47,7 @@ class DenoiserSizes:
 
 
 def original_names(header: Iterable[str]) -> dict[str, str]:
-    """Original key names, without prefix, to the names in a file of that layout; other parts of the file are left out."""
+    """Original key names, without prefix, to the names in a file of that layout; other parts are left out."""
     keys = list(header)
     prefixed = any(key.startswith(PREFIX) for key in keys)
     found = {key.removeprefix(PREFIX): key for key in keys if not prefixed or key.startswith(PREFIX)}
@@ -79,7 +79,7 @@ def denoiser_sizes(header: Header, where: str = "") -> DenoiserSizes:
     if found:
         return _sizes({new: header[old].shape for new, old in found.items()}, where, original=False)
     raise UsageError("this is not a Stable Diffusion 3 model", where=where or None, why=_seen(header),
-                     fix="set model.path to the weights of SD3 or SD3.5, or --model to the family of this file")  # fmt: skip
+                     fix="set model.path to SD3 or SD3.5 weights, or --model to the family of this file")  # fmt: skip
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], where: str, *, original: bool) -> DenoiserSizes:

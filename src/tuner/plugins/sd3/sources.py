@@ -80,7 +80,7 @@ def resolve(config: RunConfig) -> Sources:
     inside = list(weight_header(denoiser))
     encoders: dict[str, Part] = {}
     for name in ("clip_l", "clip_g", "t5"):
-        source = model.text_encoders.get(name)  # type: ignore[call-overload]
+        source = model.text_encoders.get(name)
         found = _component(name, source, root, denoiser, inside, model, f"model.text_encoders.{name}.path")
         if found is not None:
             encoders[name] = found

@@ -61,18 +61,15 @@ def encode(
     return {name: fields[name] for name in facts.text_fields if name in wanted}
 
 
-def context(fields: Mapping[str, Tensor], facts_width: int) -> tuple[Tensor, Tensor]:
+def context(fields: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
     """Text [B, T, S] and pooled text [B, P] for the denoiser from the fields of a batch."""
     if "clip_lg" in fields:
         clip, pooled = fields["clip_lg"], fields["pooled"]
     else:
-        clip = _widened(torch.cat([fields["clip_l"], fields["clip_g"].to(fields["clip_l"])], dim=-1), facts_width)
+        clip = _widened(torch.cat([fields["clip_l"], fields["clip_g"].to(fields["clip_l"])], dim=-1), width)
         pooled = torch.cat([fields["pooled_clip_l"], fields["pooled_clip_g"].to(fields["pooled_clip_l"])], dim=-1)
-    if "t5" in fields:
-        t5 = fields["t5"].to(clip)
-    else:
-        t5 = clip.new_zeros(clip.shape[0], MISSING_T5_TOKENS, clip.shape[2])
-    return torch.cat([clip, t5], dim=1), pooled
+    t5 = fields.get("t5", clip.new_zeros(clip.shape[0], MISSING_T5_TOKENS, clip.shape[2]))
+    return torch.cat([clip, t5.to(clip)], dim=1), pooled
 
 
 def _clip(models: Models, config: RunConfig, facts: ModelFacts, name: str, captions: Sequence[str]) -> ClipStates:
