@@ -5,7 +5,8 @@ Build the module on the meta device, then `assign`: peak memory is the model in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,11 +82,12 @@ def assign(
     device: str | torch.device = "cpu",
     where: str | None = None,
     unused: Callable[[str], bool] = lambda name: False,
+    keep_float32: Sequence[str] = (),
 ) -> None:
     """Give every parameter of ``module`` (usually on the meta device) its value from ``tensors``; nothing may be left.
 
-    Values are cast to ``dtype`` on ``device``, frozen, and owned by the module. Names for which ``unused`` is true are
-    passed over. Raises UsageError that lists every missing key, every unknown key, and the first wrong shape.
+    Values are cast to ``dtype`` on ``device``, frozen, and owned by the module. keep_float32: full-match patterns of
+    names that become float32 instead. Names for which ``unused`` is true are passed over. Raises UsageError that lists every missing key, every unknown key, and the first wrong shape.
     """
     expected = dict(module.named_parameters())
     missing, unknown = set(expected), []
@@ -99,7 +101,8 @@ def assign(
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}", where=where,
                              why=f"a model of this size needs {tuple(expected[name].shape)}",
                              fix="use a complete, unmixed model file")  # fmt: skip
-        value = tensor.to(device=device, dtype=dtype, copy=True)
+        exact = any(re.fullmatch(pattern, name) for pattern in keep_float32)
+        value = tensor.to(device=device, dtype=torch.float32 if exact else dtype, copy=True)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
         missing.discard(name)

@@ -22,7 +22,14 @@ from tuner.core.config.document import RawConfig
 from tuner.core.config.load import load_config
 from tuner.core.config.model import ComponentSource, ModelConfigBase
 from tuner.core.config.network import NetworkConfig, NetworkRule
-from tuner.core.config.objective import InputPerturbation, LossConfig, LossMask, NoiseConfig, NoiseOffset
+from tuner.core.config.objective import (
+    GuidanceConfig,
+    InputPerturbation,
+    LossConfig,
+    LossMask,
+    NoiseConfig,
+    NoiseOffset,
+)
 from tuner.core.config.optimizer import LoraPlus, LrRule, OptimizerConfig, ScheduleConfig, SchedulePiece
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, MetadataConfig, SampleConfig, ValidateConfig
 from tuner.core.config.run import RunConfig
@@ -43,6 +50,7 @@ __all__ = [
     "Dtype",
     "EveryFields",
     "FiltersConfig",
+    "GuidanceConfig",
     "InputPerturbation",
     "LatentsConfig",
     "LogConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tuner.core.config.base import Dtype, Section
 from tuner.core.config.checks import as_errors
@@ -44,7 +44,8 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         text_encoder=_with(config.text_encoder, max_tokens={**facts.max_tokens, **config.text_encoder.max_tokens}),
         latents=_with(config.latents, posterior=config.latents.posterior or facts.posterior),
         noise=config.noise.resolved(facts.noise),
-        loss=_with(config.loss, target=config.loss.target or facts.loss_target),
+        loss=_with(config.loss, target=_loss_target(config, facts)),
+        guidance=_with(config.guidance, embedded=_embedded(config, facts)),
         network=_with(config.network, alpha=alpha),
         precision=_with(
             precision,
@@ -63,6 +64,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
             steps=sample.steps or facts.sample.steps,
             cfg=facts.sample.cfg if sample.cfg is None else sample.cfg,
             shift=sample.shift or facts.sample.shift,
+            embedded_guidance=facts.sample.guidance if sample.embedded_guidance is None else sample.embedded_guidance,
         ),
         validation=_with(
             config.validation, seed=config.train.seed if config.validation.seed is None else config.validation.seed
@@ -72,6 +74,18 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
 
 def _with(section: S, **values: Any) -> S:
     return section.model_copy(update=values)
+
+
+def _loss_target(config: RunConfig, facts: ModelFacts) -> Literal["velocity", "clean"]:
+    if config.loss.prediction == "sigma_scaled":
+        return "clean"
+    return config.loss.target or facts.loss_target
+
+
+def _embedded(config: RunConfig, facts: ModelFacts) -> float | tuple[float, float] | None:
+    if config.guidance.embedded is None and facts.guidance_input:
+        return 1.0
+    return config.guidance.embedded
 
 
 def facts_problems(
@@ -116,8 +130,18 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
                          (("unconditional",), config.text_encoder.unconditional)):  # fmt: skip
         for name in given:
             yield from _known(("text_encoder", *place, name), name, separable(facts))
-    if config.network.preset is not None:
-        yield from _known(("network", "preset"), config.network.preset, facts.lora.presets)
+    preset = config.network.preset
+    if preset is not None and preset in facts.capabilities:
+        yield ("network", "preset"), f"{preset!r}: {facts.capabilities[preset]}", _one_of(facts.lora.presets)
+    elif preset is not None:
+        yield from _known(("network", "preset"), preset, facts.lora.presets)
+    if config.network.split_fused and not facts.lora.fused:
+        yield ("network", "split_fused"), "has no effect: this model has no fused projections", "take it out"
+    if not facts.guidance_input:
+        for place, value in ((("guidance", "embedded"), config.guidance.embedded),
+                             (("sample", "embedded_guidance"), config.sample.embedded_guidance)):  # fmt: skip
+            if value is not None:
+                yield place, "this model has no embedded guidance", "take it out"
     if config.checkpoint.format is not None and formats:
         yield from _known(("checkpoint", "format"), config.checkpoint.format, formats)
     computes = [_SHORT[name] for name in facts.dtypes.compute if name in _SHORT]

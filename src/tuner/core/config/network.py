@@ -51,5 +51,7 @@ class NetworkConfig(Section):
     """Rank, alpha and learning rate by module."""
     blocks: dict[str, Literal["all", "none"] | tuple[CountOrZero | BlockRange, ...]] = Field(default_factory=dict)
     """By block group: ``"all"``, ``"none"`` or a list of indices and ranges such as ``[0, "4-7"]``, counted from 0."""
+    split_fused: bool = False
+    """Separate adapters for projections that the model's files hold as one matrix. Off: one adapter spans them."""
     init_from: str | None = None
     """Adapter file to start from."""

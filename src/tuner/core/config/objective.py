@@ -113,6 +113,20 @@ class NoiseConfig(Section):
         return NoiseConfig.model_validate(given)
 
 
+class GuidanceConfig(Section):
+    """What a guidance-distilled model is told in training."""
+
+    embedded: NotNegative | tuple[NotNegative, NotNegative] | None = None
+    """Value of the embedded guidance: one number, or ``[min, max]`` to draw from per sample. Only for models with that
+    input. Left out: 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuidanceConfig:
+        if isinstance(self.embedded, tuple) and self.embedded[0] > self.embedded[1]:
+            raise ValueError("embedded must be [min, max] with min not above max")
+        return self
+
+
 _SHAPE_KEYS = {"density", "sigmoid_scale", "shift", "logit_mean", "logit_std", "mode_scale", "beta"}
 
 
@@ -147,12 +161,17 @@ class LossConfig(Section):
     target: Literal["velocity", "clean"] | None = None
     """What is compared: velocities, or the clean latents they imply, which multiplies the error by sigma. Left out: the
     model's own choice."""
+    prediction: Literal["raw", "additive", "sigma_scaled"] = "raw"
+    """What the model's output stands for: the velocity itself; the velocity less the noisy input (``additive``); or the
+    velocity, compared as the clean latents it implies (``sigma_scaled``, the same as ``target`` clean)."""
     mask: LossMask = LossMask()
     """Masked loss."""
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
         given = changed_keys(self)
+        if self.prediction == "sigma_scaled" and self.target == "velocity":
+            raise ValueError("prediction 'sigma_scaled' compares clean latents; take target out")
         if self.type in ("l1", "l2"):
             for name in ("huber_c", "huber_schedule", "huber_scale"):
                 if name in given:

@@ -74,7 +74,7 @@ class SampleConfig(Section):
     at_start: bool = False
     """Also before the first step."""
     prompts: str | tuple[str, ...] = ()
-    """Prompt lines, or the path of a prompt file. A line may set ``--n --w --h --d --s --l --fs``."""
+    """Prompt lines, or the path of a prompt file. A line may set ``--n --w --h --d --s --l --g --fs``."""
     negative: str = ""
     """Negative prompt."""
     seed: int = Field(0, ge=0)
@@ -85,8 +85,10 @@ class SampleConfig(Section):
     """Sampler steps. Left out: the model's default."""
     cfg: NotNegative | None = None
     """Strength of classifier-free guidance. Left out: the model's default."""
-    shift: Positive | None = None
-    """Shift of the sampler's noise levels. Left out: the model's default."""
+    embedded_guidance: NotNegative | None = None
+    """Value of the embedded guidance, for models with that input. Left out: the model's default."""
+    shift: Positive | Literal["auto"] | None = None
+    """Shift of the sampler's noise levels; ``auto`` goes by the size of the picture. Left out: the model's default."""
     count: Count = 1
     """Pictures per prompt."""
 

@@ -15,7 +15,8 @@ from tuner.core.errors import UsageError
 
 PLANNED: Mapping[str, str] = {
     # whole sections
-    "guidance": "guidance losses and guidance embeddings",
+    "guidance.differential": "differential guidance",
+    "guidance.distill": "guidance distillation",
     "quantize": "quantized base weights",
     "compile": "compiled blocks",
     "ema": "averaged weights",
@@ -68,7 +69,6 @@ PLANNED: Mapping[str, str] = {
     "network.lycoris": "LyCORIS adapters",
     "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
-    "network.split_fused": "separate adapters inside fused layers",
     "optimizer.fuse": "updates inside the backward pass",
     "optimizer.lr_scale": "rates scaled by the batch",
     "optimizer.offload": "optimizer state in host memory",
@@ -104,7 +104,6 @@ PLANNED: Mapping[str, str] = {
     "sample.command": "an external program for samples",
     "sample.compare_base": "a switch for the base column; the contact sheet always begins with it",
     "sample.compile": "compiled samples",
-    "sample.embedded_guidance": "embedded guidance",
     "sample.preview_every": "previews while sampling",
     "sample.sampler": "other samplers",
     "sample.seed_device": "noise on the accelerator; it is drawn on the CPU, so pictures compare across devices",

@@ -8,7 +8,7 @@ from tuner.core.config.base import Section
 from tuner.core.config.data import CacheConfig, DataConfig
 from tuner.core.config.model import ModelConfigBase
 from tuner.core.config.network import NetworkConfig
-from tuner.core.config.objective import LossConfig, NoiseConfig
+from tuner.core.config.objective import GuidanceConfig, LossConfig, NoiseConfig
 from tuner.core.config.optimizer import OptimizerConfig, ScheduleConfig
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, SampleConfig, ValidateConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
@@ -32,6 +32,8 @@ class RunConfig(Section):
     """Which noise levels are trained."""
     loss: LossConfig = LossConfig()
     """How the error becomes a number."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """Embedded guidance in training."""
     network: NetworkConfig = NetworkConfig()
     """The adapter."""
     optimizer: OptimizerConfig

@@ -119,7 +119,8 @@ class ModelFacade:
             rng=rng,
         )
         self._contract.velocity(velocity, noisy)
-        return velocity
+        # The other reading of a model's output that old settings know: it is the velocity less the input.
+        return velocity + noisy if self.config.loss.prediction == "additive" else velocity
 
     def build_network(self, models: Models) -> Network:
         """Build what trains, in place."""

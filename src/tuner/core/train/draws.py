@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tuner.core.config import NoiseConfig
+from tuner.core.config import GuidanceConfig, NoiseConfig
 from tuner.core.flow import offset_noise, perturb_noise
 from tuner.core.rng import Rng
 from tuner.core.types import Item
@@ -45,6 +45,17 @@ def draw_noise(noise_cfg: NoiseConfig, latents: Tensor, draws: StepDraws) -> Ten
         strength=draws.uniform("offset strength").to(latents.device),
         chance=draws.uniform("offset chance").to(latents.device),
     )
+
+
+def draw_guidance(guidance_cfg: GuidanceConfig, draws: StepDraws) -> Tensor | None:
+    """Embedded guidance [B] as ``guidance.embedded`` says; None for a model without that input."""
+    embedded = guidance_cfg.embedded
+    if embedded is None:
+        return None
+    chance = draws.uniform("guidance")
+    if isinstance(embedded, tuple):
+        return embedded[0] + chance * (embedded[1] - embedded[0])
+    return torch.full_like(chance, embedded)
 
 
 def perturbed(noise_cfg: NoiseConfig, noise: Tensor, draws: StepDraws, step: int, total: int) -> Tensor | None:

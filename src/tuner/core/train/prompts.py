@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
+from tuner.core.flow import shift_value
 
 if TYPE_CHECKING:
     from tuner.core.config.outputs import SampleConfig
@@ -137,17 +138,20 @@ def _resolve(fields: Mapping[str, Any], index: int, number: int, sample: SampleC
     if guidance is not None and not facts.guidance_input:
         log.warning("--g has no effect: this model has no embedded guidance; --l sets the guidance scale")
         guidance = None
+    if guidance is None and facts.guidance_input:
+        guidance = _first(sample.embedded_guidance, facts.sample.guidance, 1.0)
     width, height = sample.size or facts.sample.size
     seed = fields["seed"] + number if "seed" in fields else sample.seed + index
+    width, height = (_fit_side(fields.get(*side), facts) for side in (("width", width), ("height", height)))
     return Prompt(
         text=str(fields["prompt"]).strip(),
         negative=fields.get("negative_prompt", sample.negative),
-        width=_fit_side(fields.get("width", width), facts),
-        height=_fit_side(fields.get("height", height), facts),
+        width=width,
+        height=height,
         seed=seed,
         steps=fields.get("sample_steps", sample.steps or facts.sample.steps),
         cfg=_first(fields.get("scale"), sample.cfg, facts.sample.cfg),
-        shift=_shift(fields, sample, facts),
+        shift=_shift(fields, sample, facts, (height, width)),
         guidance=guidance,
     )
 
@@ -158,9 +162,13 @@ def _fit_side(side: int, facts: ModelFacts) -> int:
     return max(min(MIN_SIDE, facts.sample.size[0]), side // multiple * multiple)
 
 
-def _shift(fields: Mapping[str, Any], sample: SampleConfig, facts: ModelFacts) -> float:
+def _shift(fields: Mapping[str, Any], sample: SampleConfig, facts: ModelFacts, size: tuple[int, int]) -> float:
+    wanted = _first(fields.get("flow_shift"), sample.shift, facts.sample.shift)
+    if wanted == "auto":
+        factor = facts.spatial_factor
+        return shift_value("auto", (size[0] // factor, size[1] // factor))
     try:
-        shift = float(_first(fields.get("flow_shift"), sample.shift, facts.sample.shift))
+        shift = float(wanted)
     except ValueError as error:
         raise UsageError("--fs is not a number", where=f"prompt {fields['prompt']!r}", why=str(error)) from error
     if shift <= 0:

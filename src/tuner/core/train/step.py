@@ -15,7 +15,7 @@ from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sample_sigmas
 from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
-from tuner.core.train.draws import StepDraws, draw_noise, perturbed
+from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
 from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ class TrainStep:
         noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy
         text = self._dropped(self.text(batch), draws)
         rng = Rng(config.train.seed, "model", step, number)
-        prediction = self.model.predict(self.models, noisy, target.timesteps, text, rng=rng)
+        guidance = draw_guidance(config.guidance, draws)
+        guidance = None if guidance is None else guidance.to(self.device, non_blocking=True)
+        prediction = self.model.predict(self.models, noisy, target.timesteps, text, guidance, rng=rng)
         losses = reduce_loss(
             elementwise_loss(config.loss, prediction, target.target, sigmas),
             weight=target.weight * loss_weight(config.loss, sigmas),

@@ -101,7 +101,11 @@ class Validator:
         noise = torch.stack([stream.normal(latents.shape[1:]) for stream in streams]).to(self.device)
         sigmas = torch.full((len(batch.items),), sigma, device=self.device)
         target = self.model.noise_target(latents, noise, sigmas)
-        prediction = self.model.predict(self.models, target.noisy, target.timesteps, text)
+        # The middle of a range of guidance: every measurement is made the same way.
+        embedded = self.config.guidance.embedded
+        middle = sum(embedded) / 2 if isinstance(embedded, tuple) else embedded
+        guidance = None if middle is None else torch.full_like(sigmas, middle)
+        prediction = self.model.predict(self.models, target.noisy, target.timesteps, text, guidance)
         mask = None if batch.loss_mask is None else batch.loss_mask.to(self.device)
         return reduce_loss(
             elementwise_loss(self.config.loss, prediction, target.target, sigmas),

@@ -1,0 +1,183 @@
+"""What the core needs to know about a FLUX.1 or Chroma model: one record, made from the weight headers. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tuner.core.compute.encoder_sizes import clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.errors import UsageError
+from tuner.core.types import Blocks, DtypeRules, Field, LoraRules, ModelFacts, NoiseDefaults, SampleDefaults
+
+from . import sources
+from .names import FUSED
+from .sizes import (
+    LATENT_CHANNELS,
+    TOKEN_CHANNELS,
+    DenoiserSizes,
+    bare_names,
+    denoiser_sizes,
+    diffusers_shapes,
+    layout_of,
+)
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.types import Header
+
+T5_TOKENS = {"dev": 512, "schnell": 256, "chroma": 512}
+CLIP_TOKENS = 77
+ARCHITECTURES = {"dev": "flux-1-dev", "schnell": "flux-1-schnell", "chroma": "chroma"}
+NOISE = {
+    # At one megapixel this is the shift 3.1582 that dev is usually trained with, and it follows other sizes.
+    "dev": NoiseDefaults(timesteps="flux_shift", shift=3.1582),
+    "schnell": NoiseDefaults(timesteps="sigmoid", shift=1.0),
+    "chroma": NoiseDefaults(timesteps="sigmoid", shift=1.0),
+}
+SAMPLES = {
+    "dev": SampleDefaults(steps=20, cfg=1.0, shift="auto", size=(1024, 1024), multiple=16, guidance=3.5),
+    "schnell": SampleDefaults(steps=4, cfg=1.0, shift=1.0, size=(1024, 1024), multiple=16),
+    "chroma": SampleDefaults(steps=26, cfg=4.0, shift="auto", size=(1024, 1024), multiple=16),
+}
+
+_BLOCKS = r"(single_)?transformer_blocks\.\d+\."
+_OUTSIDE = r"x_embedder|context_embedder|time_text_embed\..*|norm_out\.linear|proj_out"
+_TEXT = (r"text_model\.encoder\.layers\..*", r"encoder\.block\..*")
+_IMAGE = _BLOCKS + r"attn\.(to_[qkv]|to_out\.0)"
+_CONTEXT = r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)"
+_ALL_FFS = (
+    _IMAGE,
+    _CONTEXT,
+    r"transformer_blocks\.\d+\.ff(_context)?\..*",
+    r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)",
+    r"proj_out",
+)
+LORA = LoraRules(
+    include={"denoiser": (_BLOCKS + ".*", _OUTSIDE), "clip_l": _TEXT[:1], "t5": _TEXT[1:]},
+    exclude=(_OUTSIDE,),
+    presets={
+        "blocks": ((_BLOCKS + ".*", *_TEXT), ()),
+        "mmdit": ((_IMAGE, *_TEXT), ()),
+        "context": ((_CONTEXT, *_TEXT), ()),
+        "context+ffs": ((_CONTEXT, r"transformer_blocks\.\d+\.ff_context\..*", *_TEXT), ()),
+        "all": ((_IMAGE, _CONTEXT, *_TEXT), ()),
+        "all+ffs": ((*_ALL_FFS, *_TEXT), ()),
+        "ai-toolkit": ((*_ALL_FFS, _BLOCKS + r"(norm|norm1|norm1_context)\.linear", *_TEXT), ()),
+        "all+ffs+embedder": ((*_ALL_FFS, "x_embedder", *_TEXT), ()),
+        "tiny": ((r"single_transformer_blocks\.(7|20)\.proj_out", *_TEXT), ()),
+        "nano": ((r"single_transformer_blocks\.7\.proj_out", *_TEXT), ()),
+    },
+    groups={"double": "transformer_blocks", "single": "single_transformer_blocks"},
+    fused=FUSED,
+)
+_NO_CONTROL = "control networks are planned and not built yet"
+CAPABILITIES = {"controlnet": _NO_CONTROL, "all+ffs+embedder+controlnet": _NO_CONTROL}
+
+
+def detect(header: Header) -> str | None:
+    """``dev``, ``schnell`` or ``chroma`` for a file of this family in either layout, None for any other file."""
+    if layout_of(bare_names(header)) is None:
+        return None
+    return denoiser_sizes(diffusers_shapes(header)).flavour
+
+
+def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
+    """What the core needs to know about the model of this run; sizes are read from the weight files.
+
+    header: of the denoiser's weights; read from the file when left out. Raises UsageError when the files are not of
+    this family, do not fit each other, or when the configuration disagrees with them.
+    """
+    found = sources.resolve(config)
+    where = str(found.weights["denoiser"])
+    sizes = denoiser_sizes(diffusers_shapes(header if header is not None else found.header("denoiser"), where), where)
+    check_sizes(sizes, where)
+    _check_config(config, sizes)
+    encoders = tuple(name for name in ("clip_l", "t5") if name in found.weights)
+    _check_encoders(found, sizes)
+    limits = {name: CLIP_TOKENS if name == "clip_l" else T5_TOKENS[sizes.flavour] for name in encoders}
+    limits |= config.text_encoder.max_tokens
+    return ModelFacts(
+        family="flux",
+        flavour=sizes.flavour,
+        components=("denoiser", *encoders, "vae"),
+        trainable=("denoiser", *encoders),
+        text_components=encoders,
+        latent_channels=LATENT_CHANNELS,
+        spatial_factor=8,
+        resolution_multiple=16,
+        block_lists=(
+            Blocks(path="transformer_blocks", count=sizes.blocks),
+            Blocks(path="single_transformer_blocks", count=sizes.singles),
+        ),
+        lora=LORA,
+        key_maps="tuner.plugins.flux.names:MAPS",
+        dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
+        text_fields=text_fields(config, sizes, limits),
+        max_tokens=limits,
+        files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
+        noise=NOISE[sizes.flavour],
+        sample=SAMPLES[sizes.flavour],
+        guidance_input=sizes.flavour == "dev",
+        posterior="sample",
+        padding_masks=("t5",),
+        zero_padding=True,
+        architecture=ARCHITECTURES[sizes.flavour],
+        capabilities=CAPABILITIES,
+    )
+
+
+def masks_t5(config: RunConfig, flavour: str) -> bool:
+    """Whether the padding of T5 is hidden from the encoder and the denoiser; Chroma cannot work otherwise."""
+    return config.text_encoder.mask_padding.get("t5", flavour == "chroma")
+
+
+def text_fields(config: RunConfig, sizes: DenoiserSizes, limits: dict[str, int]) -> dict[str, Field]:
+    """T5 rows with, where padding is hidden or zero, the mask that marks the rows worth storing; CLIP's pooled text."""
+    masked = masks_t5(config, sizes.flavour)
+    trim = "t5_mask" if masked or config.text_encoder.zero_padding else None
+    # Zero rows are visible rows: they must be there in full number. Hidden rows need not be there at all.
+    floor = None if masked or trim is None else limits["t5"]
+    fields = {"t5": Field(shape=("L", sizes.text_width), of=("t5",), trim=trim, floor=floor)}
+    if trim is not None:
+        fields["t5_mask"] = Field(shape=("L",), dtype="bool", of=("t5",), trim=trim, floor=floor)
+    if sizes.pooled_width is not None:
+        fields["clip_pooled"] = Field(shape=(sizes.pooled_width,), of=("clip_l",))
+    return fields
+
+
+def check_sizes(sizes: DenoiserSizes, where: str) -> None:
+    """Raise UsageError for variants whose input needs more than the image."""
+    if sizes.in_channels != TOKEN_CHANNELS or sizes.out_channels != TOKEN_CHANNELS:
+        raise UsageError("this variant reads more than the image", where=where,
+                         why=f"its tokens have {sizes.in_channels} channels, those of an image {TOKEN_CHANNELS}",
+                         fix="use the dev, schnell or Chroma weights; Fill, Depth and Canny variants cannot train")  # fmt: skip
+
+
+def _check_config(config: RunConfig, sizes: DenoiserSizes) -> None:
+    if config.model.flavour not in (None, sizes.flavour):
+        raise UsageError(f"these weights are not of flavour {config.model.flavour!r}", where="model.flavour",
+                         why=f"they are {sizes.flavour!r}", fix="leave model.flavour out")  # fmt: skip
+    if sizes.flavour == "chroma" and not masks_t5(config, sizes.flavour):
+        raise UsageError("Chroma needs the mask of T5's padding", where="text_encoder.mask_padding.t5",
+                         why="it was trained with it", fix="take the key out")  # fmt: skip
+    if config.text_encoder.zero_padding and sizes.flavour != "chroma" and masks_t5(config, sizes.flavour):
+        raise UsageError("text_encoder.zero_padding has no effect", where="text_encoder.zero_padding",
+                         why="text_encoder.mask_padding.t5 hides the padding", fix="keep one of the two")  # fmt: skip
+    limit = config.text_encoder.max_tokens.get("clip_l", CLIP_TOKENS)
+    if limit > CLIP_TOKENS or limit < 2:
+        raise UsageError(f"CLIP cannot take {limit} tokens", where="text_encoder.max_tokens.clip_l",
+                         fix=f"use 2 to {CLIP_TOKENS}")  # fmt: skip
+
+
+def _check_encoders(found: sources.Sources, sizes: DenoiserSizes) -> None:
+    """Raise UsageError when an encoder's output is not what the denoiser reads."""
+    widths = {}
+    if "clip_l" in found.weights:
+        header = found.header("clip_l")
+        widths["clip_l"] = (clip_sizes(header.renamed(clip_names(header)), str(header.path)).width, sizes.pooled_width)
+    header = found.header("t5")
+    widths["t5"] = (t5_sizes(header.renamed(t5_names(header)), str(header.path)).width, sizes.text_width)
+    for name, (width, wanted) in widths.items():
+        if width != wanted:
+            raise UsageError(f"{name} and the denoiser do not fit each other", where=f"model.text_encoders.{name}.path",
+                             why=f"the encoder makes {width} features, the denoiser reads {wanted}",
+                             fix="use the text encoders that the model was made for")  # fmt: skip

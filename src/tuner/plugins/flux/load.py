@@ -1,0 +1,92 @@
+"""The transformer from weight files: built without memory, then filled tensor by tensor in its final dtype and place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.compute.encoders import read_settings
+from tuner.core.compute.weights import assign, raise_key_mismatch, read_tensors
+from tuner.core.errors import UsageError
+
+from . import denoiser as network
+from .names import original_names, to_diffusers
+from .sizes import bare_names, denoiser_sizes, diffusers_shapes, layout_of
+
+if TYPE_CHECKING:
+    from tuner.core.files import WeightHeader
+    from tuner.core.types import Placement
+
+
+def load_denoiser(header: WeightHeader, placement: Placement, *, mmap: bool = True, where: str = "") -> nn.Module:
+    """The frozen transformer from a file in either layout, at any size; 8-bit weights are widened.
+
+    Raises UsageError naming every missing and unknown tensor.
+    """
+    sizes = denoiser_sizes(diffusers_shapes(header, where), where, read_settings(header.path))
+    bare = header.renamed(bare_names(header))
+    with torch.device("meta"):
+        model = network.build(sizes)
+    tensors: Iterable[tuple[str, Tensor]] = read_tensors(bare, mmap=mmap)
+    if layout_of(bare) == "original":
+        tensors = diffusers_tensors(tensors)
+    assign(
+        model,
+        tensors,
+        dtype=dtype_by_name(placement.dtype("denoiser")),
+        device=placement.device,
+        where=where or None,
+        keep_float32=network.KEEP_FLOAT32,
+    )
+    network.restore_buffers(model, placement.device)
+    network.fuse_projections(model)
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Original names and values to diffusers': joint matrices cut by rows, the final modulation's halves exchanged."""
+    for name, value in tensors:
+        found = to_diffusers(name)
+        if found is None:
+            raise UsageError(f"unknown tensor {name}", fix="use a file without added keys")
+        if found.exchange:
+            value = torch.cat(value.chunk(2)[::-1])
+        if len(found.names) == 1:
+            yield found.names[0], value
+            continue
+        unit = value.shape[0] // sum(found.rows)
+        yield from zip(found.names, value.split([unit * rows for rows in found.rows]), strict=True)
+
+
+def original_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names and values to original ones, bit for bit; the inverse of `diffusers_tensors`.
+
+    Raises UsageError for a joint matrix of which a part is missing, and for names without an original.
+    """
+
+    def depth(root: str) -> int:
+        return 1 + max(
+            (int(match[1]) for name in tensors if (match := re.match(rf"{root}\.(\d+)\.", name))), default=-1
+        )
+
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    layers = depth(r"distilled_guidance_layer\.layers")
+    for name in original_names(depth("transformer_blocks"), depth("single_transformer_blocks"), layers):
+        place = to_diffusers(name)
+        assert place is not None
+        present = [each for each in place.names if each in tensors]
+        if not present:
+            continue
+        if len(present) < len(place.names):
+            raise UsageError(f"{name} cannot be put together", why=f"there is no {set(place.names) - set(present)}")
+        value = torch.cat([tensors[each] for each in present]) if len(present) > 1 else tensors[present[0]]
+        found[name] = torch.cat(value.chunk(2)[::-1]) if place.exchange else value
+        used.update(present)
+    raise_key_mismatch((), set(tensors) - used, None)
+    return found
