@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tuner.core.adapters.fused import Part, exchange_halves, join_parts, member_of, split_joint
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,8 +66,29 @@ def modules_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return [(component, path) for component, _, path in (key.partition(":") for key in keys)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One module of a file: the linears it means, in the order of its rows, and how its values differ from ours."""
+
+    component: str
+    paths: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    exchange: bool = False
+
+
+def stored_module(fmt: KeyFormat, component: str, path: str) -> tuple[str, _Stored]:
+    """How a format calls the module that holds a linear, without prefix and suffix, and what that module is."""
+    for rule, replacement in fmt.fused.get(component, ()):
+        member = member_of((rule,), path)
+        if member is not None:
+            joint = re.sub(f"^{rule.parent}$", replacement, member.parent)
+            return joint.replace(".", fmt.separator), _Stored(component, member.paths, rule.rows)
+    exchange = any(re.fullmatch(pattern, path) for pattern in fmt.exchange.get(component, ()))
+    return _spelled(fmt, component, path), _Stored(component, (path,), exchange=exchange)
+
+
 def module_name(fmt: KeyFormat, component: str, path: str) -> str:
-    """How a format calls a module, without suffix. UsageError when it has no place for the component."""
+    """How a format calls the module of a linear, without suffix. UsageError when it has no place for the component."""
     if component not in fmt.prefixes:
         raise UsageError(
             f"the format {fmt.name} cannot hold {component}",
@@ -74,7 +96,7 @@ def module_name(fmt: KeyFormat, component: str, path: str) -> str:
             why=f"it stores {', '.join(fmt.prefixes)}",
             fix="choose another format",
         )
-    return fmt.prefixes[component] + _spelled(fmt, component, path)
+    return fmt.prefixes[component] + stored_module(fmt, component, path)[0]
 
 
 def encode_adapter(
@@ -83,22 +105,46 @@ def encode_adapter(
     """Internal tensors to a format's keys, in `dtype` (None: unchanged).
 
     A format without alpha gets `up * alpha / rank`, multiplied in float32 before the cast. A stored alpha is not cast.
+    Where the format holds several linears as one, their adapters are joined; linears without adapter become zero rows.
     """
     encoded: dict[str, Tensor] = {}
-    for component, path in modules_of(tensors):
-        name, key = module_name(fmt, component, path), f"{component}:{path}"
-        down, up, alpha = (tensors[f"{key}.{part}"] for part in ("down", "up", "alpha"))
+    seen: set[int] = set()
+    for name, module in _joined(tensors, fmt).items():
+        down, up = module.down, module.up
         kept = dtype or up.dtype
         if fmt.alpha is None:
-            scale = float(alpha) / down.shape[0]
-            up = up if scale == 1.0 else up.float() * scale
+            up = up if module.scale == 1.0 else up.float() * module.scale
         else:
-            encoded[name + fmt.alpha] = alpha.detach().cpu().clone()
+            encoded[name + fmt.alpha] = module.alpha.detach().cpu().clone()
         for suffix, value in ((fmt.down, down.to(dtype or down.dtype)), (fmt.up, up.to(kept))):
             if name + suffix in encoded:
                 raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
-            encoded[name + suffix] = value.detach().cpu().contiguous()
+            value = value.detach().cpu().contiguous()
+            # Members of a group share their down; a file must hold every tensor by itself.
+            value = value.clone() if value.untyped_storage().data_ptr() in seen else value
+            seen.add(value.untyped_storage().data_ptr())
+            encoded[name + suffix] = value
     return encoded
+
+
+def _joined(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> dict[str, Part]:
+    """The modules of a file by their names, in the order of the linears."""
+    members: dict[str, dict[str, Part]] = {}
+    layouts: dict[str, _Stored] = {}
+    for component, path in modules_of(tensors):
+        name, layout = module_name(fmt, component, path), stored_module(fmt, component, path)[1]
+        if layouts.setdefault(name, layout) != layout or path in members.get(name, {}):
+            raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
+        part = Part(*(tensors[f"{component}:{path}.{kind}"] for kind in ("down", "up", "alpha")))
+        if layout.exchange:
+            part = Part(part.down, exchange_halves(part.down, part.up), part.alpha)
+        members.setdefault(name, {})[path] = part
+    return {
+        name: join_parts([found.get(path) for path in layouts[name].paths], layouts[name].rows, name)
+        if layouts[name].rows
+        else next(iter(found.values()))
+        for name, found in members.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +171,7 @@ def decode_adapter(
     names = {part.name for part in keys.values() if part is not None}
     tables = [_names(fmt, paths) for fmt in formats]
     best = _best_format(formats, tables, keys)
-    places: dict[str, tuple[str, str]] = {}
+    places: dict[str, _Stored] = {}
     for table in (tables[best], *tables) if tables else ():
         for name in names:
             if name in table:
@@ -133,23 +179,38 @@ def decode_adapter(
     unmapped = [key for key, part in keys.items() if part is None or part.name not in places]
     if unmapped or not tensors:
         raise _unmapped_error(unmapped, len(tensors), formats, paths)
-    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-    stored_as: dict[tuple[str, str], str] = {}
+    parts: dict[_Stored, dict[str, Tensor]] = {}
+    stored_as: dict[_Stored, str] = {}
     for key, part in keys.items():
         assert part is not None
         place = places[part.name]
         if part.part in parts.setdefault(place, {}):
-            raise UsageError(f"two keys mean the same tensor, {place[0]}:{place[1]}.{part.part}", where=key)
+            meant = f"{place.component}:{'+'.join(place.paths)}.{part.part}"
+            raise UsageError(f"two keys mean the same tensor, {meant}", where=key)
         parts[place][part.part] = tensors[key]
         stored_as[place] = part.name
     given = _PeftAlpha(metadata or {}, formats)
     internal: dict[str, Tensor] = {}
-    for (component, path), found in _in_model_order(parts, paths):
-        internal.update(_module_tensors(f"{component}:{path}", found, given(component, stored_as[component, path])))
+    for place, found in _in_model_order(parts, paths):
+        name = stored_as[place]
+        module = _module(f"{place.component}:{'+'.join(place.paths)}", found, given(place.component, name))
+        for path, each in zip(place.paths, _members(place, module, name), strict=True):
+            key = f"{place.component}:{path}"
+            if f"{key}.down" in internal:
+                raise UsageError(f"two keys mean the same tensor, {key}.down", where=name)
+            if each is not None:
+                internal |= {f"{key}.down": each.down, f"{key}.up": each.up, f"{key}.alpha": each.alpha}
     return internal, formats[best].name
 
 
-def _module_tensors(key: str, found: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+def _members(place: _Stored, module: Part, name: str) -> list[Part | None]:
+    """The adapters of the linears that a file's module stands for."""
+    if place.exchange:
+        module = Part(module.down, exchange_halves(module.down, module.up), module.alpha)
+    return split_joint(module, place.rows, name) if place.rows else [module]
+
+
+def _module(key: str, found: Mapping[str, Tensor], alpha: float | None) -> Part:
     for part in ("down", "up"):
         if part not in found:
             raise UsageError(f"the file lacks {key}.{part}", why="each module needs two matrices")
@@ -164,7 +225,7 @@ def _module_tensors(key: str, found: Mapping[str, Tensor], alpha: float | None) 
     # Zero stands for "as the rank" in files of some trainers.
     if float(value) == 0:
         value = torch.tensor(float(down.shape[0]))
-    return {f"{key}.down": down, f"{key}.up": up, f"{key}.alpha": value.reshape(())}
+    return Part(down, up, value.reshape(()))
 
 
 def _take_apart(key: str) -> _Key | None:
@@ -183,21 +244,21 @@ def _spelled(fmt: KeyFormat, component: str, path: str) -> str:
     return path.replace(".", fmt.separator)
 
 
-def _names(fmt: KeyFormat, paths: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
+def _names(fmt: KeyFormat, paths: Mapping[str, Sequence[str]]) -> dict[str, _Stored]:
     """Every name of a format to its module; names that would mean two modules are left out."""
-    table: dict[str, tuple[str, str]] = {}
+    table: dict[str, _Stored] = {}
     twice: set[str] = set()
     for component, prefix in fmt.prefixes.items():
         for path in paths.get(component, ()):
-            spelled = _spelled(fmt, component, path)
+            spelled, module = stored_module(fmt, component, path)
             for each in (prefix, *fmt.read_prefixes.get(component, ())):
-                if table.setdefault(each + spelled, (component, path)) != (component, path):
+                if table.setdefault(each + spelled, module) != module:
                     twice.add(each + spelled)
     return {name: place for name, place in table.items() if name not in twice}
 
 
 def _best_format(
-    formats: Sequence[KeyFormat], tables: Sequence[Mapping[str, tuple[str, str]]], keys: Mapping[str, _Key | None]
+    formats: Sequence[KeyFormat], tables: Sequence[Mapping[str, _Stored]], keys: Mapping[str, _Key | None]
 ) -> int:
     """The format with most keys; between equals, the one whose suffixes and use of alpha agree, then the first."""
     parts = [part for part in keys.values() if part is not None]
@@ -213,10 +274,11 @@ def _best_format(
 
 
 def _in_model_order(
-    parts: Mapping[tuple[str, str], dict[str, Tensor]], paths: Mapping[str, Sequence[str]]
-) -> list[tuple[tuple[str, str], dict[str, Tensor]]]:
-    order = ((component, path) for component, inside in paths.items() for path in inside)
-    return [(place, parts[place]) for place in order if place in parts]
+    parts: Mapping[_Stored, dict[str, Tensor]], paths: Mapping[str, Sequence[str]]
+) -> list[tuple[_Stored, dict[str, Tensor]]]:
+    modules = ((component, path) for component, inside in paths.items() for path in inside)
+    order = {module: number for number, module in enumerate(modules)}
+    return sorted(parts.items(), key=lambda item: order[item[0].component, item[0].paths[0]])
 
 
 class _PeftAlpha:

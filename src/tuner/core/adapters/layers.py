@@ -7,8 +7,9 @@ computes the sum (`tuner.core.compute.linear`), so only parameters live here. Fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MethodType
 from typing import Any
 
@@ -51,6 +52,7 @@ class LoraLayer(nn.Module):
     """down [rank, in, *kernel] drawn uniformly within 1/sqrt(fan in), up [out, rank, *ones] zero; so it starts neutral.
 
     The draw is Kaiming's with a = sqrt(5), from a stream of its own: order of creation and device do not matter.
+    others: further linears on the same input; the rows of up are then those of all of them, one below the other.
     """
 
     dropout_key: Tensor
@@ -65,9 +67,12 @@ class LoraLayer(nn.Module):
         keys: DropoutKeys,
         dtype: torch.dtype,
         rng: Rng,
+        others: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         down_shape, up_shape = factor_shapes(base, rank)
+        self.rows = (up_shape[0], *(factor_shapes(each, rank)[1][0] for each in others))
+        up_shape = (sum(self.rows), *up_shape[1:])
         device = base_device(base)
         bound = 1 / math.sqrt(math.prod(down_shape[1:]))
         drawn = rng.uniform(down_shape).mul_(2 * bound).sub_(bound)
@@ -111,9 +116,38 @@ class LoraLayer(nn.Module):
                 mask = factor if mask is None else mask * factor
         return mask
 
+    def parts(self) -> list[LoraLayer | LoraPart]:
+        """What each linear computes with: the layer itself, or its share of the rows."""
+        if len(self.rows) == 1:
+            return [self]
+        starts = accumulate(self.rows, initial=0)
+        return [LoraPart(self, start, size) for start, size in zip(starts, self.rows, strict=False)]
+
     def delta(self, x: Tensor) -> Tensor:
         """What the layer adds for `x` [..., in] at its strength, without dropout, in its own dtype. Linears only."""
         return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
+
+
+class LoraPart:
+    """One linear's rows of a layer that several linears share: the same down, scale and dropout for all of them."""
+
+    def __init__(self, layer: LoraLayer, start: int, size: int) -> None:
+        self.layer, self.start, self.size = layer, start, size
+
+    @property
+    def down(self) -> Tensor:
+        return self.layer.down
+
+    @property
+    def up(self) -> Tensor:
+        return self.layer.up.narrow(0, self.start, self.size)
+
+    @property
+    def scale(self) -> float:
+        return self.layer.scale
+
+    def mid_mask(self, x: Tensor) -> Tensor | None:
+        return self.layer.mid_mask(x)
 
 
 def keep(key: Tensor, count: int, rate: float, salt: int) -> Tensor:
@@ -171,7 +205,7 @@ class Injection:
     base_forward: Callable[..., Tensor] | None
 
 
-def inject(base: nn.Module, layer: LoraLayer) -> Injection:
+def inject(base: nn.Module, layer: LoraLayer | LoraPart) -> Injection:
     """Make `base` compute with `layer`. Names, parameters and the state dict of the model stay as they are."""
     slots = base.__dict__
     record = Injection(base=base, forward=slots.get("forward"), base_forward=slots.get("base_forward"))

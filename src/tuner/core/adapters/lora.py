@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps, modules_of
 from tuner.core.adapters.layers import Dropout, DropoutKeys, Injection, LoraLayer, eject, inject, is_adaptable
-from tuner.core.adapters.targets import Target, rate_of, rules_for, select_targets
+from tuner.core.adapters.targets import Target, join_fused, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
@@ -54,6 +55,8 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
     start = _read_start(config.network, facts)
     if config.network.rank == "from_file":
         targets = _targets_of_file(start, modules, config.network)
+        if not config.network.split_fused:
+            targets = join_fused(targets, facts.lora.fused, lambda first, other: _same_down(start, first, other))
     else:
         targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, config.network, facts)
     keys = DropoutKeys()
@@ -61,7 +64,8 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
     dtype = dtype_by_name(config.precision.adapter, where="precision.adapter")
     layers = [
         LoraLayer(
-            modules[target.component][target.path],
+            modules[target.component][target.paths[0]],
+            others=[modules[target.component][path] for path in target.paths[1:]],
             rank=target.rank,
             alpha=target.alpha,
             dropout=dropout,
@@ -73,7 +77,9 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
     ]
     module = LoraNetwork(targets, layers, keys)
     module.injections = [
-        inject(modules[target.component][target.path], layer) for target, layer in zip(targets, layers, strict=True)
+        inject(modules[target.component][path], part)
+        for target, layer in zip(targets, layers, strict=True)
+        for path, part in zip(target.paths, layer.parts(), strict=True)
     ]
     if start:
         _fill(module, start)
@@ -199,33 +205,52 @@ def _require_training(stored: Sequence[tuple[str, str]], modules: Mapping[str, M
 
 def _fill(module: LoraNetwork, start: Mapping[str, Tensor]) -> None:
     """Copy the file's matrices in; ups are rescaled where the alphas differ, so that the start acts as the file."""
-    layers = {(target.component, target.path): layer for target, layer in module.items()}
-    stored = modules_of(start)
-    for component, path in stored:
-        layer, key = layers.get((component, path)), f"{component}:{path}"
-        if layer is None:
-            raise UsageError(
-                f"the file adapts {key}, the configuration does not",
-                where="network.init_from",
-                fix='set network.rank to "from_file", or widen the choice of modules',
-            )
-        down, up = start[f"{key}.down"].float(), start[f"{key}.up"].float()
-        up = up * (float(start[f"{key}.alpha"]) / layer.alpha)
+    stored = set(modules_of(start))
+    used: set[tuple[str, str]] = set()
+    fresh = 0
+    for target, layer in module.items():
+        keys = {path: f"{target.component}:{path}" for path in target.paths if (target.component, path) in stored}
+        used |= {(target.component, path) for path in keys}
+        if not keys:
+            fresh += 1
+            continue
+        first = next(iter(keys.values()))
+        down = start[f"{first}.down"].float()
         if down.shape[0] != layer.rank:
             raise UsageError(
-                f"the file has rank {down.shape[0]} at {key}, the configuration {layer.rank}",
+                f"the file has rank {down.shape[0]} at {first}, the configuration {layer.rank}",
                 where="network.init_from",
                 fix='set network.rank to "from_file"',
             )
-        copy_into(layer.down, down, f"{key}.down")
-        copy_into(layer.up, up, f"{key}.up")
-    fresh = len(layers) - len(stored)
+        if not all(torch.equal(start[f"{key}.down"].float(), down) for key in keys.values()):
+            raise UsageError(
+                f"the file has separate adapters inside {target.key}, the configuration has one for all",
+                where="network.init_from",
+                fix="set network.split_fused to true",
+            )
+        copy_into(layer.down, down, f"{target.key}.down")
+        for path, rows in zip(target.paths, layer.up.data.split(layer.rows), strict=True):
+            if path in keys:
+                up = start[f"{keys[path]}.up"].float() * (float(start[f"{keys[path]}.alpha"]) / layer.alpha)
+                copy_into(rows, up, f"{keys[path]}.up")
+    for component, path in stored - used:
+        raise UsageError(
+            f"the file adapts {component}:{path}, the configuration does not",
+            where="network.init_from",
+            fix='set network.rank to "from_file", or widen the choice of modules',
+        )
     if fresh:
-        log.info("%d of %d adapted modules are not in the file and start fresh", fresh, len(layers))
+        log.info("%d of %d adapted modules are not in the file and start fresh", fresh, len(module.targets))
 
 
-def copy_into(parameter: nn.Parameter, value: Tensor, name: str) -> None:
-    """Set a parameter's value in place. UsageError: the shapes hold different numbers of rows or columns."""
+def _same_down(start: Mapping[str, Tensor], first: Target, other: Target) -> bool:
+    """Whether a file gives two linears the same down matrix, as it does for the members of one adapter."""
+    downs = [start[f"{target.component}:{target.path}.down"] for target in (first, other)]
+    return torch.equal(*downs)
+
+
+def copy_into(parameter: Tensor, value: Tensor, name: str) -> None:
+    """Set a parameter's value, or that of some of its rows, in place. UsageError: the shapes hold different numbers of rows or columns."""
     if value.numel() != parameter.numel() or value.shape[:2] != parameter.shape[:2]:
         raise UsageError(
             f"{name} has shape {list(value.shape)}, the model wants {list(parameter.shape)}",

@@ -20,29 +20,44 @@ if TYPE_CHECKING:
 
 
 def network_tensors(network: Network) -> dict[str, Tensor]:
-    """`component:path.down`, `.up` and `.alpha` (float32 scalar) of every module: live values, detached, not copied."""
+    """`component:path.down`, `.up` and `.alpha` (float32 scalar) of every linear, detached.
+
+    Values are live, except for linears that share an adapter: each has a copy of its share.
+    """
     tensors = {}
     for target, layer in _lora(network).items():
-        tensors[f"{target.key}.down"] = layer.down.detach()
-        tensors[f"{target.key}.up"] = layer.up.detach()
-        tensors[f"{target.key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+        ups = layer.up.detach().split(layer.rows)
+        for path, up in zip(target.paths, ups, strict=True):
+            key, shared = f"{target.component}:{path}", len(ups) > 1
+            tensors[f"{key}.down"] = layer.down.detach().clone() if shared else layer.down.detach()
+            tensors[f"{key}.up"] = up.clone() if shared else up
+            tensors[f"{key}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     return tensors
 
 
 def load_network_tensors(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Set the values of `network_tensors` in place. UsageError when names, shapes or alphas differ in any way."""
     module = _lora(network)
-    wanted = {f"{target.key}.{part}" for target in module.targets for part in ("down", "up", "alpha")}
+    wanted = {
+        f"{target.component}:{path}.{part}"
+        for target in module.targets
+        for path in target.paths
+        for part in ("down", "up", "alpha")
+    }
     for names, what in ((wanted - set(tensors), "lack"), (set(tensors) - wanted, "do not belong:")):
         if names:
             listed = ", ".join(sorted(names)[:3])
             raise UsageError(f"the tensors {what} {listed}", why=f"{len(names)} names differ from this network")
     for target, layer in module.items():
-        alpha = float(tensors[f"{target.key}.alpha"])
-        if alpha != layer.alpha:
-            raise UsageError(f"{target.key} has alpha {alpha}, this network {layer.alpha}")
-        copy_into(layer.down, tensors[f"{target.key}.down"], f"{target.key}.down")
-        copy_into(layer.up, tensors[f"{target.key}.up"], f"{target.key}.up")
+        keys = [f"{target.component}:{path}" for path in target.paths]
+        for key, rows in zip(keys, layer.up.data.split(layer.rows), strict=True):
+            alpha = float(tensors[f"{key}.alpha"])
+            if alpha != layer.alpha:
+                raise UsageError(f"{key} has alpha {alpha}, this network {layer.alpha}")
+            if not torch.equal(tensors[f"{key}.down"], tensors[f"{keys[0]}.down"]):
+                raise UsageError(f"{key} has an adapter of its own, this network one for {', '.join(target.paths)}")
+            copy_into(rows, tensors[f"{key}.up"], f"{key}.up")
+        copy_into(layer.down, tensors[f"{keys[0]}.down"], f"{keys[0]}.down")
 
 
 @contextmanager

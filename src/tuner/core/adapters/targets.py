@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from tuner.core.adapters.fused import Member, member_of
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.core.config import NetworkConfig, NetworkRule
-    from tuner.core.types import LoraRules, ModelFacts
+    from tuner.core.types import Fused, LoraRules, ModelFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One module to adapt. `lr` None: the component's rate. `group`: the pattern of the rule that set `lr`."""
+    """One module to adapt. `lr` None: the component's rate. `group`: the pattern of the rule that set `lr`.
+
+    members: the linears of one input that share the adapter, in the order of the rows of its up matrix; `path` is then
+    a name for all of them. Empty: the linear `path` alone.
+    """
 
     component: str
     path: str
@@ -31,6 +36,12 @@ class Target:
     alpha: float
     lr: float | None = None
     group: str | None = None
+    members: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The linears that the adapter belongs to."""
+        return self.members or (self.path,)
 
     @property
     def key(self) -> str:
@@ -76,7 +87,42 @@ def select_targets(paths: Mapping[str, Sequence[str]], network: NetworkConfig, f
                 why=f"{len(allowed[component])} of its modules could have one",
                 fix=f"include some of them, or take {component} out of train.components",
             )
-    return targets
+    return targets if network.split_fused else join_fused(targets, facts.lora.fused)
+
+
+def join_fused(
+    targets: Sequence[Target],
+    rules: Sequence[Fused],
+    together: Callable[[Target, Target], bool] = lambda first, other: True,
+) -> tuple[Target, ...]:
+    """One target for the members of a group that have equal settings (and are `together` with the first of them)."""
+    joined: dict[int, list[tuple[Member, Target]]] = {}
+    found: list[Target] = []
+    open_groups: dict[tuple[object, ...], list[int]] = {}
+    for target in targets:
+        member = member_of(rules, target.path)
+        settings = (target.component, target.rank, target.alpha, target.lr, target.group)
+        key = (member.parent, member.rule, settings) if member else None
+        place = (
+            next((each for each in open_groups.get(key, ()) if together(found[each], target)), None) if key else None
+        )
+        if member is None or place is None:
+            place = len(found)
+            found.append(target)
+            if key:
+                open_groups.setdefault(key, []).append(place)
+        if member is not None:
+            joined.setdefault(place, []).append((member, target))
+    for place, members in joined.items():
+        if len(members) > 1:
+            inside = sorted(members, key=lambda each: each[0].index)
+            names = "+".join(member.rule.members[member.index] for member, _ in inside)
+            found[place] = replace(
+                found[place],
+                path=f"{inside[0][0].parent}.{names}",
+                members=tuple(target.path for _, target in inside),
+            )
+    return tuple(found)
 
 
 def _edited(every: Sequence[tuple[str, str]], network: NetworkConfig, lora: LoraRules) -> list[tuple[str, str]]:

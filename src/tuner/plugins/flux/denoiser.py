@@ -10,6 +10,7 @@ Shapes: B batch, N image tokens, T text tokens, H width.
 from __future__ import annotations
 
 import math
+import warnings
 from types import MethodType
 from typing import Any
 
@@ -47,12 +48,15 @@ def build(sizes: DenoiserSizes) -> nn.Module:
     model: nn.Module
     if sizes.approximator is not None:
         parts = sizes.approximator
-        model = ChromaTransformer2DModel(
-            **common,
-            approximator_num_channels=parts.channels,
-            approximator_hidden_dim=parts.width,
-            approximator_layers=parts.layers,
-        )
+        with warnings.catch_warnings():
+            # diffusers' class still imports its own position module by the old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = ChromaTransformer2DModel(
+                **common,
+                approximator_num_channels=parts.channels,
+                approximator_hidden_dim=parts.width,
+                approximator_layers=parts.layers,
+            )
         model.forward = MethodType(chroma_forward, model)
     else:
         model = FluxTransformer2DModel(
