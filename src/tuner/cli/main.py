@@ -17,7 +17,7 @@ COMMANDS = {
     "cache": "encode and store images and captions ahead",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema, or a configuration with every default",
-    "plugins": "list installed models and extensions",
+    "plugins": "list, install, check and write models and extensions",
 }
 
 
@@ -78,5 +78,5 @@ def _help() -> int:
     out(f"\nmodels: {models}")
     out("\nexample: tuner train config.json --model NAME")
     for problem in catalog.warnings():
-        warn(f"{problem}. See: tuner plugins show {problem.name}")
+        warn(f"{problem}. See: tuner plugins check {problem.name}")
     return 0

@@ -283,7 +283,8 @@ class ModelFacts:
 
     components: names that ``load_models``, ``train.components`` and ``optimizer.lr_by_component`` use.
     trainable: the components that may train. step_components: frozen components that every step still needs.
-    max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
+    max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component,
+    an empty tuple for one that is code alone.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
     ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding:
     whether ``text_encoder.zero_padding`` is honoured.

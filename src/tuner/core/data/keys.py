@@ -71,12 +71,15 @@ def component_identity(files: Sequence[Path], hashes: FileHashes) -> str:
 
 
 def component_identities(facts: ModelFacts, components: Iterable[str], cache_dir: Path) -> dict[str, str]:
-    """Identity of each named component, from the files that the plugin declares for it."""
+    """Identity of each named component, from the files that the plugin declares for it.
+
+    A component that is declared with no file is code alone; the family's name in every key stands for it.
+    """
     hashes = FileHashes(cache_dir / "identities.json")
     identities = {}
     for component in components:
-        files = facts.files.get(component, ())
-        if not files:
+        files = facts.files.get(component)
+        if files is None:
             raise UsageError(
                 f"the encodings of {component} cannot be cached",
                 why=f"model {facts.family} does not say which files make this component",

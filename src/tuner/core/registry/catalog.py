@@ -112,7 +112,7 @@ class Catalog:
             others = ", ".join(f"{other.dist} {other.version}" for other in entries if other is not entry)
             error = f"the name is reserved by {HOME}" if home else f"the name is also taken by {others}"
             self.problems.append(
-                _problem(entry, "metadata", error, f"uninstall one of the two: pip uninstall {entry.dist}")
+                _problem(entry, "metadata", error, f"uninstall one of the two: tuner plugins uninstall {entry.dist}")
             )
         return home
 
@@ -200,7 +200,7 @@ class Catalog:
                 version=place.version,
                 stage=stage,
                 error=f"{text} (while reading its {stage})",
-                hint=f"tuner plugins show {place.name}" if stage == "hooks" else f"reinstall or remove {place.dist}",
+                hint=f"tuner plugins check {place.name}" if stage == "hooks" else f"tuner plugins uninstall {place.dist}",
                 trace="".join(traceback.format_exception(error)),
             )
             self.problems.append(problem)

@@ -33,15 +33,35 @@ def new_manager(model: tuple[str, ModuleType], extensions: Mapping[str, ModuleTy
         try:
             manager.register(module, name=title)
         except pluggy.PluginValidationError as error:
-            reason = str(error).splitlines()[-1].strip()
-            problems.add(
-                UsageError(f"{title}: a hook does not fit its specification", why=reason, fix="see the hook reference")
-            )
+            problems.add(_misfit(title, error))
     problems.raise_if_any()
     problems.extend(_owner_problems(manager, model[0]))
     problems.raise_if_any()
     manager.check_pending()
     return manager
+
+
+def hook_problems(title: str, module: ModuleType, *, is_model: bool) -> list[UsageError]:
+    """Everything wrong with the hooks of one plugin that can be seen without a run."""
+    if is_model:
+        try:
+            new_manager((title, module), {})
+        except UsageError as problem:
+            return [problem]
+        return []
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(specifications)
+    problems = _name_problems(manager, title, module, is_model=False)
+    try:
+        manager.register(module, name=title)
+    except pluggy.PluginValidationError as error:
+        problems.append(_misfit(title, error))
+    return problems
+
+
+def _misfit(title: str, error: pluggy.PluginValidationError) -> UsageError:
+    reason = str(error).splitlines()[-1].strip()
+    return UsageError(f"{title}: a hook does not fit its specification", why=reason, fix="see the hook reference")
 
 
 def _name_problems(
