@@ -1,0 +1,1 @@
+"""Which captions a run encodes."""

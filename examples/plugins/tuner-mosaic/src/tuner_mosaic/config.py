@@ -1,0 +1,17 @@
+"""The ``model`` section for Mosaic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from tuner import ModelConfigBase
+
+
+class MosaicConfig(ModelConfigBase):
+    """One file holds the denoiser and the text encoder."""
+
+    family: Literal["mosaic"] = "mosaic"
+    """Name of this plugin."""
+    lowest_sigma: float = Field(0.05, gt=0, lt=1)
+    """The error of the clean prediction is divided by the noise level, but by no less than this."""
