@@ -16,10 +16,11 @@ from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
 from tuner.core.adapters.lora import inject_lora
 from tuner.core.adapters.network import adapter_strength, network_tensors
+from tuner.core.registry import open_run
 from tuner.core.types import Models
 from tuner.plugins.sd3.denoiser import build
 from tuner.plugins.sd3.facts import facts
-from tuner.plugins.sd3.names import CLASSES, EMBEDDERS, LORA, MAPS
+from tuner.plugins.sd3.names import CLASSES, EMBEDDER_KINDS, LORA, MAPS
 from tuner.plugins.sd3.sizes import DenoiserSizes
 
 TOLERANCE = 2e-5
@@ -130,14 +131,15 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def test_ranks_by_kind_give_the_shapes_of_the_recorded_adapter(adapted):
+def test_ranks_by_kind_give_the_shapes_of_the_recorded_adapter(golden_model, tiny, run_config):
     ranks = {"context_attn": 3, "context_mlp": 2, "context_mod": 2, "x_attn": 4, "x_mlp": 3, "x_mod": 2}
-    rules = [{"match": CLASSES[name], "rank": rank} for name, rank in ranks.items()]
-    embedders = {r"pos_embed\.proj|proj_out": 3, EMBEDDERS: 2}
-    rules += [{"match": pattern, "rank": rank} for pattern, rank in embedders.items()]
+    embedders = dict(zip(EMBEDDER_KINDS, (2, 2, 3, 2, 2, 3), strict=True))
+    rules = [{"match": name, "rank": rank} for name, rank in (ranks | embedders).items()]
     for flavour in FLAVOURS:
-        _, network = adapted(flavour, preset="all", rank=4, alpha=2.0, rules=rules)
-        tensors = encode_adapter(network_tensors(network), format_by_name(MAPS, "sd-scripts"))
+        network = {"preset": "all", "rank": 4, "alpha": 2.0, "rules": rules}
+        config = open_run(run_config(tiny(flavour), network=network)).config
+        built = inject_lora(Models(denoiser=golden_model(flavour)), config, facts(config))
+        tensors = encode_adapter(network_tensors(built), format_by_name(MAPS, "sd-scripts"))
         recorded = golden(f"sd3/{flavour}_lora_sdscripts.safetensors")
         assert {name: tuple(value.shape) for name, value in tensors.items()} == {
             name: tuple(value.shape) for name, value in recorded.items()

@@ -101,6 +101,6 @@ def test_the_header_says_what_other_programs_ask_for(document, tmp_path):
     train(document("sd35l", train={"steps": 1}, text_encoder={"mask_padding": {"t5": True}}, noise={"shift": 3.0}))
     with safe_open(tmp_path / "out/out.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["modelspec.architecture"] == "stable-diffusion-3.5-large/lora"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-3-5-large/lora"
     assert metadata["ss_network_module"] == "networks.lora_sd3"
     assert (metadata["ss_training_shift"], metadata["ss_apply_t5_attn_mask"]) == ("3.0", "True")

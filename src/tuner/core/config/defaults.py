@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from tuner.core.config.checks import as_errors
 from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
+from tuner.core.config.network import NetworkConfig
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
 
@@ -46,7 +47,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         noise=config.noise.resolved(facts.noise),
         loss=_with(config.loss, target=_loss_target(config, facts)),
         guidance=_with(config.guidance, embedded=_embedded(config, facts)),
-        network=_with(config.network, alpha=alpha),
+        network=_spelled_out(_with(config.network, alpha=alpha), facts.lora.kinds),
         precision=_with(
             precision,
             vae=precision.vae or _SHORT.get(facts.dtypes.vae, "fp32"),
@@ -69,6 +70,21 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         validation=_with(
             config.validation, seed=config.train.seed if config.validation.seed is None else config.validation.seed
         ),
+    )
+
+
+def _spelled_out(network: NetworkConfig, kinds: Mapping[str, str]) -> NetworkConfig:
+    """With the patterns that the model's names for kinds of modules stand for."""
+
+    def patterns(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if given is None else tuple(kinds.get(each, each) for each in given)
+
+    return _with(
+        network,
+        targets=patterns(network.targets),
+        include=patterns(network.include),
+        exclude=patterns(network.exclude),
+        rules=tuple(_with(rule, match=kinds.get(rule.match, rule.match)) for rule in network.rules),
     )
 
 
@@ -126,10 +142,9 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
         yield from _known(("text_encoder", "mask_padding", name), name, facts.padding_masks)
     if config.text_encoder.zero_padding and not facts.zero_padding:
         yield ("text_encoder", "zero_padding"), "this model has no padding that could be zeros", "take it out"
-    for place, given in ((("dropout",), config.text_encoder.dropout),
-                         (("unconditional",), config.text_encoder.unconditional)):  # fmt: skip
-        for name in given:
-            yield from _known(("text_encoder", *place, name), name, separable(facts))
+    for key in ("dropout", "unconditional"):
+        for name in getattr(config.text_encoder, key):
+            yield from _known(("text_encoder", key, name), name, separable(facts))
     preset = config.network.preset
     if preset is not None and preset in facts.capabilities:
         yield ("network", "preset"), f"{preset!r}: {facts.capabilities[preset]}", _one_of(facts.lora.presets)
@@ -138,10 +153,10 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     if config.network.split_fused and not facts.lora.fused:
         yield ("network", "split_fused"), "has no effect: this model has no fused projections", "take it out"
     if not facts.guidance_input:
-        for place, value in ((("guidance", "embedded"), config.guidance.embedded),
-                             (("sample", "embedded_guidance"), config.sample.embedded_guidance)):  # fmt: skip
-            if value is not None:
-                yield place, "this model has no embedded guidance", "take it out"
+        if config.guidance.embedded is not None:
+            yield ("guidance", "embedded"), "this model has no embedded guidance", "take it out"
+        if config.sample.embedded_guidance is not None:
+            yield ("sample", "embedded_guidance"), "this model has no embedded guidance", "take it out"
     if config.checkpoint.format is not None and formats:
         yield from _known(("checkpoint", "format"), config.checkpoint.format, formats)
     computes = [_SHORT[name] for name in facts.dtypes.compute if name in _SHORT]

@@ -15,7 +15,8 @@ class NetworkRule(Section):
     """Settings for modules whose whole path matches; for each setting the first rule that gives it wins."""
 
     match: str
-    """Regular expression that must match the whole module path inside the component."""
+    """Regular expression that must match the whole module path inside the component, or the model's name for a kind of
+    modules."""
     rank: CountOrZero | None = None
     """Rank of the matching modules; 0 leaves them out."""
     alpha: Positive | None = None

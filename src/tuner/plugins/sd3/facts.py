@@ -30,8 +30,8 @@ MAX_TOKENS = {"clip": 77, "t5": 256}
 VAE_FACTOR = 8
 ARCHITECTURES = {
     "medium": "stable-diffusion-3-medium",
-    "3.5-medium": "stable-diffusion-3.5-medium",
-    "3.5-large": "stable-diffusion-3.5-large",
+    "3.5-medium": "stable-diffusion-3-5-medium",
+    "3.5-large": "stable-diffusion-3-5-large",
 }
 GUIDANCE = {"medium": 7.0, "3.5-medium": 4.5, "3.5-large": 4.5}
 """Classifier-free guidance that each flavour is usually rendered with."""

@@ -91,6 +91,14 @@ CLASSES = {
     "context_mod": BLOCKS + r"norm1_context\.linear",
 }
 """Linears of the blocks by side and kind, as the options of other trainers name them."""
+EMBEDDER_KINDS = {
+    "context_embedder": "context_embedder",
+    "t_embedder": r"time_text_embed\.timestep_embedder\..*",
+    "x_embedder": r"pos_embed\.proj",
+    "y_embedder": r"time_text_embed\.text_embedder\..*",
+    "final_layer_adaLN_modulation": r"norm_out\.linear",
+    "final_layer_linear": "proj_out",
+}
 EMBEDDERS = r"context_embedder|time_text_embed\..*|pos_embed\.proj|norm_out\.linear|proj_out"
 TEXT_LAYERS = {
     "clip_l": r"text_model\.encoder\.layers\..*",
@@ -126,6 +134,7 @@ LORA = LoraRules(
     },
     groups={"blocks": "transformer_blocks"},
     fused=tuple(group for group, _ in _GROUPS),
+    kinds={**CLASSES, **EMBEDDER_KINDS},
 )
 """Without a preset every linear of the blocks is adapted, as in kohya-ss/sd-scripts."""
 
