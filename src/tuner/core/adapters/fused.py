@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The adapter of one linear, or a joint one: down [r, in], up [out, r], alpha; the update is alpha / r * up down."""
+    """The adapter of one linear, or a joint one: down [r, in], up [out, r], alpha; the update is alpha/r * up down."""
 
     down: Tensor
     up: Tensor
@@ -105,7 +105,7 @@ def split_joint(joint: Part, rows: Sequence[int], name: str) -> list[Part | None
             f"the adapter of {name} has {joint.up.shape[0]} rows",
             why=f"with {width} inputs the joint matrix has {sum(sizes)}",
         )
-    ups = joint.up.split(sizes)
+    ups = torch.split(joint.up, sizes)
     used = torch.stack([(up != 0).any(dim=0) for up in ups])
     if not bool(used.any()):
         return [Part(joint.down, up, joint.alpha) for up in ups]

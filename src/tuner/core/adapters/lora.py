@@ -229,7 +229,7 @@ def _fill(module: LoraNetwork, start: Mapping[str, Tensor]) -> None:
                 fix="set network.split_fused to true",
             )
         copy_into(layer.down, down, f"{target.key}.down")
-        for path, rows in zip(target.paths, layer.up.data.split(layer.rows), strict=True):
+        for path, rows in zip(target.paths, torch.split(layer.up.data, list(layer.rows)), strict=True):
             if path in keys:
                 up = start[f"{keys[path]}.up"].float() * (float(start[f"{keys[path]}.alpha"]) / layer.alpha)
                 copy_into(rows, up, f"{keys[path]}.up")
@@ -250,7 +250,7 @@ def _same_down(start: Mapping[str, Tensor], first: Target, other: Target) -> boo
 
 
 def copy_into(parameter: Tensor, value: Tensor, name: str) -> None:
-    """Set a parameter's value, or that of some of its rows, in place. UsageError: the shapes hold different numbers of rows or columns."""
+    """Set a parameter's value, or that of some of its rows, in place. UsageError: other numbers of rows or columns."""
     if value.numel() != parameter.numel() or value.shape[:2] != parameter.shape[:2]:
         raise UsageError(
             f"{name} has shape {list(value.shape)}, the model wants {list(parameter.shape)}",

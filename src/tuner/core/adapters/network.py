@@ -26,7 +26,7 @@ def network_tensors(network: Network) -> dict[str, Tensor]:
     """
     tensors = {}
     for target, layer in _lora(network).items():
-        ups = layer.up.detach().split(layer.rows)
+        ups = torch.split(layer.up.detach(), list(layer.rows))
         for path, up in zip(target.paths, ups, strict=True):
             key, shared = f"{target.component}:{path}", len(ups) > 1
             tensors[f"{key}.down"] = layer.down.detach().clone() if shared else layer.down.detach()
@@ -50,7 +50,7 @@ def load_network_tensors(network: Network, tensors: Mapping[str, Tensor]) -> Non
             raise UsageError(f"the tensors {what} {listed}", why=f"{len(names)} names differ from this network")
     for target, layer in module.items():
         keys = [f"{target.component}:{path}" for path in target.paths]
-        for key, rows in zip(keys, layer.up.data.split(layer.rows), strict=True):
+        for key, rows in zip(keys, torch.split(layer.up.data, list(layer.rows)), strict=True):
             alpha = float(tensors[f"{key}.alpha"])
             if alpha != layer.alpha:
                 raise UsageError(f"{key} has alpha {alpha}, this network {layer.alpha}")

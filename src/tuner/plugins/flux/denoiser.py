@@ -215,7 +215,7 @@ def rope_table(
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighbouring pairs of x [B, L, heads, d] by the table's angles, in float32, back in the dtype of x."""
     cos, sin = (table[:, None] for table in rope)
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack((-imaginary, real), dim=-1).flatten(-2)
     return (x.float() * cos + turned * sin).to(x.dtype)
 
@@ -256,12 +256,11 @@ class JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        heads = (-1, attn.head_dim)
-        q, k, v = (x.unflatten(-1, heads) for x in project(hidden_states, (attn.to_q, attn.to_k, attn.to_v)))
+        q, k, v = (_heads(x, attn.head_dim) for x in project(hidden_states, (attn.to_q, attn.to_k, attn.to_v)))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if encoder_hidden_states is not None:
             sides = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text = [x.unflatten(-1, heads) for x in project(encoder_hidden_states, sides)]
+            text = [_heads(x, attn.head_dim) for x in project(encoder_hidden_states, sides)]
             text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
             q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
@@ -277,3 +276,8 @@ class JointAttention:
             return out
         count = encoder_hidden_states.shape[1]
         return attn.to_out[0](out[:, count:]), attn.to_add_out(out[:, :count])
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """[B, L, H] to [B, L, heads, width]."""
+    return x.view(*x.shape[:-1], -1, width)

@@ -149,7 +149,7 @@ def check_sizes(sizes: DenoiserSizes, where: str) -> None:
     if sizes.in_channels != TOKEN_CHANNELS or sizes.out_channels != TOKEN_CHANNELS:
         raise UsageError("this variant reads more than the image", where=where,
                          why=f"its tokens have {sizes.in_channels} channels, those of an image {TOKEN_CHANNELS}",
-                         fix="use the dev, schnell or Chroma weights; Fill, Depth and Canny variants cannot train")  # fmt: skip
+                         fix="use dev, schnell or Chroma; Fill, Depth and Canny cannot train")  # fmt: skip
 
 
 def _check_config(config: RunConfig, sizes: DenoiserSizes) -> None:

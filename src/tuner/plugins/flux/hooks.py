@@ -14,9 +14,10 @@ from tuner.core.hooks import hookimpl
 from tuner.core.types import Models, TextEmbeds
 
 from . import latents as autoencoder
-from .denoiser import PATCH, pack, set_attention, unpack
+from .denoiser import pack, set_attention, unpack
 from .facts import masks_t5
 from .load import load_denoiser
+from .sizes import PATCH
 from .sources import resolve
 from .text import clip_pooled, encode_t5, load_encoder, load_tokenizers
 
@@ -101,7 +102,7 @@ def predict(
     denoiser = models.denoiser
     assert denoiser is not None
     fields, device = text.tensors, noisy.device
-    dtype = denoiser.x_embedder.weight.dtype  # type: ignore[union-attr]
+    dtype = denoiser.get_parameter("x_embedder.weight").dtype
     grid = (noisy.shape[2] // PATCH, noisy.shape[3] // PATCH)
     inputs: dict[str, object] = {"grid": grid}
     if masks_t5(config, facts.flavour):

@@ -1,4 +1,4 @@
-"""The transformer from weight files: built without memory, then filled tensor by tensor in its final dtype and place."""
+"""The transformer from weight files: built without memory, filled tensor by tensor in its final dtype and place."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def diffusers_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
             yield found.names[0], value
             continue
         unit = value.shape[0] // sum(found.rows)
-        yield from zip(found.names, value.split([unit * rows for rows in found.rows]), strict=True)
+        yield from zip(found.names, torch.split(value, [unit * rows for rows in found.rows]), strict=True)
 
 
 def original_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

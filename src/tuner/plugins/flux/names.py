@@ -120,6 +120,26 @@ def denoiser_modules(blocks: int, singles: int) -> tuple[str, ...]:
     return (*found, *root_modules)
 
 
+_DOUBLE_BLOCK, _SINGLE_BLOCK = r"transformer_blocks\.\d+\.", r"single_transformer_blocks\.\d+\."
+CLASSES = {
+    "img_attn": _DOUBLE_BLOCK + r"attn\.(to_[qkv]|to_out\.0)",
+    "txt_attn": _DOUBLE_BLOCK + r"attn\.(add_[qkv]_proj|to_add_out)",
+    "img_mlp": _DOUBLE_BLOCK + r"ff\..*",
+    "txt_mlp": _DOUBLE_BLOCK + r"ff_context\..*",
+    "img_mod": _DOUBLE_BLOCK + r"norm1\.linear",
+    "txt_mod": _DOUBLE_BLOCK + r"norm1_context\.linear",
+    "single": _SINGLE_BLOCK + r"(attn\.to_[qkv]|proj_mlp|proj_out)",
+    "single_mod": _SINGLE_BLOCK + r"norm\.linear",
+}
+"""Kinds of layers as users of kohya-ss/sd-scripts call them, as patterns for ``network.rules``."""
+EMBEDDERS = {
+    "img_in": "x_embedder",
+    "time_in": r"time_text_embed\.timestep_embedder\..*",
+    "vector_in": r"time_text_embed\.text_embedder\..*",
+    "guidance_in": r"time_text_embed\.guidance_embedder\..*",
+    "txt_in": "context_embedder",
+}
+"""The same for what stands outside of the blocks; add them by ``network.include``."""
 _BLOCK = re.compile(r"(?<!single_)(?:double_blocks|transformer_blocks)[._](\d+)[._]")
 _SINGLE = re.compile(r"(?:single_blocks|single_transformer_blocks)[._](\d+)[._]")
 _CLIP = re.compile(r"encoder[._]layers[._](\d+)[._]")

@@ -73,7 +73,7 @@ def diffusers_shapes(header: Header, where: str = "") -> dict[str, tuple[int, ..
     if layout is None:
         raise UsageError("this is not a FLUX.1 or Chroma model", where=where or None,
                          why=f"it has neither {ORIGINAL_PROBE} nor {DIFFUSERS_PROBE}{_looks_like(bare)}",
-                         fix="set model.path to the transformer's weights, or --model to the family of this file")  # fmt: skip
+                         fix="set model.path to the transformer, or --model to this file's family")  # fmt: skip
     refuse_scaled(bare, where)
     if layout == "diffusers":
         return bare
