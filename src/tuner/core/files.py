@@ -107,13 +107,16 @@ def weight_header(path: Path | str) -> WeightHeader:
 
 
 def find_weights(folder: Path) -> Path:
-    """The index file or the only safetensors file of a folder."""
+    """The index file or the only safetensors file of a folder; variants (``model.fp16.safetensors``) give way."""
     found = sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted(
         file for suffix in ("*.safetensors", "*.sft") for file in folder.glob(suffix)
     )
     if not found:
         raise UsageError("no weights in this folder", where=str(folder), why="it has no .safetensors file",
                          fix="name the folder or file that holds the weights")  # fmt: skip
+    plain = [file for file in found if "." not in file.stem]
+    if len(found) > 1 and len(plain) == 1:
+        return plain[0]
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:5])
         raise UsageError("several weight files in this folder", where=str(folder), why=f"it holds {names}",

@@ -36,8 +36,12 @@ class Place:
         revision: str | None = None,
         download_dir: str | None = None,
         patterns: tuple[str, ...] = PATTERNS,
+        ignore: tuple[str, ...] = (),
     ) -> Place:
-        """Find ``path``, fetching what matches ``patterns`` when it is a hub id. UsageError when there is no such."""
+        """Find ``path``, fetching what matches ``patterns`` and not ``ignore`` when it is a hub id.
+
+        UsageError when there is no such place.
+        """
         local = Path(path).expanduser()
         if local.exists():
             return cls(local=local, where=where)
@@ -47,7 +51,10 @@ class Place:
         inside = match["inside"].strip("/")
         if inside:
             patterns = (inside, f"{inside}/*")
-        folder = fetch(match["repo"], revision=revision, download_dir=download_dir, patterns=patterns, where=where)
+            ignore = ()
+        folder = fetch(
+            match["repo"], revision=revision, download_dir=download_dir, patterns=patterns, where=where, ignore=ignore
+        )
         local = folder / inside if inside else folder
         if not local.exists():
             raise UsageError(f"{match['repo']} has no {inside}", where=where, fix="look at the repository's file list")
@@ -87,19 +94,31 @@ def _is_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a local one: by its suffix, or because its folder exists."""
     first = Path(path).parts[0]
     inside = path.count("/") > 1
-    return Path(first).exists() or (not inside and path.endswith(WEIGHT_SUFFIXES)) or first in (".", "..", "~")
+    return path.startswith((".", "~")) or Path(first).exists() or (not inside and path.endswith(WEIGHT_SUFFIXES))
 
 
 @cache
-def fetch(repo: str, *, revision: str | None, download_dir: str | None, patterns: tuple[str, ...], where: str) -> Path:
+def fetch(
+    repo: str,
+    *,
+    revision: str | None,
+    download_dir: str | None,
+    patterns: tuple[str, ...],
+    where: str,
+    ignore: tuple[str, ...] = (),
+) -> Path:
     """A snapshot of the matching files of a hub repository; asks the hub once per process, then the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    arguments = {"revision": revision, "cache_dir": download_dir, "allow_patterns": list(patterns)}
+    if ignore:
+        arguments["ignore_patterns"] = list(ignore)
     try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo, **arguments))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         options = "".join(f" --include '{pattern}'" for pattern in patterns)
+        options += "".join(f" --exclude '{pattern}'" for pattern in ignore)
         options += f" --revision {revision}" if revision else ""
         options += f" --cache-dir {download_dir}" if download_dir else ""
         raise UsageError(

@@ -147,3 +147,26 @@ def test_the_public_sizes_have_the_published_numbers_of_parameters(flavour):
 def test_headers_of_infos_are_enough():
     info = TensorInfo(dtype="F16", shape=(1,))
     assert detect({"some.weight": info}) is None
+
+
+def test_scaled_8_bit_weights_are_refused_rather_than_read_wrongly(tmp_path):
+    tensors = load_file(golden_path("sd3/sd3m_weights_f16.safetensors"))
+    save_file(
+        tensors | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors"
+    )
+    with pytest.raises(UsageError, match="scaled 8-bit"):
+        denoiser_sizes(weight_header(tmp_path / "scaled.safetensors"))
+
+
+def test_a_hub_id_is_fetched_by_folder_without_its_variants(monkeypatch, tiny, run_config):
+    asked = {}
+
+    def snapshot(repo, **arguments):
+        asked.update(arguments, repo=repo)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(UsageError, match=r"hf download owner/sd3 .*--exclude '\*\.fp16\*'"):
+        facts(run_config(tiny() | {"path": "owner/sd3"}))
+    assert asked["repo"] == "owner/sd3" and "transformer/*" in asked["allow_patterns"]
+    assert "*.fp16*" in asked["ignore_patterns"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuner.core.compute.encoder_sizes import refuse_scaled
 from tuner.core.errors import UsageError
 
 from . import names
@@ -72,6 +73,7 @@ def looks_like_family(header: Iterable[str]) -> bool:
 def denoiser_sizes(header: Header, where: str = "") -> DenoiserSizes:
     """Sizes of the denoiser of a file in either layout. Raises UsageError naming what is absent or does not fit."""
     originals = original_names(header)
+    refuse_scaled(originals or header, where)
     if originals:
         shapes = {new: header[old].shape for new, old in originals.items()}
         return _sizes(shapes, where, original=True)

@@ -31,6 +31,9 @@ FOLDERS = {
     "vae": "vae",
 }
 """Names of the components' folders in the diffusers layout."""
+HUB_FILES = ("transformer/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
+"""What a repository in that layout is fetched for; the same weights lie in it once more as single files."""
+HUB_VARIANTS = ("*.fp16*", "text_encoders/*")
 PREFIXES = {
     "clip_l": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     "clip_g": ("text_encoders.clip_g.transformer.", "text_encoders.clip_g."),
@@ -75,7 +78,8 @@ class Sources:
 def resolve(config: RunConfig) -> Sources:
     """Find every file of a run, fetching from the hub what is not here. UsageError for the first that is absent."""
     model: SD3Config = config.model  # type: ignore[assignment]
-    root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir)
+    root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir,
+                    patterns=HUB_FILES, ignore=() if model.variant else HUB_VARIANTS)  # fmt: skip
     denoiser = root.weights(FOLDERS["denoiser"], subfolder=model.subfolder, variant=model.variant)
     inside = list(weight_header(denoiser))
     encoders: dict[str, Part] = {}
