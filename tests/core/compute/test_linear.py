@@ -89,6 +89,24 @@ def test_values_and_gradients_equal_the_plain_formula(
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_adapters_with_one_down_for_several_linears_equal_the_plain_formula(masked: bool, shared: bool) -> None:
+    linears = linears_of((4, 5, 3), (2, 2, 1), bias=True)
+    linears[1].adapter.down = linears[0].adapter.down
+    if masked:
+        linears[0].adapter.mask = linears[1].adapter.mask = torch.tensor([[[0.0]], [[1.25]]], dtype=torch.float64)
+    if shared:
+        share_storage(linears)
+    x = some_x(2, 3).requires_grad_()
+    inputs = [x, linears[0].adapter.down, linears[2].adapter.down, *(linear.adapter.up for linear in linears)]
+    outs, expected = project(x, linears), [plain(x, linear) for linear in linears]
+    probes = [torch.randn_like(want) for want in expected]
+    torch.testing.assert_close(outs, tuple(expected))
+    wanted = torch.autograd.grad(expected, inputs, probes)
+    torch.testing.assert_close(torch.autograd.grad(outs, inputs, probes), wanted)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_gradcheck(shared: bool) -> None:
     linears = linears_of((4, 3), (2, 1), bias=True)
     linears[1].adapter.mask = torch.tensor([[[0.0]], [[1.25]]], dtype=torch.float64)

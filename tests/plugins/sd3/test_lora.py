@@ -224,3 +224,24 @@ def test_text_encoder_names_are_those_that_other_programs_read():
     known = {f"{path}.weight" for path in paths["clip_l"]}
     assert known <= set(clip_shapes(width=8, layers=2, projection=8))
     assert {f"{path}.weight" for path in paths["t5"]} <= set(t5_shapes(width=8))
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapted_block_compiles_to_one_graph_with_equal_gradients(adapted):
+    torch.compiler.reset()
+    model, network = adapted("sd35m", rank=2)
+    random_adapter(network)
+    block = model.transformer_blocks[0]
+    generator = torch.Generator().manual_seed(2)
+    image, text, vector = (torch.randn(*size, generator=generator) for size in ((2, 24, 128), (2, 9, 128), (2, 128)))
+    gradients = []
+    for forward in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        network.module.zero_grad()
+        states, tokens = forward(image, text, vector)
+        (states.square().mean() + tokens.square().mean()).backward()
+        gradients.append([each.grad.clone() for each in network.module.parameters() if each.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)

@@ -105,15 +105,23 @@ def _frozen_projection(
         outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return torch.split(outs[0], list(sizes), dim=-1) if len(outs) < len(sizes) else tuple(outs)
     live = [adapter for adapter in adapters if adapter is not None]
+    # Parts of one adapter bring the same down: it is multiplied once, and handed over once, as compilers demand.
+    owners: list[LowRank] = []
+    shares = []
+    for adapter in live:
+        place = next((i for i, owner in enumerate(owners) if owner.down is adapter.down), len(owners))
+        if place == len(owners):
+            owners.append(adapter)
+        shares.append(place)
     result = _Projection.apply(  # type: ignore[no-untyped-call]
         x,
-        _stacked_mask(x, live),
+        _stacked_mask(x, owners),
         sizes,
-        slots,
-        tuple(float(adapter.scale) for adapter in live),
+        tuple(zip(slots, shares, (float(adapter.scale) for adapter in live), strict=True)),
+        len(weights),
         *weights,
         *biases,
-        *[adapter.down for adapter in live],
+        *[adapter.down for adapter in owners],
         *[adapter.up for adapter in live],
     )
     return cast("tuple[Tensor, ...]", result)
@@ -135,8 +143,8 @@ def _stacked_mask(x: Tensor, adapters: Sequence[LowRank]) -> Tensor | None:
 class _Projection(torch.autograd.Function):
     """Frozen base products plus low-rank products of one input.
 
-    `tensors` holds the weights (one fused or one per linear), as many biases, then the downs and the ups of the linears
-    `slots`. The number of weights tells fused from separate.
+    `uses` are (linear, down, scale) for each up. `tensors` holds `count` weights (one fused or one per linear), as many
+    biases, then the downs and the ups; several ups may use one down.
     """
 
     @staticmethod
@@ -145,54 +153,53 @@ class _Projection(torch.autograd.Function):
         x: Tensor,
         mask: Tensor | None,
         sizes: tuple[int, ...],
-        slots: tuple[int, ...],
-        scales: tuple[float, ...],
+        uses: tuple[tuple[int, int, float], ...],
+        count: int,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = (len(tensors) - 2 * len(slots)) // 2
-        weights, biases, downs, ups = _unpack(tensors, count, len(slots))
+        weights, biases, downs, ups = _unpack(tensors, count, len(uses))
         rows = x.reshape(-1, x.shape[-1])
         mid = rows @ _stack(downs, x.dtype).t()
         if mask is not None:
             mid = mid * mask
         outs = _base_outputs(rows, weights, biases, sizes)
-        start = 0
-        for slot, up, scale in zip(slots, ups, scales, strict=True):
-            rank = up.shape[1]
-            outs[slot].addmm_(mid.narrow(1, start, rank), _folded(up, scale, x.dtype).t())
-            start += rank
+        mids = torch.split(mid, [down.shape[0] for down in downs], dim=1)
+        for (slot, share, scale), up in zip(uses, ups, strict=True):
+            outs[slot].addmm_(mids[share], _folded(up, scale, x.dtype).t())
         ctx.save_for_backward(x, mid, mask, *weights, *downs, *ups)
-        ctx.sizes, ctx.slots, ctx.scales, ctx.count = sizes, slots, scales, count
+        ctx.sizes, ctx.uses, ctx.count = sizes, uses, count
         ctx.set_materialize_grads(False)
         return tuple(out.view(*x.shape[:-1], size) for out, size in zip(outs, sizes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mid, mask, *rest = ctx.saved_tensors
-        slots, scales, count = ctx.slots, ctx.scales, ctx.count
-        weights, downs = rest[:count], rest[count : count + len(slots)]
-        ups = rest[count + len(slots) :]
+        uses, count = ctx.uses, ctx.count
+        weights, downs, ups = rest[:count], rest[count : len(rest) - len(uses)], rest[len(rest) - len(uses) :]
         rows = x.reshape(-1, x.shape[-1])
         outs = [None if grad is None else grad.reshape(-1, size) for grad, size in zip(grads, ctx.sizes, strict=True)]
-        mid_parts, up_grads, start = [], [], 0
-        for slot, up, scale in zip(slots, ups, scales, strict=True):
-            rank, grad = up.shape[1], outs[slot]
+        ranks = [down.shape[0] for down in downs]
+        mids = torch.split(mid, ranks, dim=1)
+        sums: list[Tensor | None] = [None] * len(downs)
+        up_grads = []
+        for (slot, share, scale), up in zip(uses, ups, strict=True):
+            grad = outs[slot]
             if grad is None:
-                mid_parts.append(mid.new_zeros(mid.shape[0], rank))
                 up_grads.append(torch.zeros_like(up))
-            else:
-                mid_parts.append(grad @ _folded(up, scale, x.dtype))
-                up_grad = (grad.t() @ mid.narrow(1, start, rank)).to(up.dtype)
-                up_grads.append(up_grad if scale == 1.0 else up_grad * scale)
-            start += rank
+                continue
+            part = grad @ _folded(up, scale, x.dtype)
+            before = sums[share]
+            sums[share] = part if before is None else before + part
+            up_grad = (grad.t() @ mids[share]).to(up.dtype)
+            up_grads.append(up_grad if scale == 1.0 else up_grad * scale)
+        mid_parts = [
+            mid.new_zeros(mid.shape[0], rank) if part is None else part for part, rank in zip(sums, ranks, strict=True)
+        ]
         mid_grad = mid_parts[0] if len(mid_parts) == 1 else torch.cat(mid_parts, dim=1)
         if mask is not None:
             mid_grad = mid_grad * mask
         stacked = mid_grad.t() @ rows
-        down_grads = [
-            part.to(down.dtype)
-            for part, down in zip(stacked.split([down.shape[0] for down in downs]), downs, strict=True)
-        ]
+        down_grads = [part.to(down.dtype) for part, down in zip(stacked.split(ranks), downs, strict=True)]
         x_grad = None
         if ctx.needs_input_grad[0]:
             low_rank = mid_grad @ _stack(downs, x.dtype)
@@ -202,12 +209,12 @@ class _Projection(torch.autograd.Function):
 
 
 def _unpack(
-    tensors: Sequence[Tensor | None], count: int, adapters: int
+    tensors: Sequence[Tensor | None], count: int, ups_count: int
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
     weights = cast("list[Tensor]", list(tensors[:count]))
     biases = list(tensors[count : 2 * count])
-    downs = cast("list[Tensor]", list(tensors[2 * count : 2 * count + adapters]))
-    ups = cast("list[Tensor]", list(tensors[2 * count + adapters :]))
+    downs = cast("list[Tensor]", list(tensors[2 * count : len(tensors) - ups_count]))
+    ups = cast("list[Tensor]", list(tensors[len(tensors) - ups_count :]))
     return weights, biases, downs, ups
 
 
