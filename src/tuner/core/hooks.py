@@ -43,6 +43,7 @@ def load_models(config: RunConfig, facts: ModelFacts, components: Collection[str
 
     components: names from ``facts.components``. The result holds modules in eval mode with ``requires_grad`` False, on
     ``placement.device`` in ``placement.dtype(component)``; tokenizers of named text components come along.
+    The device ``meta`` asks for names and shapes without values, for checks of models that do not fit into memory.
     Raises UsageError naming every missing or unknown key; ``files`` of the descriptor has resolved all paths before.
     """
 
