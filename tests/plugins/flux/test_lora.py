@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.fixtures.tiny_flux import sizes_of
+from tests.fixtures.tiny_flux import full_sizes, sizes_of
 from tests.helpers import golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 
@@ -22,9 +22,9 @@ from tuner.core.adapters.targets import select_targets
 from tuner.core.errors import UsageError
 from tuner.core.types import Models
 from tuner.plugins.flux.denoiser import build
-from tuner.plugins.flux.facts import LORA
+from tuner.plugins.flux.facts import lora_rules
 from tuner.plugins.flux.load import original_tensors
-from tuner.plugins.flux.names import CLASSES, EMBEDDERS, MAPS
+from tuner.plugins.flux.names import EMBEDDERS, MAPS
 
 PARITY = 2e-5
 SD_SCRIPTS, DIFFUSERS = golden_path("flux/lora_sdscripts.safetensors"), golden_path("flux/lora_diffusers.safetensors")
@@ -167,7 +167,7 @@ def test_text_encoders_are_spelled_as_other_programs_expect():
     for key in ("clip_l:text_model.encoder.layers.0.mlp.fc1", "t5:encoder.block.1.layer.0.SelfAttention.q"):
         tensors |= {f"{key}.down": torch.ones(1, 4), f"{key}.up": torch.ones(4, 1), f"{key}.alpha": torch.tensor(1.0)}
     names = {
-        fmt.name: [name for name in encode_adapter(tensors, fmt) if name.endswith((fmt.down))] for fmt in MAPS.formats
+        fmt.name: [name for name in encode_adapter(tensors, fmt) if name.endswith(fmt.down)] for fmt in MAPS.formats
     }
     assert names == {
         "sd-scripts": [
@@ -228,9 +228,7 @@ def test_the_gradient_of_a_shared_down_is_the_sum_over_its_linears(adapted):
         denoiser, network = adapted(rank=2, targets=[r"transformer_blocks\.0\.attn\.to_[qkv]"], split_fused=split)
         generator = torch.Generator().manual_seed(1)
         down, ups = torch.randn(2, 48, generator=generator), torch.randn(144, 2, generator=generator)
-        for (_, layer), rows in zip(
-            network.module.items(), ups.split([48, 48, 48]) if split else [ups], strict=True
-        ):
+        for (_, layer), rows in zip(network.module.items(), ups.split([48, 48, 48]) if split else [ups], strict=True):
             layer.down.data.copy_(down)
             layer.up.data.copy_(rows)
         run(denoiser, case, grid).square().sum().backward()
@@ -306,7 +304,7 @@ def opened_deep(opened):
     def make(**sections: Any):
         config, found = opened(**sections)
         lists = (Blocks(path="transformer_blocks", count=19), Blocks(path="single_transformer_blocks", count=38))
-        return config, replace(found, block_lists=lists)
+        return config, replace(found, block_lists=lists, lora=lora_rules(full_sizes("dev")))
 
     return make
 
@@ -331,7 +329,7 @@ def test_presets_choose_the_linears_of_their_definition(opened, full_size_paths,
 
 
 def test_every_preset_is_counted():
-    assert {*PRESET_COUNTS, "blocks"} == set(LORA.presets)
+    assert {*PRESET_COUNTS, "blocks"} == set(lora_rules(full_sizes("dev")).presets)
 
 
 @pytest.mark.parametrize("preset", ["controlnet", "all+ffs+embedder+controlnet"])
@@ -346,7 +344,7 @@ def test_presets_of_control_networks_are_refused_by_name(opened, preset):
 def test_ranks_by_layer_class_are_those_of_the_recorded_file(adapted):
     dims = {"img_attn": 3, "txt_attn": 2, "img_mlp": 4, "txt_mlp": 4, "img_mod": 2, "txt_mod": 2, "single": 5,
             "single_mod": 2}  # fmt: skip
-    rules = [{"match": CLASSES[name], "rank": rank} for name, rank in dims.items()]
+    rules = [{"match": name, "rank": rank} for name, rank in dims.items()]
     _, network = adapted(rank=1, alpha=3, rules=rules)
     stored = encode_adapter(filled(network), format_by_name(MAPS, "sd-scripts"))
     recorded = load_file(SD_SCRIPTS)
@@ -357,8 +355,8 @@ def test_ranks_by_layer_class_are_those_of_the_recorded_file(adapted):
 
 
 def test_embedders_train_when_they_are_included(adapted):
-    rules = [{"match": pattern, "rank": 2 + number} for number, pattern in enumerate(EMBEDDERS.values())]
-    _, network = adapted(rank=1, include=list(EMBEDDERS.values()), rules=rules)
+    rules = [{"match": name, "rank": 2 + number} for number, name in enumerate(EMBEDDERS)]
+    _, network = adapted(rank=1, include=list(EMBEDDERS), rules=rules)
     ranks = {target.path: target.rank for target in network.module.targets if "blocks" not in target.path}
     assert ranks == {
         "x_embedder": 2,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.formats import decode_adapter, encode_adapter, key_maps, modules_of
+from tuner.core.adapters.fused import member_of
 from tuner.core.adapters.lora import adaptable_modules
 from tuner.core.adapters.targets import select_targets
 from tuner.core.config import NetworkConfig
@@ -167,8 +168,10 @@ def _formats(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> Iterator
             continue
         tensors: dict[str, Tensor] = {}
         for name, path in paths:
-            key = f"{name}:{path}"
-            tensors |= {f"{key}.down": torch.ones(1, 2), f"{key}.up": torch.ones(2, 1), f"{key}.alpha": torch.ones(())}
+            key, member = f"{name}:{path}", member_of(facts.lora.fused, path)
+            rows = 2 * (1 if member is None else member.rule.rows[member.index])
+            up = torch.ones(rows, 1)
+            tensors |= {f"{key}.down": torch.ones(1, 2), f"{key}.up": up, f"{key}.alpha": torch.ones(())}
         try:
             written = encode_adapter(tensors, fmt)
             read, _ = decode_adapter(written, (fmt,), maps.paths(tuple(written)))

@@ -9,7 +9,7 @@ from tuner.core.errors import UsageError
 from tuner.core.types import Blocks, DtypeRules, Field, LoraRules, ModelFacts, NoiseDefaults, SampleDefaults
 
 from . import sources
-from .names import FUSED
+from .names import CLASSES, EMBEDDERS, FUSED
 from .sizes import (
     LATENT_CHANNELS,
     TOKEN_CHANNELS,
@@ -40,10 +40,8 @@ SAMPLES = {
 }
 
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\."
-_OUTSIDE = r"x_embedder|context_embedder|time_text_embed\..*|norm_out\.linear|proj_out"
-_TEXT = (r"text_model\.encoder\.layers\..*", r"encoder\.block\..*")
 _IMAGE = _BLOCKS + r"attn\.(to_[qkv]|to_out\.0)"
-_CONTEXT = r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)"
+_CONTEXT = CLASSES["txt_attn"]
 _ALL_FFS = (
     _IMAGE,
     _CONTEXT,
@@ -51,26 +49,52 @@ _ALL_FFS = (
     r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)",
     r"proj_out",
 )
-LORA = LoraRules(
-    include={"denoiser": (_BLOCKS + ".*", _OUTSIDE), "clip_l": _TEXT[:1], "t5": _TEXT[1:]},
-    exclude=(_OUTSIDE,),
-    presets={
-        "blocks": ((_BLOCKS + ".*", *_TEXT), ()),
-        "mmdit": ((_IMAGE, *_TEXT), ()),
-        "context": ((_CONTEXT, *_TEXT), ()),
-        "context+ffs": ((_CONTEXT, r"transformer_blocks\.\d+\.ff_context\..*", *_TEXT), ()),
-        "all": ((_IMAGE, _CONTEXT, *_TEXT), ()),
-        "all+ffs": ((*_ALL_FFS, *_TEXT), ()),
-        "ai-toolkit": ((*_ALL_FFS, _BLOCKS + r"(norm|norm1|norm1_context)\.linear", *_TEXT), ()),
-        "all+ffs+embedder": ((*_ALL_FFS, "x_embedder", *_TEXT), ()),
-        "tiny": ((r"single_transformer_blocks\.(7|20)\.proj_out", *_TEXT), ()),
-        "nano": ((r"single_transformer_blocks\.7\.proj_out", *_TEXT), ()),
-    },
-    groups={"double": "transformer_blocks", "single": "single_transformer_blocks"},
-    fused=FUSED,
-)
+_MODULATIONS = _BLOCKS + r"(norm|norm1|norm1_context)\.linear"
+TINY, NANO = (7, 20), (7,)
+"""Single blocks that the two smallest presets train."""
+TEXT = {"clip_l": r"text_model\.encoder\.layers\..*", "t5": r"encoder\.block\..*"}
+
+
 _NO_CONTROL = "control networks are planned and not built yet"
 CAPABILITIES = {"controlnet": _NO_CONTROL, "all+ffs+embedder+controlnet": _NO_CONTROL}
+
+
+def lora_rules(sizes: DenoiserSizes) -> LoraRules:
+    """What adapters may touch. Chroma has no modulation in its blocks, no embedders of time and text, and no CLIP.
+
+    Presets are those of bghira/SimpleTuner and, as ``blocks``, the default of kohya-ss/sd-scripts; in each, encoders
+    that train are adapted in full.
+    """
+    chroma = sizes.flavour == "chroma"
+    text = {name: (pattern,) for name, pattern in TEXT.items() if name == "t5" or not chroma}
+    every = tuple(pattern for patterns in text.values() for pattern in patterns)
+    outside = "x_embedder|context_embedder|proj_out" if chroma else (
+        r"x_embedder|context_embedder|time_text_embed\..*|norm_out\.linear|proj_out"
+    )  # fmt: skip
+    choices: dict[str, tuple[str, ...]] = {
+        "blocks": (_BLOCKS + ".*",),
+        "mmdit": (_IMAGE,),
+        "context": (_CONTEXT,),
+        "context+ffs": (_CONTEXT, CLASSES["txt_mlp"]),
+        "all": (_IMAGE, _CONTEXT),
+        "all+ffs": _ALL_FFS,
+        "ai-toolkit": _ALL_FFS if chroma else (*_ALL_FFS, _MODULATIONS),
+        "all+ffs+embedder": (*_ALL_FFS, "x_embedder"),
+    }
+    for name, blocks in (("tiny", TINY), ("nano", NANO)):
+        if max(blocks) < sizes.singles:
+            choices[name] = tuple(rf"single_transformer_blocks\.{block}\.proj_out" for block in blocks)
+    absent = {"img_mod", "txt_mod", "single_mod", "time_in", "vector_in"} if chroma else set()
+    if sizes.flavour != "dev":
+        absent.add("guidance_in")
+    return LoraRules(
+        include={"denoiser": (_BLOCKS + ".*", outside), **text},
+        exclude=(outside,),
+        presets={name: ((*patterns, *every), ()) for name, patterns in choices.items()},
+        groups={"double": "transformer_blocks", "single": "single_transformer_blocks"},
+        fused=FUSED,
+        kinds={name: pattern for name, pattern in {**CLASSES, **EMBEDDERS}.items() if name not in absent},
+    )
 
 
 def detect(header: Header) -> str | None:
@@ -108,7 +132,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
             Blocks(path="transformer_blocks", count=sizes.blocks),
             Blocks(path="single_transformer_blocks", count=sizes.singles),
         ),
-        lora=LORA,
+        lora=lora_rules(sizes),
         key_maps="tuner.plugins.flux.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
         text_fields=text_fields(config, sizes, limits),
