@@ -226,8 +226,8 @@ def test_flavours_differ_in_what_they_declare(opened):
     for flavour in ("dev", "schnell", "chroma"):
         config, found = opened(flavour)
         declared[flavour] = (
-            found.max_tokens["t5"], found.guidance_input, found.sample.steps, found.sample.shift, config.noise.timesteps,
-            config.guidance.embedded, found.architecture,
+            found.max_tokens["t5"], found.guidance_input, found.sample.steps, found.sample.shift,
+            config.noise.timesteps, config.guidance.embedded, found.architecture,
         )  # fmt: skip
     assert declared == {
         "dev": (512, True, 20, "auto", "flux_shift", 1.0, "flux-1-dev"),

@@ -39,7 +39,7 @@ def test_without_a_mask_padding_is_part_of_the_text(encoded, flavour, length):
 
 
 def test_a_masked_encoding_is_as_long_as_its_longest_caption_and_equals_the_hidden_part_of_a_full_one(encoded):
-    fields, found, models = encoded("dev", text_encoder={"mask_padding": {"t5": True}})
+    fields, _, models = encoded("dev", text_encoder={"mask_padding": {"t5": True}})
     mask = fields["t5_mask"]
     assert mask.dtype == torch.bool and mask.shape[1] == int(mask.sum(dim=1).max()) < 30
     ids, real = models.tokenizers["t5"](CAPTIONS, 512)

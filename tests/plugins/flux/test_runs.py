@@ -1,0 +1,203 @@
+"""Whole trainings: parts that train at their own rates, guidance, previews, prediction types, restarts from a file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tuner.core.registry import open_run
+from tuner.core.track.events import read_events
+from tuner.core.train.run import train
+from tuner.plugins.flux import hooks
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures of two aspect ratios with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(4):
+        size = (96, 96) if number % 2 else (128, 72)
+        Image.effect_noise(size, 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a red dog, number {number}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def document(tiny, pictures, tmp_path):
+    """(flavour, folder of the run, sections) -> a configuration that trains in seconds."""
+
+    def make(flavour: str = "dev", name: str = "out", **sections: Any) -> dict[str, Any]:
+        source = {"id": "dogs", "path": str(pictures)}
+        return copy.deepcopy(
+            {
+                "model": tiny(flavour),
+                "data": {
+                    "sets": [
+                        {"resolution": 64, "batch_size": 2, "buckets": {"min": 32, "step": 16}, "sources": [source]}
+                    ],
+                    "workers": {"scan": 0, "cache": 0, "load": 0},
+                },
+                "cache": {"dir": str(tmp_path / "cache")},
+                "network": {"rank": 2},
+                "optimizer": {"lr": 1e-3},
+                "train": {"steps": 2, "seed": 3},
+                "precision": {"compute": "fp32"},
+                "checkpoint": {"dir": str(tmp_path / name)},
+                "log": {"plain": True},
+                **sections,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[dict[str, Any]]:
+    """What the denoiser of a run is called with."""
+    calls: list[dict[str, Any]] = []
+    original = hooks.load_denoiser
+
+    def load(*args: Any, **kwargs: Any):
+        denoiser = original(*args, **kwargs)
+        inner = denoiser.forward
+
+        def forward(tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            calls.append({"training": torch.is_grad_enabled(), **named})
+            return inner(tokens, *rest, **named)
+
+        denoiser.forward = forward
+        return denoiser
+
+    monkeypatch.setattr(hooks, "load_denoiser", load)
+    return calls
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder / "events.jsonl") if event["kind"] == kind]
+
+
+def trained_parts(path: Path) -> set[str]:
+    """Second words of the names of adapters whose up matrix is not zero."""
+    return {name.split("_")[1] for name, value in load_file(path).items() if "lora_up" in name and value.any()}
+
+
+@pytest.mark.parametrize("encoders", [["clip_l"], ["t5"], ["clip_l", "t5"]], ids="+".join)
+def test_encoders_train_at_their_own_rates_while_the_others_are_cached(document, tmp_path, encoders):
+    rates = {"clip_l": 1e-4, "t5": 5e-5}
+    rates = {name: rates[name] for name in encoders}
+    config = document(
+        train={"steps": 2, "components": ["denoiser", *encoders]},
+        optimizer={"lr": 1e-3, "lr_by_component": rates},
+        memory={"checkpointing": "block"},
+    )
+    train(config)
+    out = tmp_path / "out"
+    assert events(out, "step")[0]["lr"] == {"denoiser": 1e-3, **rates}
+    names = {"clip_l": "te1", "t5": "te3"}
+    assert trained_parts(out / "out.safetensors") == {"unet", *(names[name] for name in encoders)}
+
+
+def test_encoders_can_train_without_the_denoiser(document, tmp_path):
+    train(document(train={"steps": 2, "components": ["clip_l"]}))
+    assert trained_parts(tmp_path / "out" / "out.safetensors") == {"te1"}
+
+
+@pytest.mark.parametrize(("embedded", "low", "high"), [(2.5, 2.5, 2.5), ([1, 4], 1.0, 4.0)])
+def test_training_guidance_is_a_constant_or_drawn_per_sample(document, given, embedded, low, high):
+    train(document(guidance={"embedded": embedded}))
+    values = torch.cat([call["guidance"] for call in given if call["training"]])
+    assert len(values) == 4 and low <= float(values.min()) and float(values.max()) <= high
+    assert (len(set(values.tolist())) == 1) == (low == high)
+
+
+def test_training_guidance_is_one_unless_something_else_is_asked_for(document, given):
+    train(document())
+    assert {value for call in given for value in call["guidance"].tolist()} == {1.0}
+
+
+def test_previews_use_embedded_guidance_and_guidance_by_a_negative_prompt(document, given, tmp_path):
+    prompts = ["a dog --w 64 --h 48 --s 2", "a dog --w 64 --h 48 --s 2 --g 5 --l 3 --n cat"]
+    train(document(sample={"prompts": prompts, "embedded_guidance": 2.0}))
+    sampled = [float(call["guidance"]) for call in given if not call["training"]]
+    # Base and adapted pictures: two steps without, two steps with a second pass for the negative.
+    assert sorted(sampled) == [2.0] * 4 + [5.0] * 8
+    assert (tmp_path / "out/samples/step-000002/001.png").is_file()
+
+
+def test_schnell_ignores_guidance_in_prompts_and_is_told_none(document, given, tmp_path, caplog):
+    train(document("schnell", sample={"prompts": ["a dog --w 64 --h 48 --g 5"]}))
+    assert all("guidance" not in call for call in given)
+    assert "no embedded guidance" in caplog.text
+    # Base and adapted, four steps each.
+    assert sum(not call["training"] for call in given) == 8
+
+
+def test_chroma_trains_with_its_mask(document, given, tmp_path):
+    train(document("chroma"))
+    assert all(call["text_mask"].dtype == torch.bool for call in given)
+    assert trained_parts(tmp_path / "out" / "out.safetensors") == {"unet"}
+
+
+@pytest.mark.parametrize("prediction", ["additive", "sigma_scaled"])
+def test_other_readings_of_the_output_change_the_loss(document, tmp_path, prediction):
+    losses = {}
+    for name in ("raw", prediction):
+        train(document(name=name, loss={"prediction": name}, train={"steps": 1, "seed": 3}))
+        losses[name] = events(tmp_path / name, "step")[0]["loss"]
+    assert losses["raw"] != pytest.approx(losses[prediction])
+
+
+def test_the_additive_reading_adds_the_noisy_input_to_the_output(document, opened):
+    from tuner.core.types import TextEmbeds
+
+    results = {}
+    for prediction in ("raw", "additive"):
+        run = open_run(document(loss={"prediction": prediction}))
+        models = run.model.load_models(["denoiser"])
+        noisy = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+        text = TextEmbeds(tensors={"t5": torch.zeros(1, 3, 28), "clip_pooled": torch.zeros(1, 20)})
+        results[prediction] = run.model.predict(models, noisy, torch.tensor([0.5]), text), noisy
+    torch.testing.assert_close(results["additive"][0], results["raw"][0] + results["raw"][1])
+
+
+def test_the_file_says_what_it_is(document, tmp_path):
+    train(document(guidance={"embedded": 3.5}, text_encoder={"mask_padding": {"t5": True}}))
+    with safe_open(tmp_path / "out" / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    wanted = {
+        "modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1", "ss_guidance_scale": "3.5",
+        "ss_apply_t5_attn_mask": "True", "ss_model_prediction_type": "raw", "ss_timestep_sampling": "flux_shift",
+        "ss_network_dim": "2",
+    }  # fmt: skip
+    assert {name: metadata[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("fmt", ["diffusers", "comfyui"])
+def test_a_run_goes_on_from_an_exported_file(document, tmp_path, fmt):
+    train(document(name="first", checkpoint={"dir": str(tmp_path / "first"), "format": fmt}))
+    path = tmp_path / "first" / "first.safetensors"
+    config = document(name="second", network={"rank": 2, "init_from": str(path)}, train={"steps": 1, "seed": 3})
+    config["optimizer"]["lr"] = 1e-12
+    train(config)
+    first, second = (open_tensors(tmp_path / name / f"{name}.safetensors") for name in ("first", "second"))
+    assert set(first) == set(second)
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-6)
+
+
+def open_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Products of an adapter file in any format."""
+    from tuner.core.adapters.convert import delta_weight
+    from tuner.core.adapters.files import read_adapter
+    from tuner.core.adapters.formats import modules_of
+    from tuner.plugins.flux.names import MAPS
+
+    tensors = read_adapter(path, MAPS).tensors
+    return {f"{part}:{name}": delta_weight(tensors, f"{part}:{name}") for part, name in modules_of(tensors)}
