@@ -9,6 +9,8 @@ import pytest
 from tests.core.config.samples import build, minimal, toy_facts
 
 from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
+from tuner.core.config.defaults import separable
+from tuner.core.types import Field, LoraRules, NoiseDefaults
 
 FORMATS = ("native", "other")
 SOURCE = {"id": "a", "path": "a"}
@@ -90,3 +92,44 @@ def test_names_and_sizes_that_the_model_does_not_have_are_refused(sections: dict
 def test_a_size_that_does_not_fit_names_the_nearest_ones() -> None:
     problems = facts_problems(build(sample={"size": 500, "prompts": ["x"]}), toy_facts())
     assert problems[0].fix == "use 496 or 512"
+
+
+def test_only_encoders_that_stand_apart_can_be_dropped_or_zeroed() -> None:
+    both = ("left", "right")
+    fields = {"joint": Field(shape=(5,), of=both, parts={"left": (0, 2)}), "own": Field(shape=(2,), of=("third",))}
+    facts = toy_facts(text_components=(*both, "third"), text_fields=fields)
+    assert separable(facts) == ["left", "third"]
+    encoder = {"dropout": {"left": 0.1, "right": 0.1}, "unconditional": {"third": "zero", "fourth": "zero"}}
+    problems = [str(each) for each in facts_problems(build(text_encoder=encoder), facts, formats=FORMATS)]
+    assert len(problems) == 2
+    assert "text_encoder.dropout.right" in problems[0] and "text_encoder.unconditional.fourth" in problems[1]
+
+
+def test_padding_options_need_a_model_that_honours_them() -> None:
+    config = build(text_encoder={"mask_padding": {"text": True}, "zero_padding": True})
+    problems = [str(each) for each in facts_problems(config, toy_facts(), formats=FORMATS)]
+    assert len(problems) == 2
+    assert "text_encoder.mask_padding.text" in problems[0] and "text_encoder.zero_padding" in problems[1]
+    assert facts_problems(config, toy_facts(padding_masks=("text",), zero_padding=True), formats=FORMATS) == []
+
+
+def test_a_name_for_a_kind_of_modules_becomes_its_pattern_everywhere() -> None:
+    lora = LoraRules(include={"denoiser": (".*",)}, kinds={"mlp": r".*\.mlp\..*"})
+    network = {
+        "include": ["mlp", "other"],
+        "exclude": ["mlp"],
+        "targets": ["mlp"],
+        "rules": [{"match": "mlp", "rank": 2}],
+    }
+    resolved = resolve_defaults(build(network=network), toy_facts(lora=lora), formats=FORMATS).network
+    assert resolved.include == (r".*\.mlp\..*", "other")
+    assert (resolved.exclude, resolved.targets) == ((r".*\.mlp\..*",), (r".*\.mlp\..*",))
+    assert [rule.match for rule in resolved.rules] == [r".*\.mlp\..*"]
+
+
+def test_the_model_chooses_what_is_compared_and_how_timesteps_are_cut() -> None:
+    facts = toy_facts(loss_target="clean", noise=NoiseDefaults(timesteps="uniform", shift=1.0, truncate=True))
+    config = resolve_defaults(build(), facts, formats=FORMATS)
+    assert (config.loss.target, config.noise.truncate) == ("clean", True)
+    config = resolve_defaults(build(loss={"target": "velocity"}, noise={"truncate": False}), facts, formats=FORMATS)
+    assert (config.loss.target, config.noise.truncate) == ("velocity", False)

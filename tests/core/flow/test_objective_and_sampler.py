@@ -106,3 +106,9 @@ def test_a_bfloat16_model_does_not_round_the_latents() -> None:
 def test_guidance_of_one_is_the_positive_prediction_and_zero_the_negative() -> None:
     positive, negative = torch.tensor([3.0]), torch.tensor([1.0])
     assert [apply_cfg(positive, negative, scale).item() for scale in (0.0, 1.0, 2.5)] == [1.0, 3.0, 6.0]
+
+
+def test_the_table_schedule_ends_just_above_zero_and_then_at_zero() -> None:
+    sigmas = euler_sigmas(4, 1.0, "table")
+    torch.testing.assert_close(sigmas, torch.tensor([1.0, 0.667, 0.334, 0.001, 0.0]), rtol=1e-5, atol=1e-6)
+    assert euler_sigmas(1, 3.0, "table").tolist() == [1.0, 0.0]

@@ -193,3 +193,10 @@ def test_validation_timesteps_of_the_reference_divide_the_range_evenly() -> None
         low, high, count = row["min_timestep"], row["max_timestep"], row["count"]
         inner = [math.floor(low + (high - low) * index / (count + 1)) for index in range(1, count + 1)]
         assert inner == row["timesteps"]
+
+
+def test_cut_timesteps_are_whole_numbers_below_the_drawn_ones() -> None:
+    keys = {"timesteps": "uniform", "min_timestep": 200, "max_timestep": 850}
+    drawn, cut = sigmas(**keys) * 1000, sigmas(truncate=True, **keys) * 1000
+    torch.testing.assert_close(cut, (200 + UNIFORM * 650).floor(), rtol=0, atol=1e-3)
+    assert ((drawn - cut) > -1e-3).all() and ((drawn - cut) < 1 + 1e-3).all()
