@@ -81,3 +81,11 @@ def test_names_declared_unused_may_be_in_the_file(file: Path) -> None:
     tensors = read_tensors(safetensors_header(file))
     assign(module, tensors, dtype=torch.float32, unused=lambda name: name == "bias")
     assert module.weight.shape == (4, 3)
+
+
+def test_named_parameters_stay_float32(file: Path) -> None:
+    with torch.device("meta"):
+        module = nn.Linear(3, 4)
+    tensors = read_tensors(safetensors_header(file))
+    assign(module, tensors, dtype=torch.bfloat16, keep_float32=("bia.",))
+    assert (module.weight.dtype, module.bias.dtype) == (torch.bfloat16, torch.float32)

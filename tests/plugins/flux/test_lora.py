@@ -417,3 +417,34 @@ def test_an_exported_file_acts_the_same_in_diffusers_own_loader(adapted, tmp_pat
         timestep=case["timesteps"], guidance=case["guidance"], img_ids=case["img_ids"][0], txt_ids=case["txt_ids"][0],
     ).sample  # fmt: skip
     torch.testing.assert_close(out, wanted, rtol=0, atol=PARITY)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["transformer_blocks", "single_transformer_blocks"])
+def test_an_adapted_block_compiles_to_one_graph_with_equal_gradients(adapted, kind):
+    from tuner.plugins.flux.denoiser import key_mask, rope_table
+
+    torch.compiler.reset()
+    denoiser, network = adapted(rank=2)
+    filled(network)
+    block = denoiser.get_submodule(kind)[0]
+    generator = torch.Generator().manual_seed(2)
+    image, text, vector = (torch.randn(*size, generator=generator) for size in ((2, 24, 48), (2, 9, 48), (2, 48)))
+    inputs = {
+        "hidden_states": image,
+        "encoder_hidden_states": text,
+        "temb": vector,
+        "image_rotary_emb": rope_table((4, 6), 9, (4, 6, 6), torch.device("cpu")),
+        "joint_attention_kwargs": {"attention_mask": key_mask(torch.ones(2, 9, dtype=torch.bool), 24)},
+    }
+    gradients = []
+    for forward in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        network.module.zero_grad()
+        states, tokens = forward(**inputs)
+        (states.square().mean() + tokens.square().mean()).backward()
+        gradients.append([each.grad.clone() for each in network.module.parameters() if each.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
