@@ -201,3 +201,33 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     tensors = read_adapter(path, MAPS).tensors
     return {f"{part}:{name}": delta_weight(tensors, f"{part}:{name}") for part, name in modules_of(tensors)}
+
+
+def test_the_example_trains_on_a_tiny_model_in_its_layout(tiny, pictures, tmp_path):
+    """examples/flux/lora.json beside files of the same names, made shorter and smaller."""
+    import shutil
+
+    from tuner.core.config import load_config
+
+    for folder, source in (("models/clip_tokenizer", "clip_l"), ("models/t5_tokenizer", "t5")):
+        shutil.copytree(tiny()["tokenizers"][source]["path"], tmp_path / "examples/flux" / folder)
+    models = tmp_path / "examples/flux/models"
+    for name, path in (
+        ("flux1-dev", tiny()["path"]),
+        ("clip_l", tiny()["text_encoders"]["clip_l"]["path"]),
+        ("t5xxl_fp16", tiny()["text_encoders"]["t5"]["path"]),
+        ("ae", tiny()["vae"]["path"]),
+    ):
+        shutil.copy(path, models / f"{name}.safetensors")
+    shutil.copytree(pictures, tmp_path / "examples/flux/images")
+    example = Path(__file__).parents[3] / "examples/flux/lora.json"
+    shutil.copy(example, tmp_path / "examples/flux/lora.json")
+    raw = load_config(
+        tmp_path / "examples/flux/lora.json",
+        model="flux",
+        sets=["train.steps=2", "data.sets.0.resolution=64", "data.sets.0.buckets={\"min\": 32, \"step\": 16}",
+              "sample.prompts=[\"a portrait --w 64 --h 48 --s 2\"]", "precision.compute=fp32"],
+    )  # fmt: skip
+    train(raw)
+    assert trained_parts(tmp_path / "out/flux/flux.safetensors") == {"unet"}
+    assert (tmp_path / "out/flux/samples/step-000002/sheet.png").is_file()
