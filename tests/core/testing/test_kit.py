@@ -18,7 +18,7 @@ from tuner.core.registry.facade import ModelFacade
 from tuner.core.testing import ModelConformance, fact_problems, write_empty_weights
 from tuner.core.testing.bench import Bench
 from tuner.core.testing.plugin_checks import on_meta
-from tuner.core.types import Blocks, Field, ModelFacts, TextEmbeds
+from tuner.core.types import Blocks, Field, Fused, ModelFacts, TextEmbeds
 
 
 class Kit(ModelConformance):
@@ -65,6 +65,17 @@ MISTAKES = {
     "trim must name a bool field": lambda facts: replace(
         facts, text_fields={"context": Field(shape=("L", 4), of=("qwen3",), trim="mask")}
     ),
+    "kind 'mpl': '.*mpl' matches no module": lora(kinds={"mpl": ".*mpl"}),
+    "'.*attn' matches no module with 'query' below it": lora(
+        fused=(Fused(parent=".*attn", members=("query",), rows=(1,)),)
+    ),
+    "output_proj is not a linear with 2 times as many rows": lora(
+        fused=(Fused(parent=r"blocks\.\d+\.self_attn", members=("q_proj", "output_proj"), rows=(1, 2)),)
+    ),
+    "does not lie in ('L', 4)": lambda facts: replace(
+        facts, text_fields={"context": Field(shape=("L", 4), of=("qwen3",), parts={"qwen3": (2, 6)})}
+    ),
+    "sample.guidance must be given exactly when": lambda facts: replace(facts, guidance_input=True),
     "there is no component 'clip'": lambda facts: replace(
         facts, text_fields={"context": Field(shape=("L", 4), of=("clip",))}
     ),

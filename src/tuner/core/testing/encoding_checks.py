@@ -108,6 +108,23 @@ class EncodingChecks:
                 velocity = bench.predict(bench.run, bench.models, batch)
                 assert velocity.shape == latents.shape and bool(torch.isfinite(velocity).all())
 
+    def test_embedded_guidance_acts_exactly_where_it_is_declared(self, bench: Bench) -> None:
+        batch, run = bench.batch(), bench.run
+        with torch.no_grad():
+            noisy = run.model.noise_target(batch.latents, Rng(4).normal(batch.latents.shape), torch.tensor([0.5, 0.7]))
+            low, high = (
+                run.model.predict(bench.models, noisy.noisy, noisy.timesteps, batch.text, torch.full((2,), value))
+                for value in (1.0, 6.0)
+            )
+        assert torch.equal(low, high) != bench.facts.guidance_input
+
+    def test_padding_can_be_masked_as_declared(self, bench: Bench) -> None:
+        """Masks keep the rest of the encoding in place: fields, shapes and a finite prediction."""
+        for name in bench.facts.padding_masks:
+            run = bench.open(text_encoder={"mask_padding": {name: True}})
+            batch = bench.batch(run=run)
+            assert bench.predict(run, bench.models, batch).isfinite().all(), name
+
     def test_samples_of_a_batch_do_not_see_each_other(self, bench: Bench) -> None:
         batch = bench.batch()
         together = bench.run.model.predict

@@ -34,6 +34,7 @@ def fact_problems(facts: ModelFacts, models: Models) -> list[str]:
         *_fields(facts),
         *_blocks(facts, models),
         *_patterns(facts, inside),
+        *_fused(facts, models),
         *_presets(facts, inside),
         *_formats(facts, inside),
     ]
@@ -65,6 +66,8 @@ def _sizes(facts: ModelFacts) -> Iterator[str]:
     for side in facts.sample.size:
         if side % facts.sample.multiple:
             yield f"sample.size {side} is no multiple of sample.multiple {facts.sample.multiple}"
+    if facts.guidance_input != (facts.sample.guidance is not None):
+        yield "sample.guidance must be given exactly when guidance_input is set"
     for name, limit in facts.max_tokens.items():
         if limit < 1:
             yield f"max_tokens of {name} is {limit}"
@@ -79,6 +82,10 @@ def _fields(facts: ModelFacts) -> Iterator[str]:
         for component in field.of:
             if component not in facts.components:
                 yield f"text field {name}: there is no component {component!r}"
+        for component, (first, last) in field.parts.items():
+            width = field.shape[-1]
+            if component not in field.of or not isinstance(width, int) or not 0 <= first < last <= width:
+                yield f"text field {name}: the part {first} to {last} of {component!r} does not lie in {field.shape}"
         if field.trim is None:
             continue
         mask = facts.text_fields.get(field.trim)
@@ -124,6 +131,7 @@ def _patterns(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> Iterato
     included = _included(facts, inside)
     every = [path for paths in included.values() for path in paths]
     named = [("lora.exclude", lora.exclude)]
+    named += [(f"kind {name!r}", (pattern,)) for name, pattern in lora.kinds.items()]
     for name, (include, exclude) in lora.presets.items():
         named += [(f"preset {name!r}", include), (f"exclusions of preset {name!r}", exclude)]
     for what, patterns in named:
@@ -133,6 +141,26 @@ def _patterns(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> Iterato
     for group, prefix in lora.groups.items():
         if not any(path.startswith(prefix.rstrip(".") + ".") for path in included.get("denoiser", ())):
             yield f"lora.groups: nothing adaptable lies below {prefix!r} of group {group!r}"
+
+
+def _fused(facts: ModelFacts, models: Models) -> Iterator[str]:
+    """Every group stands somewhere, whole, and its members have the rows it says."""
+    modules = {name: adaptable_modules(module) for name in facts.trainable if (module := models.component(name))}
+    for rule in facts.lora.fused:
+        found = False
+        for name, inside in modules.items():
+            first = f".{rule.members[0]}"
+            parents = [path.removesuffix(first) for path in inside if path.endswith(first)]
+            for parent in parents:
+                if not re.fullmatch(rule.parent, parent):
+                    continue
+                found = True
+                for member, rows in zip(rule.members, rule.rows, strict=True):
+                    weight = getattr(inside.get(f"{parent}.{member}"), "weight", None)
+                    if weight is None or weight.shape[0] != rows * weight.shape[1]:
+                        yield f"lora.fused: {name}:{parent}.{member} is not a linear with {rows} times as many rows"
+        if not found:
+            yield f"lora.fused: {rule.parent!r} matches no module with {rule.members[0]!r} below it"
 
 
 def _included(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

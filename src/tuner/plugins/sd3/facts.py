@@ -17,7 +17,7 @@ from tuner.core.types import (
 )
 
 from . import sources
-from .names import LORA
+from .names import lora_rules
 from .sizes import DenoiserSizes, denoiser_sizes, flavour_of, looks_like_family
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         spatial_factor=VAE_FACTOR,
         resolution_multiple=VAE_FACTOR * denoiser.patch,
         block_lists=(Blocks(path="transformer_blocks", count=denoiser.blocks),),
-        lora=LORA,
+        lora=lora_rules(dual=bool(denoiser.dual)),
         key_maps="tuner.plugins.sd3.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
         text_fields=text_fields(config, denoiser, clips, with_t5="t5" in names),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 
 from tuner.core.compute.encoder_sizes import clip_modules, t5_modules
 from tuner.core.types import Fused, KeyFormat, KeyMaps, LoraRules
@@ -137,6 +138,11 @@ LORA = LoraRules(
     kinds={**CLASSES, **EMBEDDER_KINDS},
 )
 """Without a preset every linear of the blocks is adapted, as in kohya-ss/sd-scripts."""
+
+
+def lora_rules(*, dual: bool) -> LoraRules:
+    """The rules for a model with or without second attentions over the image."""
+    return LORA if dual else replace(LORA, fused=tuple(group for group in LORA.fused if "attn2" not in group.parent))
 
 
 def denoiser_modules(blocks: int) -> tuple[str, ...]:
