@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tuner.core.config import load_config
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
 
@@ -104,3 +106,24 @@ def test_the_header_says_what_other_programs_ask_for(document, tmp_path):
     assert metadata["modelspec.architecture"] == "stable-diffusion-3-5-large/lora"
     assert metadata["ss_network_module"] == "networks.lora_sd3"
     assert (metadata["ss_training_shift"], metadata["ss_apply_t5_attn_mask"]) == ("3.0", "True")
+
+
+def test_the_example_trains_on_a_tiny_model_in_its_layout(tiny, pictures, tmp_path):
+    """examples/sd3/lora.json beside files of the same names, made shorter and smaller; then continued to its end."""
+    home, model = tmp_path / "examples/sd3", tiny("sd35m")
+    for name in ("clip", "t5"):
+        shutil.copytree(model["tokenizers"][name]["path"], home / f"models/{name}_tokenizer")
+    shutil.copy(model["path"], home / "models/sd3.5_medium_incl_clips_t5xxl.safetensors")
+    shutil.copytree(pictures, home / "images")
+    shutil.copy(Path(__file__).parents[3] / "examples/sd3/lora.json", home / "lora.json")
+    smaller = [
+        "data.sets.0.resolution=64", 'data.sets.0.buckets={"min": 32, "step": 16}', "precision.compute=fp32",
+        'sample.prompts=["a portrait --w 64 --h 48 --s 2"]',
+    ]  # fmt: skip
+    for steps in (1, 3):
+        raw = load_config(home / "lora.json", model="sd3", sets=[*smaller, f"train.steps={steps}"])
+        assert train(raw, resume="auto").steps == steps
+    assert [event["step"] for event in events(tmp_path / "out/sd3", "step")] == [1, 2, 3]
+    names = set(load_file(tmp_path / "out/sd3/sd3.safetensors"))
+    assert names and not any("adaLN" in name for name in names)
+    assert (tmp_path / "out/sd3/samples/step-000003/sheet.png").is_file()
