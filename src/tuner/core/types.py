@@ -188,8 +188,8 @@ class LoraRules:
     include: what may be adapted at all. exclude: built-in exclusions, lifted by a user's include. presets: named
     alternatives for ``network.preset``: (include, exclude) pairs. groups: block groups for ``network.blocks``: name to
     the path prefix of a block list. fused: members of one group that are chosen with equal settings share one adapter,
-    unless ``network.split_fused``; patterns match the single linears. kinds: names for patterns that a configuration may
-    write instead of them, such as the attention of one side.
+    unless ``network.split_fused``; patterns match the single linears. kinds: names for patterns that a configuration
+    may write instead of them, such as the attention of one side.
     """
 
     include: Mapping[str, tuple[str, ...]]

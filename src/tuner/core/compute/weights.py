@@ -87,7 +87,8 @@ def assign(
     """Give every parameter of ``module`` (usually on the meta device) its value from ``tensors``; nothing may be left.
 
     Values are cast to ``dtype`` on ``device``, frozen, and owned by the module. keep_float32: full-match patterns of
-    names that become float32 instead. Names for which ``unused`` is true are passed over. Raises UsageError that lists every missing key, every unknown key, and the first wrong shape.
+    names that become float32 instead. Names for which ``unused`` is true are passed over. Raises UsageError that lists
+    every missing key, every unknown key, and the first wrong shape.
     """
     expected = dict(module.named_parameters())
     missing, unknown = set(expected), []

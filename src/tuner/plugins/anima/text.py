@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from tuner.core.compute.attention import attention
 from tuner.core.compute.norm_rope import rms_norm_rope
-from tuner.core.compute.weights import assign
-
 from tuner.core.compute.spiece import read_tokenizer
+from tuner.core.compute.weights import assign
 
 if TYPE_CHECKING:
     from .sizes import AdapterSizes, EncoderSizes
