@@ -200,7 +200,9 @@ class Catalog:
                 version=place.version,
                 stage=stage,
                 error=f"{text} (while reading its {stage})",
-                hint=f"tuner plugins check {place.name}" if stage == "hooks" else f"tuner plugins uninstall {place.dist}",
+                hint=f"tuner plugins check {place.name}"
+                if stage == "hooks"
+                else f"tuner plugins uninstall {place.dist}",
                 trace="".join(traceback.format_exception(error)),
             )
             self.problems.append(problem)
