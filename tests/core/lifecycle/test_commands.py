@@ -30,7 +30,7 @@ ADDED = {
     "pip": f"/env/bin/python -m pip install {LIMITS} tuner-x",
     "conda": f"/env/bin/python -m pip install {LIMITS} tuner-x",
     "uv": f"uv pip install --python /env/bin/python {LIMITS} tuner-x",
-    "pipx": f"pipx inject tuner tuner-x --pip-args '{LIMITS}'",
+    "pipx": f"pipx inject tuner tuner-x '--pip-args={LIMITS}'",
     "uv tool": (
         "uv tool install --constraints /config/constraints.txt --no-build 'tuner[tensorboard]'"
         " --with-editable tuner-own --with tuner-cubist --with tuner-x"

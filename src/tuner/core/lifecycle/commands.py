@@ -52,9 +52,9 @@ def install_command(
             return _uv_tool([*kept, *((each, False) for each in wanted)], [*more, *(["--upgrade"] if upgrade else [])])
         case "pipx":
             forced = ["--force"] if upgrade else []
-            return Command(
-                arguments=("pipx", "inject", *forced, environment.name, *wanted, "--pip-args", shlex.join(pip))
-            )
+            # One word: a value that begins with dashes could be taken for an option of pipx.
+            options = f"--pip-args={shlex.join(pip)}"
+            return Command(arguments=("pipx", "inject", *forced, environment.name, *wanted, options))
         case "uv":
             return Command(arguments=("uv", "pip", "install", "--python", python, *pip, *wanted))
         case "conda":
