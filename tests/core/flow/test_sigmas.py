@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tests.helpers import golden
 
 from tuner.core.config import NoiseConfig
-from tuner.core.flow import flux_mu, sample_sigmas, sigmas_from_draws, stratify
+from tuner.core.flow import resolution_mu, sample_sigmas, sigmas_from_draws, stratify
 from tuner.core.types import NoiseDefaults
 
 TIMESTEPS = golden("core/timesteps.json")
@@ -96,8 +96,8 @@ def test_only_the_tables_of_later_features_are_left_out() -> None:
 
 def test_flux_shift_is_shift_with_the_automatic_value() -> None:
     close(sigmas((96, 160), timesteps="flux_shift"), sigmas((96, 160), timesteps="shift", shift="auto"))
-    assert flux_mu((32, 32)) == 0.5
-    assert flux_mu((128, 128)) == pytest.approx(1.15)
+    assert resolution_mu((32, 32)) == 0.5
+    assert resolution_mu((128, 128)) == pytest.approx(1.15)
 
 
 @pytest.mark.parametrize(

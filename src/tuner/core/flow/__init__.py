@@ -10,7 +10,7 @@ from .losses import elementwise_loss, huber_threshold
 from .objective import offset_noise, perturb_noise, rectified_flow
 from .reduction import reduce_loss
 from .sampler import apply_cfg, euler_sample, euler_sigmas
-from .sigmas import apply_shift, flux_mu, sample_sigmas, sigmas_from_draws, stratify
+from .sigmas import apply_shift, resolution_mu, sample_sigmas, sigmas_from_draws, stratify
 from .weights import loss_weight, min_snr_weight
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "elementwise_loss",
     "euler_sample",
     "euler_sigmas",
-    "flux_mu",
     "huber_threshold",
     "loss_weight",
     "min_snr_weight",
@@ -27,6 +26,7 @@ __all__ = [
     "perturb_noise",
     "rectified_flow",
     "reduce_loss",
+    "resolution_mu",
     "sample_sigmas",
     "sigmas_from_draws",
     "stratify",

@@ -1,7 +1,7 @@
 """Noise levels from random draws: every value of ``noise.timesteps``.
 
-Formulas as in kohya-ss/sd-scripts and, for the beta
-density and the automatic shift, bghira/SimpleTuner. All tensors here are [B] float32 on the CPU.
+Formulas as in kohya-ss/sd-scripts and, for the beta density and the automatic shift, bghira/SimpleTuner. All tensors
+here are [B] float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sigmas_from_draws(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor
         raise ValueError(f"unknown noise.timesteps {name!r}")
 
     if name == "flux_shift":
-        sigmas = apply_shift(sigmas, math.exp(flux_mu(latent_hw)))
+        sigmas = apply_shift(sigmas, math.exp(resolution_mu(latent_hw)))
     elif name in SHIFTED:
         sigmas = apply_shift(sigmas, shift_value(noise_cfg.shift, latent_hw))
     low, high = noise_cfg.min_timestep / 1000.0, noise_cfg.max_timestep / 1000.0
@@ -80,7 +80,7 @@ def shift_value(shift: float | str | None, latent_hw: tuple[int, int]) -> float:
     """The number behind ``noise.shift``: ``auto`` means the resolution's own, None means no shift."""
     if shift is None:
         return 1.0
-    return math.exp(flux_mu(latent_hw)) if isinstance(shift, str) else float(shift)
+    return math.exp(resolution_mu(latent_hw)) if isinstance(shift, str) else float(shift)
 
 
 def apply_shift(sigmas: Tensor, shift: float) -> Tensor:
@@ -90,7 +90,7 @@ def apply_shift(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
-def flux_mu(latent_hw: tuple[int, int]) -> float:
+def resolution_mu(latent_hw: tuple[int, int]) -> float:
     """Logarithm of the resolution's shift: linear in image tokens (2x2 latents), 0.5 at 256 and 1.15 at 4096."""
     tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
