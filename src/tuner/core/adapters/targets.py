@@ -214,7 +214,7 @@ def _require_matches(patterns: Iterable[str], every: Sequence[tuple[str, str]], 
                 f"{pattern!r} matches no module",
                 where=where,
                 why=_near(re.sub(r"\\?\.[*+]|\\", "", pattern), kinds),
-                fix="patterns must match the whole path; `tuner inspect` lists all paths",
+                fix=f"patterns must match the whole path; paths look like {kinds[0] if kinds else 'block.0.linear'}",
             )
 
 
