@@ -19,11 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tuner.core.data.images import load_pixels
+from tuner.core.data.looks import Look
+from tuner.core.data.records import Fit, ImageRecord
 from tuner.core.errors import UsageError
-
-from .images import load_pixels
-from .looks import Look
-from .records import Fit, ImageRecord
 
 _JOBS_PER_WORKER = 8
 """A worker takes seconds to start, so it is not started for less work than this."""

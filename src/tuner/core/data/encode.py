@@ -16,21 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuner.core.data.cache import CacheKey, Store
+from tuner.core.data.decode import DecodeJob, decode, decode_all
+from tuner.core.data.images import BACKGROUND
+from tuner.core.data.keys import latent_key, mask_key
+from tuner.core.data.looks import Look, check_cacheable, fit_of, fixed_looks
+from tuner.core.data.text_cache import DTYPES, Progress
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
-from .cache import CacheKey, Store
-from .decode import DecodeJob, decode, decode_all
-from .images import BACKGROUND
-from .keys import latent_key, mask_key
-from .looks import Look, check_cacheable, fit_of, fixed_looks
-from .text_cache import DTYPES, Progress
-
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan, PlanItem
     from tuner.core.types import ModelFacts, Models
-
-    from .plan import DataPlan, PlanItem
 
 logger = logging.getLogger(__name__)
 

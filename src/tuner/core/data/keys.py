@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.atomic import write_json
+from tuner.core.data.cache import CacheKey
 from tuner.core.errors import UsageError
-
-from .cache import CacheKey
 
 if TYPE_CHECKING:
     from tuner.core.types import ModelFacts

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tuner.core.rng import Rng
 
 if TYPE_CHECKING:
-    from .plan import DataPlan
+    from tuner.core.data.plan import DataPlan
 
 T = TypeVar("T")
 

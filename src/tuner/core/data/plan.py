@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.core.data.buckets import Geometry, set_geometry
+from tuner.core.data.filters import refused_by, refused_by_crop
+from tuner.core.data.fingerprint import fingerprint
+from tuner.core.data.index import scan_source
+from tuner.core.data.records import Fit, ImageRecord, Refused, Size, SourceIndex
+from tuner.core.data.repeats import balance_regularisation
+from tuner.core.data.split import limited, split_validation
 from tuner.core.errors import Problems, UsageError
-
-from .buckets import Geometry, set_geometry
-from .filters import refused_by, refused_by_crop
-from .fingerprint import fingerprint
-from .index import scan_source
-from .records import Fit, ImageRecord, Refused, Size, SourceIndex
-from .repeats import balance_regularisation
-from .split import limited, split_validation
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .cache import open_store
-from .encode import LatentCache, LatentFacade
-from .keys import component_identities
-from .loader import BatchLoader
-from .text_cache import Progress, TextCache, TextFacade, cached_fields, planned_texts
+from tuner.core.data.cache import open_store
+from tuner.core.data.encode import LatentCache, LatentFacade
+from tuner.core.data.keys import component_identities
+from tuner.core.data.loader import BatchLoader
+from tuner.core.data.text_cache import Progress, TextCache, TextFacade, cached_fields, planned_texts
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan
     from tuner.core.types import ModelFacts, Models
-
-    from .plan import DataPlan
 
 
 class Facade(LatentFacade, TextFacade, Protocol):

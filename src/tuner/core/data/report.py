@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.core.config.train import TrainConfig
-
-    from .plan import DataPlan, PlanItem
+    from tuner.core.data.plan import DataPlan, PlanItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import NoiseConfig
+    from tuner.core.config import NoiseConfig
 
 TABLE_SIZE = 1000
 """Entries of the noise-level table that ``noise.timesteps = sigma`` draws from."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UsageError
-from .groups import torch_groups
+from tuner.core.errors import UsageError
+from tuner.core.optim.groups import torch_groups
 
 if TYPE_CHECKING:
-    from ..config import OptimizerConfig
-    from ..types import ParamGroup
+    from tuner.core.config import OptimizerConfig
+    from tuner.core.types import ParamGroup
 
 log = logging.getLogger(__name__)
 
