@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tests.helpers import golden
 
 from tuner.core.config import NoiseConfig
-from tuner.core.flow import resolution_mu, sample_sigmas, sigmas_from_draws, stratify
+from tuner.core.flow import resolution_mu, sigmas_from_draws, stratify
 from tuner.core.types import NoiseDefaults
 
 TIMESTEPS = golden("core/timesteps.json")
@@ -24,7 +24,7 @@ LATER = {"bias_weights"}
 
 
 def sigmas(hw: tuple[int, int] = HW, normal=NORMAL, uniform=UNIFORM, **keys) -> torch.Tensor:
-    return sample_sigmas(NoiseConfig(**keys), normal=normal, uniform=uniform, latent_hw=hw)
+    return sigmas_from_draws(NoiseConfig(**keys), normal=normal, uniform=uniform, latent_hw=hw)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -226,9 +226,13 @@ def test_validation_leaves_the_training_as_it_is(make_config, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
 
 
-def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path):
+@pytest.mark.parametrize("stratified", [False, True])
+def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, stratified):
     for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):
-        config = make_config(checkpoint__dir=str(tmp_path / name), train__accumulate=accumulate, train__epochs=4)
+        config = make_config(
+            checkpoint__dir=str(tmp_path / name), train__accumulate=accumulate, train__epochs=4,
+            noise__stratified=stratified,
+        )  # fmt: skip
         del config["train"]["steps"]
         config["data"]["sets"][0] |= {
             "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False, "step": 16},

@@ -10,7 +10,7 @@ from tuner.core.flow.losses import elementwise_loss, huber_threshold
 from tuner.core.flow.objective import offset_noise, perturb_noise, rectified_flow
 from tuner.core.flow.reduction import reduce_loss
 from tuner.core.flow.sampler import apply_cfg, euler_sample, euler_sigmas
-from tuner.core.flow.sigmas import apply_shift, resolution_mu, sample_sigmas, sigmas_from_draws, stratify
+from tuner.core.flow.sigmas import apply_shift, resolution_mu, sigmas_from_draws, stratify
 from tuner.core.flow.weights import loss_weight, min_snr_weight
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "rectified_flow",
     "reduce_loss",
     "resolution_mu",
-    "sample_sigmas",
     "sigmas_from_draws",
     "stratify",
 ]

@@ -26,18 +26,6 @@ SHIFTED = ("uniform", "shift", "sigma", "logit_normal", "mode", "beta")
 _BETA_CELLS = 8192
 
 
-def sample_sigmas(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """Sigmas [B] float32 in 0..1 for one batch.
-
-    normal: standard normal draws [B]. uniform: draws in [0, 1) [B]. latent_hw: latent height and width, which the
-    resolution-dependent shifts need. With ``noise.stratified`` the batch covers the whole density evenly; a caller
-    that wants this over all samples of an update calls `stratify` on all draws and `sigmas_from_draws` per batch.
-    """
-    if noise_cfg.stratified:
-        normal, uniform = stratify(normal, uniform)
-    return sigmas_from_draws(noise_cfg, normal=normal, uniform=uniform, latent_hw=latent_hw)
-
-
 def stratify(normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draws [B] with one sample in each of B equal segments of the unit interval, for both kinds of draw.
 
@@ -52,7 +40,11 @@ def stratify(normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmas_from_draws(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """`sample_sigmas` without stratification: each value depends on its own two draws alone."""
+    """Sigmas [B] float32 in 0..1 for one batch; each value depends on its own two draws alone.
+
+    normal: standard normal draws [B]. uniform: draws in [0, 1) [B]; both went through `stratify` before when
+    ``noise.stratified`` is on. latent_hw: latent height and width, for the resolution-dependent shifts.
+    """
     normal, uniform = normal.to(torch.float32), uniform.to(torch.float32)
     name = noise_cfg.timesteps
     if name == "uniform":
