@@ -287,9 +287,9 @@ class ModelPlugin:
 
     config: pydantic model of the ``model`` section. files: (RunConfig) -> ComponentFiles, may download.
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
-    functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools that
-    have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token counts};
-    called by checks only, so it may import a tokenizer library.
+    functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
+    that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
+    counts}; called by checks only, so it may import a tokenizer library.
     """
 
     name: str

@@ -139,10 +139,11 @@ def test_beta_draws_have_the_moments_of_the_beta_distribution(alpha: float, beta
 def test_stratified_draws_put_one_sample_into_each_segment() -> None:
     generator = torch.Generator().manual_seed(3)
     normal, uniform = torch.randn(8, generator=generator), torch.rand(8, generator=generator)
-    got = sigmas(normal=normal, uniform=uniform, timesteps="uniform", stratified=True)
+    normal, uniform = stratify(normal, uniform)
+    got = sigmas(normal=normal, uniform=uniform, timesteps="uniform")
     assert sorted((got * 8).long().tolist()) == list(range(8))
     assert got.tolist() != sorted(got.tolist())
-    bent = sigmas(normal=normal, uniform=uniform, timesteps="sigmoid", stratified=True)
+    bent = sigmas(normal=normal, uniform=uniform, timesteps="sigmoid")
     quantiles = torch.special.ndtr(torch.logit(bent.double()))
     assert sorted((quantiles * 8).long().tolist()) == list(range(8))
 
