@@ -276,6 +276,8 @@ class _Builder:
         data = self.config.data
         per_source = data.sampling != "epoch"
         groups = _groups(self.placed, self.tiers, per_source)
+        if data.short_batches == "drop":
+            self.notes += self._unused_notes(groups)
         return DataPlan(
             tiers=tuple(self.tiers),
             sources=self.sources,
@@ -289,6 +291,19 @@ class _Builder:
             notes=tuple(self.notes),
             fingerprint=fingerprint(self.placed, self.held_out, self.tiers, self.config),
         )
+
+    def _unused_notes(self, groups: Sequence[Group]) -> list[str]:
+        """Buckets of which every batch is dropped: their images would go unused without a word."""
+        notes = []
+        for group in groups:
+            visits = sum(self.placed[item].repeats for item in group.items)
+            if visits < group.batch_size:
+                size = f"{group.bucket[0]}x{group.bucket[1]}"
+                notes.append(
+                    f"bucket {size} is never trained: data.short_batches is drop, and it has {visits} of the"
+                    f" {group.batch_size} images of a batch"
+                )
+        return notes
 
     def _item(self, source: SourceConfig, tier: int, record: ImageRecord, placed: Fit) -> PlanItem:
         return PlanItem(
