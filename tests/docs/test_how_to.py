@@ -31,6 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (images / f"{number}.txt").write_text(f"a red dog {number}", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config()), encoding="utf-8")
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user-cache"))
     return folder
 
 
