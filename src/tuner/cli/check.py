@@ -49,8 +49,8 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         [(row.source, row.role, row.images, row.visits, row.held_out) for row in plan.sources],
     )
     table(("size", "images", "per epoch", "batches"), [(r.bucket, r.images, r.visits, r.batches) for r in plan.buckets])
-    for reason, count in plan.left_out.items():
-        warn(f"{count} left out: {reason}")
+    for line in plan.left_out_lines():
+        warn(line)
     out(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} in all; {plan.cropped:.1%} of the pixels cropped")
     heading("disk")
     for name, text in found.disk.items():

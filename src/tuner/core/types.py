@@ -254,7 +254,8 @@ class ModelFacts:
     components: names that ``load_models``, ``train.components`` and ``optimizer.lr_by_component`` use.
     trainable: the components that may train. step_components: frozen components that every step still needs.
     max_tokens: token limit per tokenizer after configuration. files: files whose bytes make each component.
-    posterior: how pixels are encoded unless ``latents.posterior`` says otherwise.
+    posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. modules: paths of the linears of each
+    component that may train, where the headers tell them; patterns are then checked before anything is loaded.
     """
 
     family: str
@@ -278,6 +279,7 @@ class ModelFacts:
     guidance_input: bool = False
     posterior: Literal["mode", "sample"] = "mode"
     architecture: str = ""
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -79,6 +79,13 @@ def select_targets(paths: Mapping[str, Sequence[str]], network: NetworkConfig, f
     return targets
 
 
+def check_targets(network: NetworkConfig, components: Iterable[str], facts: ModelFacts) -> None:
+    """Raise what `select_targets` would, where `facts.modules` names the modules: before any weight is read."""
+    paths = {component: facts.modules.get(component, ()) for component in components}
+    if network.rank != "from_file" and all(paths.values()):
+        select_targets(paths, network, facts)
+
+
 def _edited(every: Sequence[tuple[str, str]], network: NetworkConfig, lora: LoraRules) -> list[tuple[str, str]]:
     if network.targets is not None:
         _require_matches(network.targets, every, "network.targets")
@@ -209,7 +216,8 @@ def _require_matches(patterns: Iterable[str], every: Sequence[tuple[str, str]], 
         except re.error as error:
             raise UsageError(f"{pattern!r} is no regular expression", where=where, why=str(error)) from error
         if not any(_matches((pattern,), *each) for each in every):
-            kinds = list(dict.fromkeys(re.sub(r"\d+", "0", path) for _, path in every))
+            # One path of each kind: blocks repeat, and their numbers make every path close to every other.
+            kinds = list({re.sub(r"\.\d+\.", ".0.", path): path for _, path in reversed(every)}.values())[::-1]
             raise UsageError(
                 f"{pattern!r} matches no module",
                 where=where,

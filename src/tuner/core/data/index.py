@@ -76,9 +76,8 @@ class _Scan:
         """All image files, sorted by key; a folder that cannot be used is a problem."""
         where = f'source "{self.source.id}"'
         if not self.root.is_dir():
-            what = "is no folder" if self.root.exists() else "does not exist"
-            fix = "correct the path of the source"
-            self.problems.append(UsageError(f"the folder {self.root} {what}", where=where, fix=fix))
+            what = f"{self.root} is not a folder" if self.root.exists() else f"the folder {self.root} does not exist"
+            self.problems.append(UsageError(what, where=where, fix="correct the path of the source"))
             return []
         try:
             files = list(_walk(self.root, recursive=self.source.recursive, leave_out=self._mask_root()))

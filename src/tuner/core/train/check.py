@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tuner.core.adapters.targets import check_targets
 from tuner.core.config import RawConfig, RunConfig, load_config
 from tuner.core.data.index import scan_source
 from tuner.core.data.inspect import inspect_indices
@@ -65,6 +66,7 @@ def check(
         config = opened.config
         problems.extend(_header_problems(opened))
         _collected(problems, lambda: resolve_prompts(config.sample, opened.facts))
+        _collected(problems, lambda: check_network(config, opened.facts))
     problems.extend(_folder_problems(config, resuming=resuming or config.checkpoint.resume != "none"))
     indices, warnings = _look_at_data(config, problems)
     plan = _plan(config, opened.facts if opened else None, indices, problems)
@@ -78,6 +80,13 @@ def check(
     _check_disk(plan, config, opened.facts, texts or [], report, problems)
     problems.raise_if_any()
     return report
+
+
+def check_network(config: RunConfig, facts: ModelFacts) -> None:
+    """Raise a UsageError for patterns that match no module and for a start file that is no weight file."""
+    if config.network.init_from is not None:
+        safetensors_header(config.network.init_from)
+    check_targets(config.network, config.train.components, facts)
 
 
 def _collected(problems: Problems, action: Callable[[], T]) -> T | None:
@@ -101,7 +110,7 @@ def _header_problems(opened: Opened) -> list[UsageError]:
 def _folder_problems(config: RunConfig, *, resuming: bool) -> list[UsageError]:
     found = []
     run = RunFolder(Path(config.checkpoint.dir), config.checkpoint.name or "")
-    if not resuming and run.is_used():
+    if not resuming and run.is_used(config.log.file):
         found.append(
             UsageError(
                 "the run folder is not empty",

@@ -73,7 +73,12 @@ def read_state(folder: Path) -> State:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError("this checkpoint has no resume state", where=str(path), why=error.strerror) from error
+        raise UsageError(
+            "this is no checkpoint to resume from" if not folder.is_dir() else "this checkpoint has no resume state",
+            where=str(path),
+            why=error.strerror,
+            fix="name a folder below checkpoints/ in the run folder, or use --resume alone for the newest",
+        ) from error
     except ValueError as error:
         raise UsageError("the resume state is damaged", where=str(path), why=str(error)) from error
     if not isinstance(document, dict) or document.get("blake2b") != _document_digest(document):

@@ -24,6 +24,7 @@ from tuner.core.track.events import EventLog
 from tuner.core.track.report import write_report
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.caching import Caches
+from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, open_folder
@@ -54,7 +55,10 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     run = open_run(raw, base_dir=base_dir)
     config = run.config
     wanted = resume or config.checkpoint.resume
-    folder = open_folder(Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none")
+    check_network(config, run.facts)
+    folder = open_folder(
+        Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none", log_file=config.log.file
+    )
     check_trackers(config.log)
     check_optimizer(config.optimizer)
     set_threads(config)
@@ -62,6 +66,8 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
+        if wanted != "none" and found is None:
+            tell_fresh_start(folder, events)
         plan = plan_data(config, run.facts)
         report = report_plan(plan, config.train)
         show_plan(report, folder)
@@ -109,12 +115,19 @@ def show_plan(report: PlanReport, folder: RunFolder) -> None:
         report.images, report.visits_per_epoch, report.batches_per_epoch, len(report.buckets),
         report.validation_images, 100 * report.cropped,
     )  # fmt: skip
-    for reason, count in report.left_out.items():
-        log.warning("%d left out: %s", count, reason)
+    for line in report.left_out_lines():
+        log.warning("%s", line)
     for note in report.notes:
         log.warning("%s", note)
     epochs = report.total_steps / report.steps_per_epoch
     log.info("run: %d steps, %.1f epochs, into %s", report.total_steps, epochs, folder.path)
+
+
+def tell_fresh_start(folder: RunFolder, events: EventLog) -> None:
+    """A resume without a checkpoint begins anew; steps that were recorded before count as redone."""
+    log.warning("no checkpoint in %s: starting from the beginning", folder.path)
+    if folder.is_used():
+        events.emit("resume", step=0)
 
 
 def set_threads(config: RunConfig) -> None:
@@ -133,13 +146,16 @@ def resolved(run: Run) -> dict[str, Any]:
     return run.config.model_dump(mode="json", by_alias=True)
 
 
-# What may differ between a run and its continuation: how long, what is shown, what is kept.
-FREE_ON_RESUME = ("train.steps", "train.epochs", "sample", "validate", "log", "checkpoint")
+# What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
+FREE_ON_RESUME = (
+    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate", "log", "checkpoint", "memory",
+    "cache.dir", "cache.verify", "data.workers", "data.prefetch",
+)  # fmt: skip
 
 
 def check_same_run(folder: RunFolder, run: Run) -> None:
     """Refuse to continue with settings that would make it another run."""
-    if not folder.config.is_file():
+    if not folder.config.is_file() or not folder.is_used():
         return
     before = json.loads(folder.config.read_text(encoding="utf-8"))
     changed = [name for name in differences(before, resolved(run)) if not _is_free(name)]
@@ -147,7 +163,7 @@ def check_same_run(folder: RunFolder, run: Run) -> None:
         raise UsageError(
             "this is not the configuration that the run folder was made with",
             where=", ".join(changed[:8]),
-            why="on resume only lengths, samples, validation, logging and retention may differ",
+            why="on resume only lengths, samples, validation, logging, retention, workers and memory may differ",
             fix="restore these values, or start a new run in another checkpoint.dir",
         )
 

@@ -18,6 +18,7 @@ from tuner.core.types import (
 
 from . import sources
 from .keys import adapter_keys, denoiser_keys, encoder_keys, key_problems, vae_problems
+from .names import adapter_modules, denoiser_modules, encoder_modules
 from .sizes import (
     ADAPTER_PREFIX,
     PICKLE_SUFFIXES,
@@ -119,6 +120,11 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
         architecture=f"anima-{flavour}",
+        modules={
+            "denoiser": denoiser_modules(denoiser.blocks),
+            "llm_adapter": adapter_modules(adapter.layers),
+            "qwen3": encoder_modules(encoder.layers),
+        },
     )
 
 
