@@ -275,3 +275,26 @@ def test_caching_ahead_leaves_nothing_to_encode(make_config, tmp_path):
     train(config)
     stages = [event for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "stage"]
     assert [event["items"] for event in stages] == [0, 0, 0, 0]
+
+
+def test_an_extension_that_wraps_the_encoder_has_entries_of_its_own(make_config, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    info = site / "tuner_louder-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tuner-louder\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tuner.extensions]\nlouder = tuner_louder:plugin\n")
+    (site / "tuner_louder.py").write_text(
+        "from tuner import ExtensionPlugin, TextEmbeds, hookimpl\n"
+        "plugin = ExtensionPlugin(name='louder', api=(1, 0), hooks='tuner_louder')\n"
+        "@hookimpl(wrapper=True)\n"
+        "def encode_text():\n"
+        "    embeds = yield\n"
+        "    return TextEmbeds(tensors={**embeds.tensors, 'context': embeds.tensors['context'] * 2})\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    options = {"cache__dir": str(tmp_path / "cache"), "train__steps": 1}
+    train(make_config(checkpoint__dir=str(tmp_path / "plain"), **options))
+    train(make_config(checkpoint__dir=str(tmp_path / "louder"), extensions=["louder"], **options))
+    stages = [event for event in read_events(tmp_path / "louder/events.jsonl") if event["kind"] == "stage"]
+    assert {event["name"]: event["items"] > 0 for event in stages} == {"captions": True, "latents": False}
+    assert losses(tmp_path / "louder") != losses(tmp_path / "plain")

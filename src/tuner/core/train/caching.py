@@ -37,7 +37,16 @@ class Caches:
         config, facts = run.config, run.facts
         self.prompts: list[Prompt] = resolve_prompts(config.sample, facts) if config.sample.enabled else []
         self._loaded: dict[tuple[str, ...], Models] = {}
-        self.data = open_caches(plan, config, facts, run.model, load=self.load, device=str(device))
+        self.data = open_caches(
+            plan,
+            config,
+            facts,
+            run.model,
+            load=self.load,
+            device=str(device),
+            text_wrappers=run.extensions.wrapping("encode_text"),
+            latent_wrappers=run.extensions.wrapping("encode_latents"),
+        )
         cached = cached_fields(config, facts) if self.data.text is not None else {}
         live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}
         self.live_text = tuple(name for name in facts.components if name in live)
