@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.network import adapter_strength
+from tuner.core.adapters.network import adapter_eval, adapter_strength
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss
 from tuner.core.rng import Rng
 from tuner.core.types import Batch, Models, Network, TextEmbeds
@@ -74,14 +74,12 @@ class Validator:
     @torch.no_grad()
     def run(self, step: int) -> Validation:
         """Measure after ``step`` updates. Draws from its own streams only, so training is not disturbed."""
-        training = self.network.module.training
-        self.network.module.eval()
-        if self._base is None:
-            with adapter_strength(self.network, 0.0):
-                self._base = self._measure(shuffled=False)
-        adapted = self._measure(shuffled=False)
-        shuffled = self._measure(shuffled=True) if len(adapted) > 1 else None
-        self.network.module.train(training)
+        with adapter_eval(self.network):
+            if self._base is None:
+                with adapter_strength(self.network, 0.0):
+                    self._base = self._measure(shuffled=False)
+            adapted = self._measure(shuffled=False)
+            shuffled = self._measure(shuffled=True) if len(adapted) > 1 else None
         return self._summary(step, self._base, adapted, shuffled)
 
     def _measure(self, *, shuffled: bool) -> Tensor:
