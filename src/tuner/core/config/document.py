@@ -36,7 +36,7 @@ class RawConfig(dict[str, Any]):
                 return f"{origin}, {dotted(path)}"
         # Something that only an option made has the place of what was put into it.
         inside = next((origin for known, origin in self.origins.items() if known[: len(path)] == path), None)
-        return dotted(path) if inside is None else f"{inside}, {dotted(path)}"
+        return ", ".join(filter(None, (inside, dotted(path))))
 
     def overlay(self, path: Path, value: Any, origin: str) -> None:
         """Put ``value`` at ``path``, making objects on the way; refuses to go through anything that is not there."""

@@ -31,8 +31,8 @@ class FileHashes:
         self._known: dict[str, dict[str, Any]] = {}
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            # A torn or foreign file only costs hashing again.
+        except (OSError, ValueError):
+            # A file that is absent, torn or foreign only costs hashing again.
             loaded = {}
         if isinstance(loaded, dict):
             self._known = loaded

@@ -84,16 +84,25 @@ def open_folder(path: Path, name: str | None, *, resume: bool, log_file: str | N
             why=f"it holds {what}; nothing is overwritten",
             fix="continue that run with --resume auto, or set checkpoint.dir to a new folder",
         )
+    require_writable(path, "the run folder", "checkpoint.dir")
+    return folder
+
+
+def require_writable(path: Path, what: str, key: str) -> None:
+    """Make a folder and try to write there. ``what`` and ``key`` are its names in the UsageError when that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            "cannot write to the run folder", where=str(path), why=error.strerror, fix="set checkpoint.dir elsewhere"
-        ) from error
-    return folder
+        raise not_writable(what, path, key, error) from error
+
+
+def not_writable(what: str, path: Path, key: str, error: OSError) -> UsageError:
+    blocked = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    why = f"{blocked} is a file" if blocked is not None else error.strerror or str(error)
+    return UsageError(f"cannot write to {what}", where=f"{path}, {key}", why=why, fix=f"set {key} to another folder")
 
 
 class FolderLock:

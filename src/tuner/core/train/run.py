@@ -27,7 +27,7 @@ from tuner.core.train.caching import Caches
 from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
 from tuner.core.train.device import pick_device
-from tuner.core.train.folder import FolderLock, RunFolder, open_folder
+from tuner.core.train.folder import FolderLock, RunFolder, not_writable, open_folder, require_writable
 from tuner.core.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         write_records(folder, run)
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
         device = pick_device()
+        require_cache_folder(config)
         caches = stack.enter_context(Caches(run, plan, device, events))
         caches.fill()
         trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
@@ -91,7 +92,10 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
             files=tuple(files),
         )
         events.emit("run_end", steps=summary.steps, seconds=summary.seconds, reason=reason)
-        write_report(folder.path)
+        try:
+            write_report(folder.path)
+        except OSError as error:
+            log.warning("report.html was not written: %s", error.strerror or error)
         run.extensions.on_run_end(asdict(summary))
     return summary
 
@@ -103,9 +107,16 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
         raise UsageError("nothing would be cached", where="cache", fix='set cache.latents or cache.text to "disk"')
     set_threads(run.config)
     plan = plan_data(run.config, run.facts)
+    require_cache_folder(run.config)
     with Caches(run, plan, pick_device(), None) as caches:
         caches.fill()
     return report_plan(plan, run.config.train)
+
+
+def require_cache_folder(config: RunConfig) -> None:
+    """Make the cache folder when something will be kept there; UsageError when it cannot be written."""
+    if "disk" in (config.cache.latents, config.cache.text):
+        require_writable(Path(config.cache.dir), "the cache folder", "cache.dir")
 
 
 def show_plan(report: PlanReport, folder: RunFolder) -> None:
@@ -137,8 +148,11 @@ def set_threads(config: RunConfig) -> None:
 
 def write_records(folder: RunFolder, run: Run) -> None:
     """The resolved configuration and the versions that take part; on resume they replace equal ones."""
-    write_json(folder.config, resolved(run))
-    write_json(folder.manifest, run.manifest)
+    try:
+        write_json(folder.config, resolved(run))
+        write_json(folder.manifest, run.manifest)
+    except OSError as error:
+        raise not_writable("the run folder", folder.path, "checkpoint.dir", error) from error
 
 
 def resolved(run: Run) -> dict[str, Any]:

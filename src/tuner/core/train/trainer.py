@@ -26,7 +26,7 @@ from tuner.core.optim import (
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
-from tuner.core.train.checkpoint import CheckpointWriter, Position, State, write_state
+from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
 from tuner.core.train.due import Due
 from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
@@ -102,7 +102,7 @@ class Trainer:
             self._save_state_at_end()
             self._validate(self.position.step)
             self._preview(self.position.step)
-        files = self._export(self.folder.final)
+        files = self._export_final()
         self._write_views()
         return reason, files
 
@@ -253,7 +253,8 @@ class Trainer:
             self._write_checkpoint(position)
         except OSError as error:
             self._warn(
-                f"the checkpoint of step {position.step} was not written: {error.strerror}; earlier ones are intact"
+                f"the checkpoint of step {position.step} was not written: {error.strerror or error}; "
+                "earlier ones are intact"
             )
 
     def _warn(self, message: str) -> None:
@@ -271,7 +272,7 @@ class Trainer:
             self.writer.abandon(building)
             raise
         final = self.writer.commit(building, position.step)
-        self.ledger.write(self.folder.ledger)
+        self._write_views()
         paths = sorted(final.iterdir())
         self.events.emit(
             "checkpoint",
@@ -289,9 +290,29 @@ class Trainer:
     def _stop(self) -> list[Path]:
         """After an interrupt: keep the work if asked to, and leave the views in order."""
         if self.config.checkpoint.on_interrupt == "save":
-            self._write_checkpoint(self.position)
+            try:
+                self._write_checkpoint(self.position)
+            except OSError as error:
+                raise self._lost(f"the checkpoint of step {self.position.step}", error) from error
         self._write_views()
         return []
+
+    def _export_final(self) -> list[Path]:
+        try:
+            return self._export(self.folder.final)
+        except OSError as error:
+            raise self._lost("the adapter", error) from error
+
+    def _lost(self, what: str, error: OSError) -> UsageError:
+        """The error for a file that a full disk kept from being written, with what there is instead."""
+        kept = list_checkpoints(self.folder)
+        return UsageError(
+            f"{what} was not written",
+            where=str(error.filename or self.folder.path),
+            why=f"{error.strerror or error}; "
+            + (f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint"),
+            fix="free some space, then run it again with --resume",
+        )
 
     def _export(self, path: Path, *, step: int | None = None) -> list[Path]:
         """Write the adapter and prove that it reads back; OSErrors pass through from checkpoints only."""
@@ -309,7 +330,10 @@ class Trainer:
             )
 
     def _write_views(self) -> None:
-        self.ledger.write(self.folder.ledger)
+        try:
+            self.ledger.write(self.folder.ledger)
+        except OSError as error:
+            self._warn(f"{self.folder.ledger.name} was not written: {error.strerror or error}")
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -326,7 +350,7 @@ class Trainer:
 
     def _restore(self, state: State) -> None:
         """Take up a saved state; UsageError when it belongs to another network or optimizer."""
-        if state.position.step >= self.total:
+        if state.position.step >= self.total and self.folder.final.exists():
             raise UsageError(
                 f"this run is already at step {state.position.step} of {self.total}",
                 where=str(self.folder.path),
