@@ -59,12 +59,6 @@ def a_set(**settings: Any) -> dict[str, Any]:
             {"cache": {"latents": "off", "text": "off", "dtype": "fp32"}},
             "cache.dtype: has no effect when nothing is cached",
         ),
-        (
-            {"cache": {"latents": "off"}, "data": {"workers": {"cache": 2}}},
-            "data.workers.cache: has no effect with cache.latents 'off'",
-        ),
-        ({"data": {"prefetch": 0, "workers": {"load": 4}}}, "data.workers.load: has no effect with data.prefetch 0"),
-        ({"data": {"prefetch": 4, "workers": {"load": 0}}}, "data.prefetch: has no effect with data.workers.load 0"),
         ({"loss": {"huber_c": 0.2}}, "huber_c is not used by type 'l2'"),
     ],
 )

@@ -95,8 +95,8 @@ def _cache(config: RunConfig) -> Iterator[Problem]:
 
 
 def _unused_cache_keys(config: RunConfig) -> Iterator[Problem]:
-    """Settings of encoding ahead where nothing is, and of loading ahead where nothing is."""
-    cache, workers = changed_keys(config.cache), changed_keys(config.data.workers)
+    """Settings of encoding ahead where nothing is. Numbers of workers are limits, which zero work keeps as well."""
+    cache = changed_keys(config.cache)
     no_latents, no_text = config.cache.latents == "off", config.cache.text == "off"
     for key, unused, why in (
         ("vae_batch_size", no_latents, "with cache.latents 'off'"),
@@ -106,12 +106,6 @@ def _unused_cache_keys(config: RunConfig) -> Iterator[Problem]:
     ):
         if unused and key in cache:
             yield Unused(("cache", key), f"has no effect {why}")
-    if no_latents and "cache" in workers:
-        yield Unused(("data", "workers", "cache"), "has no effect with cache.latents 'off'")
-    if config.data.prefetch == 0 and "load" in workers and config.data.workers.load > 0:
-        yield Unused(("data", "workers", "load"), "has no effect with data.prefetch 0: batches are made when needed")
-    if config.data.workers.load == 0 and config.data.prefetch > 0 and "prefetch" in changed_keys(config.data):
-        yield Unused(("data", "prefetch"), "has no effect with data.workers.load 0")
 
 
 def _network(config: RunConfig) -> Iterator[Problem]:
