@@ -130,6 +130,13 @@ def test_data_may_be_included_from_another_file_with_paths_of_its_own(tmp_path: 
     assert build_config(load_config(write(tmp_path, document), env={})) == config
 
 
+@pytest.mark.parametrize("text", ["data.include=other.json", 'data={"include": "other.json"}'])
+def test_an_include_from_outside_a_file_is_refused_not_passed_over(text: str, tmp_path: Path) -> None:
+    assert "data.include has an effect in a file only" in refusal(minimal(), tmp_path, sets=[text])
+    with pytest.raises(UsageError, match="has an effect in a file only"):
+        load_config(minimal(), env={"TUNER__DATA__INCLUDE": "other.json"})
+
+
 def test_problems_of_an_included_file_name_that_file(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('{\n "sets": [],\n "prefech": 1}', encoding="utf-8")
     message = refusal(minimal() | {"data": {"include": "data.json"}}, tmp_path)
