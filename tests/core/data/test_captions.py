@@ -219,6 +219,12 @@ def test_prefix_and_suffix_belong_to_the_chosen_line():
     assert plain_caption(config, "l1\nl2") == "P l1 S"
 
 
+def test_only_line_breaks_end_a_line():
+    text = "a\u2028b\x85c\x0cd"
+    assert draw(settings(), f"{text}\r\nnext") == text
+    assert draw(settings(), f"{text}\rnext") == text
+
+
 def test_joined_lines_keep_their_breaks():
     assert draw(settings(lines="join"), " a, b\nc \n") == "a, b\nc"
 
