@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,25 @@ def test_resuming_with_another_configuration_is_refused_by_name(make_config):
     with pytest.raises(UsageError) as error:
         train(make_config(optimizer__lr=5e-3), resume="auto")
     assert "optimizer.lr" in str(error.value)
+
+
+def test_a_checkpoint_of_another_folder_is_continued_with_its_own_settings_only(make_config, tmp_path):
+    train(make_config(train__steps=2))
+    checkpoint = str(tmp_path / "out/checkpoints/step-000002")
+    branch = {"checkpoint__dir": str(tmp_path / "branch"), "train__steps": 4}
+    with pytest.raises(UsageError, match=re.escape("optimizer.lr")):
+        train(make_config(optimizer__lr=5e-3, **branch), resume=checkpoint)
+    (tmp_path / "out/config.resolved.json").unlink()
+    with pytest.raises(UsageError, match="made with seed 3"):
+        train(make_config(train__seed=4, **branch), resume=checkpoint)
+
+
+def test_a_checkpoint_can_be_continued_in_a_new_folder(make_config, tmp_path):
+    train(make_config(checkpoint={"dir": str(tmp_path / "whole/run"), "every": 2, "state": "every"}, train__steps=4))
+    checkpoint = str(tmp_path / "whole/run/checkpoints/step-000002")
+    train(make_config(checkpoint__dir=str(tmp_path / "branch/run"), train__steps=4), resume=checkpoint)
+    assert adapter(tmp_path / "branch/run") == adapter(tmp_path / "whole/run")
+    assert list(losses(tmp_path / "branch/run")) == [3, 4]
 
 
 def test_a_used_folder_is_not_overwritten(make_config, tmp_path):

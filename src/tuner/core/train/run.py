@@ -66,6 +66,9 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
+        if found:
+            # The checkpoint may lie in another run's folder; then that run's settings are the ones to go on with.
+            check_same_run(RunFolder(found[0].parent.parent, folder.name), run)
         if wanted != "none" and found is None:
             tell_fresh_start(folder, events)
         plan = plan_data(config, run.facts)

@@ -356,6 +356,13 @@ class Trainer:
                 where=str(self.folder.path),
                 fix="raise train.steps or train.epochs to train on",
             )
+        if state.position.seed != self.config.train.seed:
+            raise UsageError(
+                f"the checkpoint was made with seed {state.position.seed}, not {self.config.train.seed}",
+                where="train.seed",
+                why="the order of the data and all noise follow from it, so this would be another run",
+                fix=f"set train.seed to {state.position.seed}, or start from its adapter with network.init_from",
+            )
         load_network_tensors(self.network, _below(state.tensors, "network/"))
         load_optimizer_state(
             self.optimizer, self._parameters(), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
