@@ -192,6 +192,8 @@ class _Place:
     ) -> _Place:
         local = Path(path).expanduser()
         if local.exists():
+            if revision is not None:
+                raise _no_effect(where, "revision", f"{path} is on this machine, not on the hub")
             return cls(local=local, where=where)
         match = HUB_ID.fullmatch(path)
         if not match or _is_local(path):
@@ -217,6 +219,9 @@ class _Place:
     def weights(self, names: tuple[str, ...], subfolder: str | None, variant: str | None) -> Path:
         """The weight file or shard index, looked up in ``subfolder``, or in a folder of the diffusers layout."""
         if self.local.is_file():
+            for key, value in (("subfolder", subfolder), ("variant", variant)):
+                if value is not None:
+                    raise _no_effect(self.where, key, f"{self.local.name} is one file")
             return self.local
         base = self.local / subfolder if subfolder else self.local
         if not subfolder:
@@ -228,6 +233,11 @@ class _Place:
                                  fix="set model.variant to a variant that exists, or name the file")  # fmt: skip
             return named[0]
         return find_weights(base)
+
+
+def _no_effect(where: str, key: str, why: str) -> UsageError:
+    """``where`` ends with ``path``; ``key`` stands beside it."""
+    return UsageError(f"{where.removesuffix('path')}{key} has no effect", where=where, why=why, fix="take it out")
 
 
 def _is_local(path: str) -> bool:
