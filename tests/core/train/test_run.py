@@ -255,7 +255,7 @@ def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, strati
         )  # fmt: skip
         del config["train"]["steps"]
         config["data"]["sets"][0] |= {
-            "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False, "step": 16},
+            "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False},
         }  # fmt: skip
         config["data"]["sets"][0]["sources"][0]["repeats"] = 1
         train(config)
