@@ -36,7 +36,7 @@ def test_a_script_reads_the_same_as_json(project: Project, capsys: pytest.Captur
     assert main(["check", project.config(train={"steps": 0}), "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
-    assert "train.steps: expected a number at least 1, got 0" in found["problems"]
+    assert [each["what"] for each in found["problems"]] == ["train.steps: expected a number at least 1, got 0"]
 
 
 def test_problems_of_files_images_captions_and_folders_are_listed_together(

@@ -33,7 +33,7 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         found = check(raw, resuming=resuming)
     except UsageError as problem:
         if as_json:
-            out_json({"ok": False, "problems": str(problem)})
+            out_json({"ok": False, "problems": [_fields(each) for each in problem.parts or (problem,)]})
             return problem.exit_code
         raise
     if as_json:
@@ -59,3 +59,7 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         warn(note)
     out("no problems found")
     return 0
+
+
+def _fields(problem: UsageError) -> dict[str, str | None]:
+    return {"what": problem.what, "where": problem.where, "why": problem.why, "fix": problem.fix}
