@@ -199,9 +199,9 @@ def steps(folder: Path) -> int:
 
 def test_a_broken_plugin_beside_a_good_run_changes_nothing_but_a_warning(
     write: Write,
-    site: Site,
+    site: Site,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     def adapter(name: str) -> bytes:
         assert main(["train", write(checkpoint__dir=str(tmp_path / name / "run"), train__steps=2)]) == 0

@@ -111,6 +111,11 @@ def test_a_wrong_path_is_told_with_its_key(make_config, tmp_path, key):
     refusal(make_config(**{key.replace(".", "__"): path}), "no such file or folder", f"{key}: {path}")
 
 
+def test_a_misspelt_file_name_is_told_with_the_one_beside_it(make_config, model_files):
+    path = model_files["path"]
+    refusal(make_config(model__path=path.replace("anima.", "amina.")), f"did you mean {path}?")
+
+
 DAMAGES = {
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "cut short"),
     "cut in the header": (lambda path: path.write_bytes(path.read_bytes()[:100]), "its header is incomplete"),

@@ -28,6 +28,7 @@ class FileHashes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told = False
         self._known: dict[str, dict[str, Any]] = {}
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +59,9 @@ class FileHashes:
         try:
             write_json(self.path, self._known)
         except OSError as error:
-            logger.warning("cannot write %s (%s): the next start hashes the model files again", self.path, error)
+            if not self._told:
+                logger.warning("cannot write %s (%s): the next start hashes the model files again", self.path, error)
+            self._told = True
 
 
 def component_identity(files: Sequence[Path], hashes: FileHashes) -> str:

@@ -6,6 +6,7 @@ A source is a local file, a local folder, or a hub id ``owner/name`` that may go
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ class _Place:
             return cls(local=local, where=where)
         match = HUB_ID.fullmatch(path)
         if not match or _is_local(path):
-            raise UsageError("no such file or folder", where=f"{where}: {path}", fix="check the path")
+            raise UsageError("no such file or folder", where=f"{where}: {path}", fix=_nearest(local))
         inside = match["inside"].strip("/")
         if inside:
             patterns = (inside, f"{inside}/*")
@@ -238,6 +239,13 @@ class _Place:
 def _no_effect(where: str, key: str, why: str) -> UsageError:
     """``where`` ends with ``path``; ``key`` stands beside it."""
     return UsageError(f"{where.removesuffix('path')}{key} has no effect", where=where, why=why, fix="take it out")
+
+
+def _nearest(path: Path) -> str:
+    """What to do about a path that does not exist: a similar name beside it, when there is one."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / similar[0]}?" if similar else "check the path"
 
 
 def _is_local(path: str) -> bool:
