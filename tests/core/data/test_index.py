@@ -13,6 +13,7 @@ from PIL import Image
 from tests.core.data.pictures import OLD_NS, age, data_config, pattern, picture
 
 from tuner.core.data.index import scan_source
+from tuner.core.data.probe import probe_all
 from tuner.core.data.records import SourceIndex
 
 
@@ -326,6 +327,26 @@ def table(folder: Path, content: object, name: str = "captions.json", **captions
     path = folder.parent / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return scan(folder, recursive=True, captions={"from": "metadata", "metadata": str(path), **captions})
+
+
+def test_a_killed_scan_goes_on_from_what_it_stored(folder, monkeypatch):
+    for number in range(5):
+        picture(folder / f"{number}.png", seed=number, caption="x")
+    read: list[str] = []
+
+    def probe_or_die(paths, workers, *, decode):
+        if len(read) >= 4:
+            raise KeyboardInterrupt
+        read.extend(path.name for path in paths)
+        return probe_all(paths, workers, decode=decode)
+
+    monkeypatch.setattr("tuner.core.data.index.CHUNK", 2)
+    monkeypatch.setattr("tuner.core.data.index.probe_all", probe_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        scan(folder)
+    read.clear()
+    index = scan(folder)
+    assert (read, index.hashed, len(index.records)) == (["4.png"], 1, 5)
 
 
 def test_captions_from_a_table_match_whole_keys_only(folder):
