@@ -49,3 +49,12 @@ def predict(models: Models) -> Tensor:
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, SimpleNamespace]:
     return {name: SimpleNamespace(shape=tuple(value.shape)) for name, value in tensors.items()}
+
+
+def place(module: str) -> tuple[str, str]:
+    """(component, path) of a module as the golden list names it: the text encoder's begin with ``layers``."""
+    if module.startswith("layers."):
+        return "qwen3", module
+    if module.startswith("llm_adapter."):
+        return "llm_adapter", module.removeprefix("llm_adapter.")
+    return "denoiser", module

@@ -111,10 +111,6 @@ class LoraLayer(nn.Module):
                 mask = factor if mask is None else mask * factor
         return mask
 
-    def delta(self, x: Tensor) -> Tensor:
-        """What the layer adds for `x` [..., in] at its strength, without dropout, in its own dtype. Linears only."""
-        return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
-
 
 def keep(key: Tensor, count: int, rate: float, salt: int) -> Tensor:
     """[rows, count] booleans, True with probability 1 - rate: a counter-based hash of (key [rows, 1], salt, position).
