@@ -11,7 +11,6 @@ from tests.helpers import golden
 
 from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import (
-    can_drop,
     caption_set,
     draw_caption,
     plain_caption,
@@ -189,11 +188,7 @@ def test_a_set_above_the_limit_is_not_listed():
 
 
 def test_the_set_leaves_out_whole_caption_dropout():
-    dropping = settings(dropout=0.5)
-    assert caption_set(dropping, "a, b", 32) == ("a, b",)
-    assert can_drop(dropping)
-    assert can_drop(settings(dropout_every_n_epochs=2))
-    assert not can_drop(settings())
+    assert caption_set(settings(dropout=0.5, dropout_every_n_epochs=2), "a, b", 32) == ("a, b",)
 
 
 def test_variants_bound_what_shuffling_draws_and_depend_on_text_and_seed_only():

@@ -61,11 +61,6 @@ def drops(config: CaptionsConfig, *, rng: Rng, epoch: int) -> bool:
     return config.dropout > 0 and rng.child("dropout").random() < config.dropout
 
 
-def can_drop(config: CaptionsConfig) -> bool:
-    """Whether the empty caption can occur by dropout, so that its encoding is needed too."""
-    return config.dropout > 0 or config.dropout_every_n_epochs > 0
-
-
 def plain_caption(config: CaptionsConfig, raw: str) -> str:
     """The one caption used where nothing may be random: first line, first parts, all tags in their own order."""
     text = _affixed_lines(config, raw)[0]
