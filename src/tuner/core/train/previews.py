@@ -32,7 +32,7 @@ SHEET = "sheet.png"
 
 EncodeTexts = Callable[[Sequence[str]], TextEmbeds]
 WithVae = Callable[[], Models]
-OnImage = Callable[[int, int], None]
+OnImage = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +70,37 @@ class Previewer:
 
     def run(self, step: int, on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates. The base pictures are made with the first preview and kept in the run
-        folder.
+        folder. ``on_image`` is called after each of the `images_due`.
         """
-        base = self._base_images(on_image)
+        base = self._render(self._base_folder(), 0, strength=0.0, on_image=on_image)
         images = self._render(self.folder.samples / f"step-{step:06d}", step, strength=1.0, on_image=on_image)
         sheet = self.folder.samples / f"step-{step:06d}" / SHEET
         write_sheet(sheet, self.prompts, self._columns(base, step, images))
         return Preview(step, tuple(images), sheet)
 
-    def _base_images(self, on_image: OnImage | None) -> list[Path]:
-        # The folder is named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
+    def images_due(self) -> int:
+        """How many pictures the next preview has to sample."""
+        return len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
+
+    def _base_folder(self) -> Path:
+        # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
         described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
-        digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
-        return self._render(self.folder.samples / f"base-{digest}", 0, strength=0.0, on_image=on_image)
+        return self.folder.samples / f"base-{hashlib.blake2b(described.encode(), digest_size=4).hexdigest()}"
+
+    def _paths(self, folder: Path) -> list[Path]:
+        return [folder / f"{number:03d}.png" for number in range(len(self.prompts))]
 
     def _render(self, target: Path, step: int, *, strength: float, on_image: OnImage | None) -> list[Path]:
-        paths = [target / f"{number:03d}.png" for number in range(len(self.prompts))]
+        paths = self._paths(target)
         # The base model never changes: what is there of it stays.
         wanted = [number for number, path in enumerate(paths) if strength > 0 or not path.is_file()]
         if not wanted:
             return paths
         latents = []
-        for done, number in enumerate(wanted, 1):
+        for number in wanted:
             latents.append(self.sample(self.prompts[number], strength=strength))
             if on_image is not None:
-                on_image(done, len(wanted))
+                on_image()
         with torch.no_grad():
             decoder = self.load_vae()
             for number, value in zip(wanted, latents, strict=True):

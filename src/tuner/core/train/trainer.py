@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -77,6 +78,7 @@ class Trainer:
         self.average = LossAverage()
         self.ledger = Ledger(plan)
         self.loader = caches.data.loader()
+        self.bar: Progress | None = None
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
@@ -95,8 +97,9 @@ class Trainer:
             if self.position.step == 0 and self.config.sample.at_start:
                 self._preview(0)
             loop = self._loop(interrupt)
-            with self._progress() as progress:
-                self.position, reason = loop.train(self.position, progress)
+            with self._progress() as self.bar:
+                self.position, reason = loop.train(self.position, self.bar)
+            self.bar = None
             if reason == "interrupted":
                 return reason, self._stop()
             self._save_state_at_end()
@@ -140,6 +143,14 @@ class Trainer:
 
     def _progress(self) -> Progress:
         return Progress("training", self.total, "steps", done=self.position.step, plain=self.config.log.plain)
+
+    @contextmanager
+    def _inner_stage(self, name: str, total: int | None) -> Iterator[Progress]:
+        """Progress of a long chore, whether it comes during the training or around it."""
+        with ExitStack() as stack:
+            if self.bar is not None:
+                stack.enter_context(self.bar.paused())
+            yield stack.enter_context(Progress(name, total, "images", plain=self.config.log.plain))
 
     def _set_rates(self, step: int) -> dict[str, float]:
         self.schedule.set(step)
@@ -217,8 +228,8 @@ class Trainer:
     def _validate(self, step: int) -> None:
         if self.validator is None:
             return
-        with eval_weights(self.optimizer):
-            result = self.validator.run(step)
+        with eval_weights(self.optimizer), self._inner_stage("validation", None) as progress:
+            result = self.validator.run(step, progress.advance)
         fields = asdict(result)
         fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
         self.events.emit("validation", **fields)
@@ -232,8 +243,8 @@ class Trainer:
         if self.previewer is None:
             return
         try:
-            with eval_weights(self.optimizer):
-                preview = self.previewer.run(step)
+            with eval_weights(self.optimizer), self._inner_stage("samples", self.previewer.images_due()) as progress:
+                preview = self.previewer.run(step, progress.advance)
         except (torch.OutOfMemoryError, OSError) as error:
             # Pictures are a convenience; the training goes on without them.
             self._warn(f"no samples at step {step}: {error}")
