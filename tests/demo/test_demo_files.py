@@ -96,5 +96,5 @@ def test_the_lora_pictures_are_24_and_16_of_the_new_thing_with_captions() -> Non
         assert len(images) == count
         assert all(pictures.NEW_WORD in image.with_suffix(".txt").read_text() for image in images)
     known = sorted((DEMO / "images" / "known").glob("*.txt"))
-    assert len(known) == 30
+    assert len(known) == 48
     assert not any(pictures.NEW_WORD in path.read_text() for path in known)

@@ -39,7 +39,7 @@ HERE = Path(__file__).parents[1]
 class Plan:
     """Lengths of the trainings; each stops at its steps or its seconds, whichever comes first."""
 
-    reader_steps: int = 2000
+    reader_steps: int = 3000
     vae_steps: int = 2200
     vae_seconds: float = 1800.0
     pictures: int = 12000
