@@ -221,7 +221,20 @@ class Trainer:
                 row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
             )  # fmt: skip
         log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
+        for message in self._doubts():
+            self._warn(message)
         self.run.extensions.on_run_start(self.run)
+
+    def _doubts(self) -> Iterator[str]:
+        """What is allowed and hardly ever meant."""
+        if self.config.precision.adapter != "fp32":
+            yield (
+                "precision.adapter is bf16: a step smaller than 1/256 of a weight is lost in rounding; "
+                "fp32 costs little memory for an adapter"
+            )
+        largest = max(tier.batch_size for tier in self.plan.tiers) * self.config.train.accumulate
+        if self.config.noise.stratified and largest == 1:
+            yield "noise.stratified has no effect: every update has one sample"
 
     # --- chores -------------------------------------------------------------------------------------------------------
 
