@@ -410,6 +410,8 @@ class Trainer:
                 fix="restore the data, or set checkpoint.strict_data to false to go on at the next epoch",
             )
         self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
+        # Losses of another epoch's steps would stay in the average where the new one is shorter.
+        self.average.values = []
         epoch = position.epoch + 1 if position.batch > 0 else position.epoch
         return replace(position, epoch=epoch, batch=0, fingerprint=self.plan.fingerprint)
 
