@@ -65,7 +65,7 @@ class Trainer:
         self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
-        self.models = caches.load_fresh(self._components())
+        self.models = caches.load(self._components())
         # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         self._prepare_blocks()
@@ -204,7 +204,7 @@ class Trainer:
             folder=self.folder,
             prompts=self.caches.prompts,
             encode_texts=self._text,
-            load_vae=lambda: self.caches.load_fresh(["vae"]),
+            load_vae=lambda: self.caches.load(["vae"]),
             device=self.device,
         )
 
