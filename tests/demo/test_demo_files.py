@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+
 from examples.demo.build import pictures
 from examples.demo.build.captions import every_caption
-from safetensors import safe_open
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 MODELS = DEMO / "models"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
 from tuner.core.adapters.convert import merged_weight
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.lora import detach, inject_lora

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from tests.core.config.samples import build
 
 import tuner
+from tests.core.config.samples import build
 from tuner.core.config import EveryFields, RunConfig, steps_of
 from tuner.core.config.data import DefaultsConfig
 from tuner.core.config.messages import _models

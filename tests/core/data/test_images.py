@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.core.data.pictures import data_config, pattern, picture
 
+from tests.core.data.pictures import data_config, pattern, picture
 from tuner.core.config import CropConfig, SetConfig
 from tuner.core.data.augment import MAX_HUE, shift_color, turn_hue
 from tuner.core.data.buckets import set_geometry

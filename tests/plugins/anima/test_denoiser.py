@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.helpers import golden
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.helpers import golden
 from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, inject
 from tuner.core.compute.dtypes import cast_parameters
 from tuner.core.flow.sampler import apply_cfg, euler_sample, euler_sigmas

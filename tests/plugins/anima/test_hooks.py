@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
+from tests.helpers import golden, golden_path
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.lora import inject_lora
 from tuner.core.adapters.network import adapter_strength, network_tensors
