@@ -163,7 +163,8 @@ def resolved(run: Run) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
 FREE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate", "log", "checkpoint", "memory",
+    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
+    "validate.timesteps", "log", "checkpoint", "memory",
     "cache.dir", "cache.verify", "data.workers", "data.prefetch",
 )  # fmt: skip
 
