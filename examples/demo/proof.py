@@ -147,7 +147,7 @@ def sheet(rows: Sequence[tuple[str, Tensor]], captions: Sequence[Sequence[str]],
             tile = Image.fromarray(array).resize((edge, edge), Image.Resampling.BICUBIC)
             image.paste(tile, (left + column * edge, y))
         y += edge
-    image.save(path)
+    image.quantize(128).save(path, optimize=True)
 
 
 def find_lora(folder: Path) -> Path:
@@ -204,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check what the demo's LoRA learned.")
     parser.add_argument("run", type=Path, help="folder of the demo run, or a LoRA file")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the matrices are too small for more to pay
     lora = find_lora(options.run) if options.run.is_dir() else options.run
     sheet_path = lora.with_name("before_after.png")
     results = prove(lora, sheet_path)
