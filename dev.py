@@ -81,7 +81,8 @@ def gates(arguments: list[str]) -> int:
         "format": [PYTHON, "-m", "ruff", "format", "--check", "."],
         "types": [PYTHON, "-m", "mypy"],
         "import rules": [BIN / "lint-imports"],
-        "docs": [PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet"],
+        # Without --quiet: it hides the warnings that --strict counts.
+        "docs": [PYTHON, "-m", "mkdocs", "build", "--strict"],
     }
     failed = []
     for name, command in steps.items():

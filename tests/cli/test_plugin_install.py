@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.fixtures.package_index import new_environment, serve, write_sdist, write_wheel
 
 MODELS = "[tuner.models]\n{name} = tuner_{name}:plugin\n"

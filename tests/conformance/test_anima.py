@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.fixtures.tiny_anima import make_tiny_anima
 from transformers import Qwen3Config, Qwen3Model
 
+from tests.fixtures.tiny_anima import make_tiny_anima
 from tuner.core.testing import ModelConformance, write_empty_weights
 from tuner.plugins.anima.denoiser import Denoiser
 from tuner.plugins.anima.sizes import AdapterSizes, DenoiserSizes

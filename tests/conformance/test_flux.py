@@ -7,7 +7,6 @@ from typing import Any
 
 from tests.fixtures.tiny_flux import Flavour, full_sizes, make_tiny_flux, original_shapes
 from tests.fixtures.tiny_parts import clip_shapes, t5_shapes, vae_shapes
-
 from tuner.core.testing import ModelConformance, write_empty_weights
 
 

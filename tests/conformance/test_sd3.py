@@ -7,7 +7,6 @@ from typing import Any
 
 from tests.fixtures.tiny_parts import clip_shapes, t5_shapes, vae_shapes
 from tests.fixtures.tiny_sd3 import all_in_one, denoiser_shapes, make_tiny_sd3
-
 from tuner.core.testing import ModelConformance, write_empty_weights
 
 FULL = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from tests.fixtures.wheels import ROOT, build_wheel, call, environment, install_wheels
 
+from tests.fixtures.wheels import ROOT, build_wheel, call, environment, install_wheels
 from tuner.core.track.events import read_events
 
 PLUGINS = ROOT / "examples" / "plugins"

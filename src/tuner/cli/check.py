@@ -33,7 +33,7 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         found = check(raw, resuming=resuming)
     except UsageError as problem:
         if as_json:
-            out_json({"ok": False, "problems": str(problem)})
+            out_json({"ok": False, "problems": [_fields(each) for each in problem.parts or (problem,)]})
             return problem.exit_code
         raise
     if as_json:
@@ -49,8 +49,8 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         [(row.source, row.role, row.images, row.visits, row.held_out) for row in plan.sources],
     )
     table(("size", "images", "per epoch", "batches"), [(r.bucket, r.images, r.visits, r.batches) for r in plan.buckets])
-    for reason, count in plan.left_out.items():
-        warn(f"{count} left out: {reason}")
+    for line in plan.left_out_lines():
+        warn(line)
     out(f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} in all; {plan.cropped:.1%} of the pixels cropped")
     heading("disk")
     for name, text in found.disk.items():
@@ -59,3 +59,7 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
         warn(note)
     out("no problems found")
     return 0
+
+
+def _fields(problem: UsageError) -> dict[str, str | None]:
+    return {"what": problem.what, "where": problem.where, "why": problem.why, "fix": problem.fix}

@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 found problems, 2 wrong use, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 a problem that the user can fix, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):

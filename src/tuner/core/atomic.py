@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
+"""What file systems without fsync for folders answer: network shares, folders of a host system."""
 
 
 @contextmanager
@@ -24,7 +28,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes private files; a finished one gets the mode that open() would have given it.
-        temporary.chmod(0o666 & ~_umask())
+        # File systems without modes, such as those of memory sticks, refuse; there the file is public anyway.
+        with suppress(PermissionError):
+            temporary.chmod(0o666 & ~_umask())
         sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
@@ -47,12 +53,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames inside ``path`` durable; a no-op where folders cannot be opened (Windows)."""
+    """Make renames inside ``path`` durable, where the system can do that for a folder."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 

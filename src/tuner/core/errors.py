@@ -9,13 +9,21 @@ class UsageError(Exception):
     """A problem the user can fix: shown without a traceback, exit code 2.
 
     what: one sentence, the problem itself.  where: file, JSON path or item.  why: the reason, when it is not obvious.
-    fix: what to do or type next.
+    fix: what to do or type next.  parts: the single problems of an error that lists several, else empty.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
-        self.what, self.where, self.why, self.fix = what, where, why, fix
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        why: str | None = None,
+        fix: str | None = None,
+        parts: Iterable[UsageError] = (),
+    ) -> None:
+        self.what, self.where, self.why, self.fix, self.parts = what, where, why, fix, tuple(parts)
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -30,11 +38,18 @@ class UsageError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes send errors back by pickling them; keyword-only arguments need this.
-        return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
+        return _rebuild, (type(self), self.what, self.where, self.why, self.fix, self.parts)
 
 
-def _rebuild(cls: type[UsageError], what: str, where: str | None, why: str | None, fix: str | None) -> UsageError:
-    return cls(what, where=where, why=why, fix=fix)
+def _rebuild(
+    cls: type[UsageError],
+    what: str,
+    where: str | None,
+    why: str | None,
+    fix: str | None,
+    parts: tuple[UsageError, ...],
+) -> UsageError:
+    return cls(what, where=where, why=why, fix=fix, parts=parts)
 
 
 class Problems:
@@ -44,10 +59,12 @@ class Problems:
         self.errors: list[UsageError] = []
 
     def add(self, error: UsageError) -> None:
-        self.errors.append(error)
+        """Note a problem, or each of those that ``error`` lists."""
+        self.errors.extend(error.parts or (error,))
 
     def extend(self, errors: Iterable[UsageError]) -> None:
-        self.errors.extend(errors)
+        for error in errors:
+            self.add(error)
 
     def __bool__(self) -> bool:
         return bool(self.errors)
@@ -59,4 +76,4 @@ class Problems:
         if len(self.errors) == 1:
             raise self.errors[0]
         listed = "\n".join(f"{number}. {error}" for number, error in enumerate(self.errors, 1))
-        raise UsageError(f"{len(self.errors)} problems:\n{listed}")
+        raise UsageError(f"{len(self.errors)} problems:\n{listed}", parts=self.errors)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from tuner.core.errors import UsageError
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -146,6 +146,15 @@ def sharded_header(index: Path) -> WeightHeader:
     return WeightHeader(index, tensors, metadata)
 
 
+def key_mismatch(missing: Iterable[str], unknown: Iterable[str], where: str | None) -> UsageError | None:
+    """The error that names the keys, when there are any."""
+    parts = [f"{kind}: {_some(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    if not parts:
+        return None
+    return UsageError("the weights do not fit the model", where=where, why="; ".join(parts),
+                      fix="use a complete file of this model, without added keys")  # fmt: skip
+
+
 def _read_header_text(path: Path) -> tuple[bytes, int, int]:
     """(header bytes, offset of the data, file size)."""
     try:
@@ -155,7 +164,7 @@ def _read_header_text(path: Path) -> tuple[bytes, int, int]:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > MAX_HEADER_BYTES:
-                raise _not_safetensors(path, _guess_content(start))
+                raise _something_else(path, start)
             text = file.read(length)
     except FileNotFoundError as error:
         raise UsageError("no such file", where=str(path), fix="check the path") from error
@@ -167,7 +176,7 @@ def _read_header_text(path: Path) -> tuple[bytes, int, int]:
         if text.startswith(b"{"):
             raise UsageError("the weight file is cut short", where=str(path), why="its header is incomplete",
                              fix="copy or download the file again")  # fmt: skip
-        raise _not_safetensors(path, _guess_content(start))
+        raise _something_else(path, start)
     return text, 8 + length, size
 
 
@@ -184,22 +193,33 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     return info
 
 
-def _guess_content(start: bytes) -> str:
+_USE_SAFETENSORS = "use the .safetensors file of the model"
+
+
+def _not_safetensors(path: Path, why: str, fix: str = _USE_SAFETENSORS) -> UsageError:
+    return UsageError("this is not a safetensors file", where=str(path), why=why, fix=fix)
+
+
+def _something_else(path: Path, start: bytes) -> UsageError:
+    """The error for a file that begins with ``start``, which no safetensors file does."""
+    again = "download the file again"
     if not start:
-        return "it is empty"
-    if start.startswith(b"PK"):
-        return "it looks like a PyTorch .pt/.pth archive"
-    if start.startswith(b"GGUF"):
-        return "it looks like a GGUF file"
-    if start.startswith(b"version "[:8]):
-        return "it looks like a git-lfs pointer: the real file was not downloaded"
-    if start[:1] == b"\x80":
-        return "it looks like a pickle"
+        return _not_safetensors(path, "it is empty", again)
+    if start.startswith(b"version "):
+        fix = 'run "git lfs pull" in that folder, or download the file itself'
+        return _not_safetensors(path, "it looks like a git-lfs pointer: the real file was not downloaded", fix)
     if start.lstrip().startswith((b"<", b"{")):
-        return "it looks like text, perhaps an error page saved in place of the file"
-    return "it does not start with a safetensors header"
+        return _not_safetensors(path, "it looks like text, perhaps an error page saved in place of the file", again)
+    if start.startswith(b"PK"):
+        return _not_safetensors(path, "it looks like a PyTorch .pt/.pth archive")
+    if start.startswith(b"GGUF"):
+        return _not_safetensors(path, "it looks like a GGUF file")
+    if start[:1] == b"\x80":
+        return _not_safetensors(path, "it looks like a pickle")
+    return _not_safetensors(path, "it does not start with a safetensors header")
 
 
-def _not_safetensors(path: Path, why: str) -> UsageError:
-    return UsageError("this is not a safetensors file", where=str(path), why=why,
-                      fix="use the .safetensors file of the model")  # fmt: skip
+def _some(keys: Iterable[str], limit: int = 8) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

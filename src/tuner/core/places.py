@@ -6,6 +6,7 @@ A place is a local file, a local folder, or a hub id ``owner/name`` that may go 
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -44,10 +45,12 @@ class Place:
         """
         local = Path(path).expanduser()
         if local.exists():
+            if revision is not None:
+                raise _no_effect(where, "revision", f"{path} is on this machine, not on the hub")
             return cls(local=local, where=where)
         match = HUB_ID.fullmatch(path)
         if not match or _is_local(path):
-            raise UsageError("no such file or folder", where=f"{where}: {path}", fix="check the path")
+            raise UsageError("no such file or folder", where=f"{where}: {path}", fix=_nearest(local))
         inside = match["inside"].strip("/")
         if inside:
             patterns = (inside, f"{inside}/*")
@@ -72,6 +75,9 @@ class Place:
     def weights(self, *names: str, subfolder: str | None = None, variant: str | None = None) -> Path:
         """The weight file or shard index: in ``subfolder``, or in the first folder of ``names`` that exists."""
         if self.local.is_file():
+            for key, value in (("subfolder", subfolder), ("variant", variant)):
+                if value is not None:
+                    raise _no_effect(self.where, key, f"{self.local.name} is one file")
             return self.local
         base = self.local / subfolder if subfolder else self.local
         if not subfolder:
@@ -83,6 +89,18 @@ class Place:
                                  fix="set model.variant to a variant that exists, or name the file")  # fmt: skip
             return named[0]
         return find_weights(base)
+
+
+def _no_effect(where: str, key: str, why: str) -> UsageError:
+    """``where`` ends with ``path``; ``key`` stands beside it."""
+    return UsageError(f"{where.removesuffix('path')}{key} has no effect", where=where, why=why, fix="take it out")
+
+
+def _nearest(path: Path) -> str:
+    """What to do about a path that does not exist: a similar name beside it, when there is one."""
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / similar[0]}?" if similar else "check the path"
 
 
 def with_shards(path: Path) -> tuple[Path, ...]:

@@ -289,7 +289,8 @@ class ModelFacts:
     an empty tuple for one that is code alone.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
     ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding:
-    whether ``text_encoder.zero_padding`` is honoured.
+    whether ``text_encoder.zero_padding`` is honoured. modules: paths of the linears of each component that may train,
+    where the headers tell them; patterns are then checked before anything is loaded.
     """
 
     family: str
@@ -316,6 +317,7 @@ class ModelFacts:
     padding_masks: tuple[str, ...] = ()
     zero_padding: bool = False
     architecture: str = ""
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.core.adapters.toy import FACTS, MAPS, PATHS
 from torch import Tensor
 
-from tuner.core.adapters.convert import convert_adapter, delta_weight
+from tests.core.adapters.toy import FACTS, MAPS, PATHS
+from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import decode_adapter, encode_adapter, format_by_name, key_maps, module_name
@@ -38,7 +38,13 @@ def adapter(components: tuple[str, ...] = ("denoiser",), dtype: torch.dtype = to
 def same_effect(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert set(one) == set(two)
     for key in {name.rpartition(".")[0] for name in one}:
-        torch.testing.assert_close(delta_weight(one, key), delta_weight(two, key))
+        torch.testing.assert_close(update(one, key), update(two, key))
+
+
+def update(tensors: dict[str, Tensor], key: str) -> Tensor:
+    """What the adapter adds to the weights of one module."""
+    down, up, alpha = (tensors[f"{key}.{part}"] for part in ("down", "up", "alpha"))
+    return merged_weight(torch.zeros(len(up), down.shape[1]), down, up, float(alpha))
 
 
 @pytest.mark.parametrize("name", FORMATS)

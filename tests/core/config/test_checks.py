@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build
 
+from tests.core.config.samples import build
 from tuner.core.config import build_config
 from tuner.core.errors import UsageError
 
@@ -45,6 +45,20 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last: has no effect without checkpoint.every"),
         ({"noise": {"timesteps": "uniform", "sigmoid_scale": 2}}, "sigmoid_scale is not used by timesteps 'uniform'"),
+        ({"sample": {"negative": "blurry"}}, "sample.negative: has no effect without sample.prompts"),
+        (
+            {"checkpoint": {"metadata": {"embed": False, "title": "x"}}},
+            "checkpoint.metadata.title: has no effect while metadata.embed is off",
+        ),
+        ({"extensions": ["x", "y", "x"]}, "extensions[2]: 'x' is listed twice"),
+        ({"train": {"batch_size": 4}} | a_set(batch_size=2), "train.batch_size: has no effect: every set names its"),
+        ({"cache": {"latents": "off", "vae_batch_size": 2}}, "cache.vae_batch_size: has no effect with cache.latents"),
+        ({"cache": {"text": "off", "max_text_variants": 2}}, "cache.max_text_variants: has no effect with cache.text"),
+        ({"cache": {"text": "off", "text_batch_size": 2}}, "cache.text_batch_size: has no effect with cache.text"),
+        (
+            {"cache": {"latents": "off", "text": "off", "dtype": "fp32"}},
+            "cache.dtype: has no effect when nothing is cached",
+        ),
         ({"loss": {"huber_c": 0.2}}, "huber_c is not used by type 'l2'"),
     ],
 )
@@ -52,6 +66,36 @@ def test_a_key_without_effect_or_without_what_it_needs_is_refused(sections: dict
     with pytest.raises(UsageError) as caught:
         build(**sections)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"repeats": 2}, "repeats"),
+        ({"augment": {"flip": True}}, "augment.flip"),
+        ({"captions": {"dropout": 0.1}}, "captions.dropout"),
+        ({"captions": {"variants": 2, "shuffle": True}}, "captions.variants"),
+    ],
+)
+def test_what_a_validation_source_does_not_use_is_refused_where_it_stands_alone(
+    settings: dict[str, Any], key: str
+) -> None:
+    held_out = {"id": "v", "path": "v", "role": "validation"}
+    with pytest.raises(UsageError) as caught:
+        build(data={"sets": [{"sources": [{"id": "a", "path": "a"}, held_out | settings]}]})
+    assert f"data.sets[0].sources[1].{key}: has no effect with the role 'validation'" in str(caught.value)
+    config = build(data={"defaults": settings, "sets": [{"sources": [{"id": "a", "path": "a"}, held_out]}]})
+    assert len(config.data.sets[0].sources) == 2
+
+
+def test_an_inherited_key_is_refused_only_when_nobody_uses_it() -> None:
+    fixed = {"id": "b", "path": "b", "captions": {"from": "fixed", "fixed": "x"}}
+    data = {"defaults": {"captions": {"extension": ".cap"}}, "sets": [{"sources": [{"id": "a", "path": "a"}, fixed]}]}
+    assert build(data=data).data.sets[0].sources[0].captions.extension == ".cap"
+    data["sets"] = [{"sources": [fixed | {"role": "train"}]}]
+    with pytest.raises(UsageError) as caught:
+        build(data=data)
+    assert "data.defaults.captions.extension: has no effect with from 'fixed'" in str(caught.value)
 
 
 def test_random_crops_and_colour_are_fine_without_cached_latents() -> None:

@@ -36,6 +36,12 @@ def geometry(**values) -> dict[str, str]:
         ({"replace": [{"find": "a", "with": r"\2", "regex": True}]}, "replace", "does not work"),
         ({"separator": ""}, "separator", "must not be empty"),
         ({"tag_warmup": {"steps": 0}}, "tag_warmup", "must be above 0"),
+        ({"keep_first": 1}, "keep_first", "captions are not split into tags"),
+        ({"keep_first": 1, "fixed_marker": "|"}, "keep_first", "captions are not split into tags"),
+        ({"separator": ";"}, "separator", "captions are not split into tags"),
+        ({"join": "; "}, "join", "captions are not split into tags"),
+        ({"rule": "simpletuner", "variants": 2, "join": "; "}, "join", "captions are not split into tags"),
+        ({"rule": "sd_scripts", "fixed_marker": "|"}, "fixed_marker", "captions are not split into tags"),
     ],
 )
 def test_caption_settings_are_told(values, key, what):
@@ -50,6 +56,11 @@ def test_caption_settings_are_told(values, key, what):
         {"from": "metadata", "metadata": "captions.json"},
         {"variants": {"count": 3, "seed": 1}, "lines": "random"},
         {"rule": "simpletuner", "variants": 2},
+        {"rule": "simpletuner", "variants": 2, "keep_first": 1, "separator": ";"},
+        {"tag_warmup": {"steps": 5}, "keep_first": 1, "separator": ";", "join": "; "},
+        {"fixed_marker": "|", "separator": ";", "join": "; "},
+        {"group_separator": "+", "separator": ";"},
+        {"from": "metadata", "metadata": "captions.json", "separator": ";", "join": "; "},
         {"replace": [{"find": r"(a)", "with": r"\1", "regex": True}, {"find": "("}]},
     ],
 )
@@ -67,7 +78,7 @@ SIMPLETUNER = {"rule": "simpletuner"}
     [
         ({"crop": {"aspect": "square"}}, "crop.aspect", "has no effect with a list of buckets"),
         ({"buckets": SIMPLETUNER, "crop": {"shrink_above": 9}}, "crop.shrink_above", "needs shrink_to"),
-        ({"buckets": {**SIMPLETUNER, "max": 2048}}, "buckets.max", "only where a list of buckets is made"),
+        ({"buckets": {**SIMPLETUNER, "max": 2048}}, "buckets.max", "no effect where no list of buckets is made"),
         ({"buckets": {"rounding": 3}}, "buckets.rounding", "has no effect with rule 'sd_scripts'"),
         ({"buckets": {"max": 128}}, "buckets.max", "is below buckets.min (256)"),
         ({"buckets": SIMPLETUNER, "crop": {"aspect": "closest"}}, "crop.aspect", "'closest' needs aspect_list"),
@@ -79,7 +90,14 @@ SIMPLETUNER = {"rule": "simpletuner"}
             "crop.face_range",
             "the first number must not be above the second",
         ),
-        ({"resolution_mode": "fixed", "buckets": {"step": 32}}, "buckets", "no effect with resolution_mode 'fixed'"),
+        (
+            {"resolution_mode": "fixed", "buckets": {"step": 32}},
+            "buckets.step",
+            "no effect with resolution_mode 'fixed'",
+        ),
+        ({"buckets": {"enabled": False, "step": 32}}, "buckets.step", "no effect while buckets.enabled is off"),
+        ({"buckets": {"upscale": False, "min": 512}}, "buckets.min", "each image makes its own bucket"),
+        ({"buckets": {"upscale": False, "max_upscale": 2}}, "buckets.max_upscale", "while buckets.upscale is off"),
     ],
 )
 def test_geometry_settings_are_told(values, key, what):
@@ -94,6 +112,7 @@ def test_geometry_settings_are_told(values, key, what):
         {"resolution_mode": "short_edge", "buckets": {"rounding": 3}, "crop": {"shrink_above": 9, "shrink_to": 8}},
         {"buckets": {"enabled": False}, "crop": {"style": "face", "face_range": [2.0, 3.0]}},
         {"resolution_mode": "fixed", "buckets": {"upscale": False}},
+        {"buckets": {"enabled": False, "max_upscale": 2}},
     ],
 )
 def test_geometry_settings_that_work_pass(values):

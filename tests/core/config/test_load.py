@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.core.config.samples import build, minimal, refusal
 
+from tests.core.config.samples import build, minimal, refusal
 from tuner.core.config import build_config, load_config
 from tuner.core.config.document import split_path
 from tuner.core.config.load import split_set
@@ -128,6 +128,13 @@ def test_data_may_be_included_from_another_file_with_paths_of_its_own(tmp_path: 
     assert (config.data.prefetch, config.data.workers.load, config.data.workers.scan) == (1, 1, 3)
     write(tmp_path / "shared", {"data": inner}, "data.json")
     assert build_config(load_config(write(tmp_path, document), env={})) == config
+
+
+@pytest.mark.parametrize("text", ["data.include=other.json", 'data={"include": "other.json"}'])
+def test_an_include_from_outside_a_file_is_refused_not_passed_over(text: str, tmp_path: Path) -> None:
+    assert "data.include has an effect in a file only" in refusal(minimal(), tmp_path, sets=[text])
+    with pytest.raises(UsageError, match="has an effect in a file only"):
+        load_config(minimal(), env={"TUNER__DATA__INCLUDE": "other.json"})
 
 
 def test_problems_of_an_included_file_name_that_file(tmp_path: Path) -> None:

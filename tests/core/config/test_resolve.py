@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build, minimal, toy_facts
 
+from tests.core.config.samples import build, minimal, toy_facts
 from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
 from tuner.core.config.defaults import separable
 from tuner.core.types import Field, LoraRules, NoiseDefaults
@@ -87,6 +87,20 @@ def test_names_and_sizes_that_the_model_does_not_have_are_refused(sections: dict
     problems = facts_problems(build(**sections), toy_facts(), formats=FORMATS)
     assert len(problems) == 1
     assert expected.removesuffix(", ") in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("noise", "fix"),
+    [
+        ({"shift": 3.0}, "set noise.timesteps to 'shift'"),
+        ({"logit_mean": 1.0}, "name a distribution in noise.timesteps"),
+    ],
+)
+def test_a_noise_key_that_the_default_of_the_model_does_not_use_is_refused(noise: dict[str, Any], fix: str) -> None:
+    facts = toy_facts(noise=NoiseDefaults(timesteps="sigmoid", shift=1.0))
+    [problem] = facts_problems(build(noise=noise), facts)
+    assert problem.what == f"noise.{next(iter(noise))}: is not used by timesteps 'sigmoid', the default of this model"
+    assert problem.fix == fix
 
 
 def test_a_size_that_does_not_fit_names_the_nearest_ones() -> None:

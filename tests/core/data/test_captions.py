@@ -7,11 +7,10 @@ import math
 import random
 
 import pytest
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import (
-    can_drop,
     caption_set,
     draw_caption,
     plain_caption,
@@ -189,11 +188,7 @@ def test_a_set_above_the_limit_is_not_listed():
 
 
 def test_the_set_leaves_out_whole_caption_dropout():
-    dropping = settings(dropout=0.5)
-    assert caption_set(dropping, "a, b", 32) == ("a, b",)
-    assert can_drop(dropping)
-    assert can_drop(settings(dropout_every_n_epochs=2))
-    assert not can_drop(settings())
+    assert caption_set(settings(dropout=0.5, dropout_every_n_epochs=2), "a, b", 32) == ("a, b",)
 
 
 def test_variants_bound_what_shuffling_draws_and_depend_on_text_and_seed_only():
@@ -217,6 +212,12 @@ def test_prefix_and_suffix_belong_to_the_chosen_line():
     config = settings(prefix="P", suffix="S", lines="random")
     assert caption_set(config, "l1\n l2 \n\nl3", 9) == ("P l1 S", "P l2 S", "P l3 S")
     assert plain_caption(config, "l1\nl2") == "P l1 S"
+
+
+def test_only_line_breaks_end_a_line():
+    text = "a\u2028b\x85c\x0cd"
+    assert draw(settings(), f"{text}\r\nnext") == text
+    assert draw(settings(), f"{text}\rnext") == text
 
 
 def test_joined_lines_keep_their_breaks():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.core.data.pictures import OLD_NS, age, data_config, pattern, picture
 
+from tests.core.data.pictures import OLD_NS, age, data_config, pattern, picture
 from tuner.core.data.index import scan_source
+from tuner.core.data.probe import probe_all
 from tuner.core.data.records import SourceIndex
 
 
@@ -182,7 +183,7 @@ def test_a_folder_that_is_missing_or_empty_is_told_with_the_reason(folder):
     assert "does not exist" in told(scan(folder / "typo"))
     file = folder / "file.txt"
     file.write_text("")
-    assert "is no folder" in told(scan(file))
+    assert "is not a folder" in told(scan(file))
     assert "has no images" in told(scan(folder))
     picture(folder / "sub" / "a.png", caption="a")
     assert "subfolders are read only with recursive" in told(scan(folder))
@@ -328,6 +329,26 @@ def table(folder: Path, content: object, name: str = "captions.json", **captions
     return scan(folder, recursive=True, captions={"from": "metadata", "metadata": str(path), **captions})
 
 
+def test_a_killed_scan_goes_on_from_what_it_stored(folder, monkeypatch):
+    for number in range(5):
+        picture(folder / f"{number}.png", seed=number, caption="x")
+    read: list[str] = []
+
+    def probe_or_die(paths, workers, *, decode):
+        if len(read) >= 4:
+            raise KeyboardInterrupt
+        read.extend(path.name for path in paths)
+        return probe_all(paths, workers, decode=decode)
+
+    monkeypatch.setattr("tuner.core.data.index.CHUNK", 2)
+    monkeypatch.setattr("tuner.core.data.index.probe_all", probe_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        scan(folder)
+    read.clear()
+    index = scan(folder)
+    assert (read, index.hashed, len(index.records)) == (["4.png"], 1, 5)
+
+
 def test_captions_from_a_table_match_whole_keys_only(folder):
     picture(folder / "img1.png")
     picture(folder / "img10.png")
@@ -349,6 +370,21 @@ def test_tags_of_a_table_go_to_every_line_that_may_be_drawn(folder):
     assert table(folder, content, lines="random").records[0].captions_raw == "l1, t\nl2, t"
     assert table(folder, content, lines="join").records[0].captions_raw == "l1\nl2, t"
     assert table(folder, content, lines="random", rule="sd_scripts").records[0].captions_raw == "l1,t\nl2,t"
+
+
+def test_an_empty_tags_column_means_no_tags(folder):
+    picture(folder / "a.png")
+    path = folder.parent / "captions.json"
+    path.write_text(json.dumps({"a": {"caption": "c", "tags": "t"}}), encoding="utf-8")
+    index = scan(folder, captions={"from": "metadata", "metadata": {"path": str(path), "tags_column": ""}})
+    assert [record.captions_raw for record in index.records] == ["c"]
+
+
+def test_a_json_line_may_hold_separators_that_are_no_line_breaks(folder):
+    picture(folder / "a.png")
+    text = "one\u2028two\x85three"
+    rows = json.dumps({"image_path": "a.png", "caption": text}, ensure_ascii=False)
+    assert table(folder, rows, "captions.jsonl").records[0].captions_raw == text
 
 
 def test_captions_from_json_lines(folder):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from tests.core.data.pictures import pattern, picture
 
+from tests.core.data.pictures import pattern, picture
 from tuner.core.config import DataConfig
 from tuner.core.data.inspect import DataReport, inspect_data
 
@@ -33,6 +33,14 @@ def test_sizes_captions_and_copies_are_told_for_every_source(tmp_path):
         "the same image several times: one/a.png, two/copy.png",
         "one: 1 of 2 images have an empty caption",
     ]
+
+
+def test_captions_of_which_only_the_first_line_is_used_are_told(tmp_path):
+    picture(tmp_path / "one" / "a.png", caption="first\n\nsecond")
+    picture(tmp_path / "one" / "b.png", caption="only\n", seed=1)
+    [warning] = inspect(tmp_path, {"path": "one"}).warnings()
+    assert warning.startswith("one: only the first line is used of 1 captions that have more")
+    assert inspect(tmp_path, {"path": "one", "captions": {"lines": "random"}}).warnings() == []
 
 
 def test_one_file_in_two_sources_is_no_copy_but_may_leak_into_validation(tmp_path):

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.core.data.toy import source, toy_config, toy_plan
 
+from tests.core.data.toy import source, toy_config, toy_plan
 from tuner.core.data.order import epoch_order, rank_slice, validation_order
 from tuner.core.data.plan import DataPlan
 
@@ -158,6 +158,16 @@ def test_weighted_batches_hold_one_source_and_use_its_images_evenly(tmp_path: Pa
     assert max(uses.values()) - min(uses.values()) <= 1
     numbered = Counter((visit.item, visit.visit) for batch in order for visit in batch)
     assert max(numbered.values()) == 1
+
+
+@pytest.mark.parametrize("sampling", ["weighted", "uniform"])
+def test_a_bucket_without_a_full_batch_is_not_drawn_when_short_batches_are_dropped(tmp_path: Path, sampling):
+    sizes = {"a": [SQUARE] * 6 + [WIDE], "b": [WIDE]}
+    plan = make_plan(tmp_path, sizes, batch_size=2, sampling=sampling, short_batches="drop")
+    order = [batch for epoch in range(10) for batch in epoch_order(plan, 0, epoch)]
+    assert {plan.items[visit.item].fit.bucket for batch in order for visit in batch} == {SQUARE}
+    assert len(order) == 10 * plan.batches_per_epoch == 30
+    assert [note.partition(":")[0] for note in plan.notes] == ["bucket 80x48 is never trained"] * 2
 
 
 def shares(plan: DataPlan) -> dict[str, float]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.core.data.toy import source, toy_config, toy_plan
 from tests.helpers import golden
-
 from tuner.core.data.report import report_plan
 from tuner.core.data.split import split_validation
 from tuner.core.errors import UsageError
@@ -197,7 +197,8 @@ def test_the_report_counts_buckets_crops_and_reasons(tmp_path: Path):
     assert rows["64x64"].largest_scale == 2.0
     assert rows["64x64"].enlarged == 1
     assert rows["64x64"].cropped == pytest.approx((6 / 70) / 3)
-    assert report.left_out == {"is wider than filters.max_aspect 1.5": 2}
+    assert [len(images) for images in report.left_out.values()] == [2]
+    assert report.left_out_lines()[0].startswith("2 left out: is wider than filters.max_aspect 1.5 (")
     assert (report.images, report.visits_per_epoch, report.batches_per_epoch) == (3, 6, 3)
     assert (report.steps_per_epoch, report.total_steps) == (3, 10)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import LossConfig
 from tuner.core.flow import elementwise_loss, huber_threshold, loss_weight, min_snr_weight, reduce_loss
 from tuner.core.flow.losses import huber, smooth_l1
@@ -18,8 +18,8 @@ WEIGHTS = golden("core/loss_weights.json")
 SAMPLERS = golden("anima/timestep_samplers.safetensors")
 ONES = torch.ones(6)
 
-NOISE_PREDICTION = {"ddpm", "ddpm_weights"}
-"""Tables of the weight file for models that predict noise on a 1000-step schedule, which no flow model uses."""
+LATER = {"debiased", "soft_min_snr_simpletuner", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}
+"""Kinds of weight in the table of noise-prediction models that come later, or that no flow model has."""
 INFORMATION = {"snr_schedule_with_flow_scheduler", "simpletuner_flow_snr_reference_quirk"}
 
 
@@ -71,6 +71,16 @@ def test_a_loss_case_equals_the_reference(case: dict) -> None:
     assert both.mean().item() == pytest.approx(case["masked_weighted_mean"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in DATA if name.startswith("elementwise.")))
+def test_the_loss_of_every_element_equals_the_reference(name: str) -> None:
+    kind, _, schedule = name.removeprefix("elementwise.").partition(".")
+    stored = {"loss_type": kind, "huber_schedule": schedule or None}
+    cases = [case for case in LOSSES["cases"] if stored.items() <= case.items()]
+    # several thresholds share a name; the mean tells which case the elements are of
+    [case] = [case for case in cases if DATA[name].mean().item() == pytest.approx(case["mean"], rel=1e-6)][:1]
+    torch.testing.assert_close(elementwise_of(case), DATA[name], rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("row", LOSSES["flow_snr_closed_form"], ids=lambda row: f"c={row['huber_c']}")
 def test_the_snr_threshold_of_flow_models_equals_the_closed_form(row: dict) -> None:
     config = LossConfig(type="huber", huber_schedule="snr", huber_c=row["huber_c"])
@@ -80,7 +90,8 @@ def test_the_snr_threshold_of_flow_models_equals_the_closed_form(row: dict) -> N
 
 def test_only_information_is_left_out_of_the_loss_tables() -> None:
     assert set(LOSSES) == {"inputs", "cases", "flow_snr_closed_form"} | INFORMATION
-    assert set(WEIGHTS) == {"flow_weighting_scheme", "flow_min_snr_closed_form"} | NOISE_PREDICTION
+    assert set(WEIGHTS) == {"flow_weighting_scheme", "flow_min_snr_closed_form", "ddpm", "ddpm_weights"}
+    assert {row["kind"] for row in WEIGHTS["ddpm_weights"]} == {"min_snr"} | LATER
 
 
 @pytest.mark.parametrize("row", WEIGHTS["flow_weighting_scheme"], ids=lambda row: row["scheme"])
@@ -105,6 +116,18 @@ def test_min_snr_equals_the_closed_form(row: dict) -> None:
     torch.testing.assert_close(min_snr_weight(sigmas, row["gamma"], "noise"), noise_target, rtol=1e-5, atol=0)
     got = loss_weight(LossConfig(min_snr_gamma=row["gamma"]), sigmas)
     torch.testing.assert_close(got, velocity_target, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in WEIGHTS["ddpm_weights"] if row["kind"] == "min_snr"],
+    ids=lambda row: f"gamma={row['gamma']} velocity={row['v_prediction']}",
+)
+def test_min_snr_is_the_same_function_of_the_ratio_as_for_noise_prediction(row: dict) -> None:
+    # the sigma of a flow model with the signal-to-noise ratio of that schedule
+    sigmas = 1 / (1 + torch.tensor(WEIGHTS["ddpm"]["snr"], dtype=torch.float64).sqrt())
+    got = min_snr_weight(sigmas, row["gamma"], "velocity" if row["v_prediction"] else "noise")
+    torch.testing.assert_close(got, torch.tensor(row["weight"], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 def test_weights_are_finite_at_both_ends() -> None:

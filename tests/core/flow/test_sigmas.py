@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import NoiseConfig
-from tuner.core.flow import flux_mu, sample_sigmas, sigmas_from_draws, stratify
+from tuner.core.flow import resolution_mu, sigmas_from_draws, stratify
 from tuner.core.types import NoiseDefaults
 
 TIMESTEPS = golden("core/timesteps.json")
@@ -24,7 +24,7 @@ LATER = {"bias_weights"}
 
 
 def sigmas(hw: tuple[int, int] = HW, normal=NORMAL, uniform=UNIFORM, **keys) -> torch.Tensor:
-    return sample_sigmas(NoiseConfig(**keys), normal=normal, uniform=uniform, latent_hw=hw)
+    return sigmas_from_draws(NoiseConfig(**keys), normal=normal, uniform=uniform, latent_hw=hw)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -96,8 +96,8 @@ def test_only_the_tables_of_later_features_are_left_out() -> None:
 
 def test_flux_shift_is_shift_with_the_automatic_value() -> None:
     close(sigmas((96, 160), timesteps="flux_shift"), sigmas((96, 160), timesteps="shift", shift="auto"))
-    assert flux_mu((32, 32)) == 0.5
-    assert flux_mu((128, 128)) == pytest.approx(1.15)
+    assert resolution_mu((32, 32)) == 0.5
+    assert resolution_mu((128, 128)) == pytest.approx(1.15)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,11 @@ def test_beta_draws_have_the_moments_of_the_beta_distribution(alpha: float, beta
 def test_stratified_draws_put_one_sample_into_each_segment() -> None:
     generator = torch.Generator().manual_seed(3)
     normal, uniform = torch.randn(8, generator=generator), torch.rand(8, generator=generator)
-    got = sigmas(normal=normal, uniform=uniform, timesteps="uniform", stratified=True)
+    normal, uniform = stratify(normal, uniform)
+    got = sigmas(normal=normal, uniform=uniform, timesteps="uniform")
     assert sorted((got * 8).long().tolist()) == list(range(8))
     assert got.tolist() != sorted(got.tolist())
-    bent = sigmas(normal=normal, uniform=uniform, timesteps="sigmoid", stratified=True)
+    bent = sigmas(normal=normal, uniform=uniform, timesteps="sigmoid")
     quantiles = torch.special.ndtr(torch.logit(bent.double()))
     assert sorted((quantiles * 8).long().tolist()) == list(range(8))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.fixtures.wheels import build_wheel, call, environment, install_wheels
 
+from tests.fixtures.wheels import build_wheel, call, environment, install_wheels
 from tuner.cli.main import main
 from tuner.core.errors import UsageError
 from tuner.core.lifecycle.scaffold import write_plugin

@@ -16,7 +16,6 @@ from tuner.core.optim import (
     LrSchedule,
     build_optimizer,
     eval_weights,
-    is_schedule_free,
     load_optimizer_state,
     optimizer_state_tensors,
 )
@@ -52,8 +51,6 @@ class Setup:
             OptimizerConfig(**({"name": label, "lr": 1e-2} | OPTIMIZERS[label])), groups, "cpu"
         )
         self.schedule = LrSchedule(self.optimizer, ScheduleConfig(warmup=3), 20)
-        if is_schedule_free(self.optimizer):
-            self.optimizer.train()
 
     def run(self, start: int, stop: int) -> None:
         for step in range(start, stop):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.registry.toys import HOOKS, Site, write_header
 
+from tests.core.registry.toys import HOOKS, Site, write_header
 from tuner.core.config.document import merged
 from tuner.core.errors import UsageError
 from tuner.core.registry import Run, open_model, open_run
@@ -161,16 +161,25 @@ def test_extensions_wrap_in_the_order_of_the_configuration(site: Site, tmp_path:
     assert values == [3 * 2 + 1, (3 + 1) * 2]
 
 
+def test_a_model_and_an_extension_may_share_name_and_version(site: Site, tmp_path: Path) -> None:
+    site.model("cubist", version="0.1", module="toy_painter", dist="tuner-painter")
+    site.extension("cubist", WRAPPER.format(add="1"))
+    run = open_run(document(tmp_path, extensions=["cubist"]))
+    models, latents = run.model.load_models(["denoiser"]), torch.zeros(1, 4, 2, 2)
+    velocity = run.model.predict(models, latents, torch.zeros(1), run.model.encode_text(models, ["x"]))
+    assert velocity.unique().tolist() == [1.0]
+
+
 def test_an_extension_may_not_replace_a_hook_of_the_model(site: Site, tmp_path: Path) -> None:
     site.extension("thief", "from tuner import hookimpl\n@hookimpl\ndef predict(noisy):\n    return noisy\n")
     message = refusal(site, tmp_path, extensions=["thief"])
-    assert "plugin 'thief' 0.1, hook predict: an extension may only wrap it" in message
+    assert "extension 'thief' 0.1, hook predict: an extension may only wrap it" in message
 
 
 def test_old_style_wrappers_are_refused(site: Site, tmp_path: Path) -> None:
     site.extension("old", "from tuner import hookimpl\n@hookimpl(hookwrapper=True)\ndef predict(noisy):\n    yield\n")
     message = refusal(site, tmp_path, extensions=["old"])
-    assert "plugin 'old' 0.1, hook predict: old-style wrappers are refused" in message
+    assert "extension 'old' 0.1, hook predict: old-style wrappers are refused" in message
 
 
 def test_an_extension_that_is_not_installed_is_told_before_anything_else(site: Site, tmp_path: Path) -> None:

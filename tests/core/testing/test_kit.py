@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fixtures.tiny_anima import make_tiny_anima
 
+from tests.fixtures.tiny_anima import make_tiny_anima
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.registry.facade import ModelFacade

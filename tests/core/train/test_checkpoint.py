@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.errors import UsageError
 from tuner.core.train.average import LossAverage
 from tuner.core.train.checkpoint import (
@@ -67,6 +67,30 @@ def test_the_newest_whole_checkpoint_is_found(folder):
     (folder.checkpoint(30) / STATE_TENSORS).write_bytes(b"torn")
     path, state = find_state(folder, "auto")
     assert (path, state.position.step) == (folder.checkpoint(20), 20)
+
+
+def test_a_damaged_later_checkpoint_costs_no_good_one(folder):
+    write(folder, 10, 20, 30)
+    (folder.checkpoint(30) / STATE_TENSORS).write_bytes(b"torn")
+    write(folder, 25, keep_last=1, state="last")
+    path, state = find_state(folder, "auto")
+    assert (path, state.position.step) == (folder.checkpoint(25), 25)
+    write(folder, 30, keep_last=1, state="last")
+    assert list_checkpoints(folder) == [folder.checkpoint(30)]
+    assert find_state(folder, "auto")[1].position.step == 30
+
+
+def test_going_back_inside_a_folder_is_refused_because_two_histories_would_mix(folder, tmp_path):
+    write(folder, 10, 20)
+    with pytest.raises(UsageError, match="went on after step-000010"):
+        find_state(folder, str(folder.checkpoint(10)))
+    assert find_state(folder, str(folder.checkpoint(20)))[1].position.step == 20
+    assert find_state(RunFolder(tmp_path / "other", "other"), str(folder.checkpoint(10)))[1].position.step == 10
+
+
+def test_checkpoints_are_ordered_by_number(folder):
+    write(folder, 1_000_000, 999_999)
+    assert list_checkpoints(folder) == [folder.checkpoint(999_999), folder.checkpoint(1_000_000)]
 
 
 def test_a_run_without_any_whole_checkpoint_says_so(folder):

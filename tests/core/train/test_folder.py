@@ -21,10 +21,21 @@ def test_a_new_folder_is_made_and_named_after_itself(tmp_path):
 def test_a_used_folder_is_refused_and_the_way_to_resume_is_named(tmp_path):
     folder = open_folder(tmp_path / "hero", None, resume=False)
     folder.config.write_text("{}")
+    folder.events.write_text('{"kind": "step", "step": 1}\n')
     with pytest.raises(UsageError, match="not empty") as error:
         open_folder(tmp_path / "hero", None, resume=False)
     assert "--resume" in str(error.value)
     assert open_folder(tmp_path / "hero", None, resume=True).path == folder.path
+
+
+def test_what_a_failed_start_leaves_does_not_block_the_next_one(tmp_path):
+    folder = open_folder(tmp_path / "hero", None, resume=False)
+    folder.config.write_text("{}")
+    folder.events.write_text('{"kind": "run_start"}\n')
+    (folder.path / "log.txt").touch()
+    open_folder(tmp_path / "hero", None, resume=False, log_file=str(folder.path / "log.txt"))
+    with pytest.raises(UsageError, match="it holds an earlier run"):
+        open_folder(tmp_path / "hero", None, resume=False)
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +188,44 @@ def test_resuming_with_another_configuration_is_refused_by_name(make_config):
     assert "optimizer.lr" in str(error.value)
 
 
+def test_changed_data_begin_the_next_epoch_or_are_refused(make_config, tmp_path, pictures):
+    own = tmp_path / "pictures"
+    shutil.copytree(pictures, own)
+    changes = {"data__sets__0__sources__0__path": str(own), "train__steps": 6, "checkpoint__every": 2}
+    stop_after(make_config(**changes), 4)
+    (own / "0.png").unlink()
+    (own / "1.txt").write_text("a blue cat", encoding="utf-8")
+    with pytest.raises(UsageError, match="the data changed") as error:
+        train(make_config(**changes, checkpoint__strict_data=True), resume="auto")
+    assert "0.png" in str(error.value)
+    train(make_config(**changes), resume="auto")
+    events = list(read_events(tmp_path / "out/events.jsonl"))
+    [warning] = [event["message"] for event in events if event["kind"] == "warning"]
+    assert "0.png" in warning and "next epoch" in warning
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["epoch"] for event in steps] == [0, 0, 0, 0, 1, 1]
+    assert steps[4]["loss_avg"] == steps[4]["loss"]
+
+
+def test_a_checkpoint_of_another_folder_is_continued_with_its_own_settings_only(make_config, tmp_path):
+    train(make_config(train__steps=2))
+    checkpoint = str(tmp_path / "out/checkpoints/step-000002")
+    branch = {"checkpoint__dir": str(tmp_path / "branch"), "train__steps": 4}
+    with pytest.raises(UsageError, match=re.escape("optimizer.lr")):
+        train(make_config(optimizer__lr=5e-3, **branch), resume=checkpoint)
+    (tmp_path / "out/config.resolved.json").unlink()
+    with pytest.raises(UsageError, match="made with seed 3"):
+        train(make_config(train__seed=4, **branch), resume=checkpoint)
+
+
+def test_a_checkpoint_can_be_continued_in_a_new_folder(make_config, tmp_path):
+    train(make_config(checkpoint={"dir": str(tmp_path / "whole/run"), "every": 2, "state": "every"}, train__steps=4))
+    checkpoint = str(tmp_path / "whole/run/checkpoints/step-000002")
+    train(make_config(checkpoint__dir=str(tmp_path / "branch/run"), train__steps=4), resume=checkpoint)
+    assert adapter(tmp_path / "branch/run") == adapter(tmp_path / "whole/run")
+    assert list(losses(tmp_path / "branch/run")) == [3, 4]
+
+
 def test_a_used_folder_is_not_overwritten(make_config, tmp_path):
     train(make_config(train__steps=2))
     before = adapter(tmp_path / "out")
@@ -226,12 +266,16 @@ def test_validation_leaves_the_training_as_it_is(make_config, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
 
 
-def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path):
+@pytest.mark.parametrize("stratified", [False, True])
+def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, stratified):
     for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):
-        config = make_config(checkpoint__dir=str(tmp_path / name), train__accumulate=accumulate, train__epochs=4)
+        config = make_config(
+            checkpoint__dir=str(tmp_path / name), train__accumulate=accumulate, train__epochs=4,
+            noise__stratified=stratified,
+        )  # fmt: skip
         del config["train"]["steps"]
         config["data"]["sets"][0] |= {
-            "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False, "step": 16},
+            "batch_size": batch_size, "resolution_mode": "fixed", "buckets": {"enabled": False},
         }  # fmt: skip
         config["data"]["sets"][0]["sources"][0]["repeats"] = 1
         train(config)
@@ -271,3 +315,26 @@ def test_caching_ahead_leaves_nothing_to_encode(make_config, tmp_path):
     train(config)
     stages = [event for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "stage"]
     assert [event["items"] for event in stages] == [0, 0, 0, 0]
+
+
+def test_an_extension_that_wraps_the_encoder_has_entries_of_its_own(make_config, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    info = site / "tuner_louder-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tuner-louder\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tuner.extensions]\nlouder = tuner_louder:plugin\n")
+    (site / "tuner_louder.py").write_text(
+        "from tuner import ExtensionPlugin, TextEmbeds, hookimpl\n"
+        "plugin = ExtensionPlugin(name='louder', api=(1, 0), hooks='tuner_louder')\n"
+        "@hookimpl(wrapper=True)\n"
+        "def encode_text():\n"
+        "    embeds = yield\n"
+        "    return TextEmbeds(tensors={**embeds.tensors, 'context': embeds.tensors['context'] * 2})\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    options = {"cache__dir": str(tmp_path / "cache"), "train__steps": 1}
+    train(make_config(checkpoint__dir=str(tmp_path / "plain"), **options))
+    train(make_config(checkpoint__dir=str(tmp_path / "louder"), extensions=["louder"], **options))
+    stages = [event for event in read_events(tmp_path / "louder/events.jsonl") if event["kind"] == "stage"]
+    assert {event["name"]: event["items"] > 0 for event in stages} == {"captions": True, "latents": False}
+    assert losses(tmp_path / "louder") != losses(tmp_path / "plain")

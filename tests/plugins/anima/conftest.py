@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.tiny_anima import make_tiny_anima
 
+from tests.fixtures.tiny_anima import make_tiny_anima
 from tuner.core.config import RunConfig, build_config
 from tuner.plugins.anima.config import AnimaConfig
 

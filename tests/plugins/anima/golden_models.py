@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from tests.helpers import golden, golden_path
 from torch import Tensor
 
+from tests.helpers import golden, golden_path
 from tuner.core.compute.weights import read_tensors
 from tuner.core.files import safetensors_header
 from tuner.core.types import Models
@@ -49,3 +49,12 @@ def predict(models: Models) -> Tensor:
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, SimpleNamespace]:
     return {name: SimpleNamespace(shape=tuple(value.shape)) for name, value in tensors.items()}
+
+
+def place(module: str) -> tuple[str, str]:
+    """(component, path) of a module as the golden list names it: the text encoder's begin with ``layers``."""
+    if module.startswith("layers."):
+        return "qwen3", module
+    if module.startswith("llm_adapter."):
+        return "llm_adapter", module.removeprefix("llm_adapter.")
+    return "denoiser", module

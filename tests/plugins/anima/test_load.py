@@ -338,6 +338,14 @@ def test_a_missing_path_is_named_with_its_key(tiny: dict[str, Any], run_config: 
     assert re.search(r"model\..*path", caught.value.where or "")
 
 
+@pytest.mark.parametrize("key", ["subfolder", "variant", "revision"])
+def test_a_key_that_one_local_file_does_not_use_is_refused(
+    tiny: dict[str, Any], run_config: Configure, key: str
+) -> None:
+    with pytest.raises(UsageError, match=f"model.{key} has no effect"):
+        files(run_config(tiny | {key: "x"}))
+
+
 def test_parts_that_are_not_named_are_asked_for(tiny: dict[str, Any], run_config: Configure) -> None:
     with pytest.raises(UsageError, match="vae weights are not named") as caught:
         facts(run_config({key: value for key, value in tiny.items() if key != "vae"}))

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.helpers import golden, golden_path
-from tests.plugins.anima.golden_models import golden_models, predict
 from torch import Tensor
 
+from tests.helpers import golden, golden_path
+from tests.plugins.anima.golden_models import golden_models, place, predict
 from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
-from tuner.core.adapters.formats import format_by_name, module_name
+from tuner.core.adapters.formats import format_by_name
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import adapter_strength, network_tensors
 from tuner.core.config import RunConfig
@@ -37,13 +37,6 @@ EVERYTHING = ["denoiser", "llm_adapter", "qwen3"]
 ConfigOf = Callable[..., RunConfig]
 
 
-def own_name(module: str) -> tuple[str, str]:
-    """A module name of the golden table as (component, path)."""
-    if module.startswith("llm_adapter."):
-        return "llm_adapter", module.removeprefix("llm_adapter.")
-    return ("qwen3" if module.startswith("layers.") else "denoiser"), module
-
-
 @pytest.fixture
 def models() -> Models:
     return golden_models()
@@ -58,17 +51,7 @@ def facts_of(tiny: dict[str, Any], run_config: ConfigOf) -> Callable[..., tuple[
     return build
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("entry", golden("anima/lora_names.json"), ids=lambda entry: entry["module"])
-def test_every_linear_has_its_published_names_both_ways(entry: dict[str, Any]) -> None:
-    component, path = own_name(entry["module"])
-    for name, key in (("sd-scripts", "sd_scripts"), ("comfyui", "comfyui")):
-        fmt = format_by_name(MAPS, name)
-        assert module_name(fmt, component, path) == entry[key]
-        file_keys = [entry[key] + suffix for suffix in (fmt.down, fmt.up)]
-        assert path in MAPS.paths(file_keys)[component]
+# --- choice -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_choice_is_the_published_one(
@@ -78,7 +61,7 @@ def test_the_default_choice_is_the_published_one(
     network = inject_lora(models, config, found)
     chosen = {name.rpartition(".")[0] for name in network_tensors(network)}
     assert chosen == {
-        ":".join(own_name(entry["module"])) for entry in golden("anima/lora_names.json") if entry["default_target"]
+        ":".join(place(entry["module"])) for entry in golden("anima/lora_names.json") if entry["default_target"]
     }
 
 
@@ -108,20 +91,6 @@ def test_every_format_carries_the_same_effect(tmp_path: Path, fmt: str) -> None:
     tensors = {name: value for name, value in tensors.items() if name.partition(":")[0] in held}
     path = save_adapter(tensors, format_by_name(MAPS, fmt), tmp_path / "a.safetensors", {})
     assert verify_export(path, tensors, MAPS).modules == len(tensors) // 3
-
-
-@pytest.mark.parametrize("prefix", ["net.", "transformer.", "diffusion_model."])
-def test_prefixes_of_other_trainers_are_read(prefix: str) -> None:
-    from tuner.core.adapters.formats import decode_adapter
-
-    encoded = {
-        re.sub(r"^diffusion_model\.", prefix, key): value
-        for key, value in load_file(COMFYUI).items()
-        if not key.startswith("text_encoders.")
-    }
-    internal, _ = decode_adapter(encoded, MAPS.formats, MAPS.paths(list(encoded)))
-    assert len(internal) == len(encoded)
-    assert {name.partition(":")[0] for name in internal} == {"denoiser", "llm_adapter"}
 
 
 # --- effect -----------------------------------------------------------------------------------------------------------
@@ -154,7 +123,7 @@ def test_merged_weights_equal_the_reference(models: Models) -> None:
     for key, want in merged.items():
         match = re.fullmatch(r"merged\.mult([\d.]+?)\.((?:llm_adapter|blocks)\..*)\.weight", key)
         assert match is not None
-        component, path = own_name(match[2])
+        component, path = place(match[2])
         weight = models.component(component).get_submodule(path).weight
         down, up, alpha = (tensors[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
         close(merged_weight(weight, down, up, float(alpha), float(match[1])), want, 1e-6)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.fixtures.tiny_anima import ADAPTER, DENOISER
-from tests.helpers import golden, golden_path
 from torch import Tensor
 
-from tuner.core.adapters.convert import convert_adapter
+from tests.fixtures.tiny_anima import ADAPTER, DENOISER
+from tests.helpers import golden, golden_path
+from tests.plugins.anima.golden_models import place
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import module_name
 from tuner.core.types import KeyFormat
@@ -30,15 +30,6 @@ def fmt(name: str) -> KeyFormat:
     found = MAPS.format(name)
     assert found is not None
     return found
-
-
-def place(module: str) -> tuple[str, str]:
-    """(component, path) of a module as the golden list names it: the text encoder's begin with ``layers``."""
-    if module.startswith("layers."):
-        return "qwen3", module
-    if module.startswith("llm_adapter."):
-        return "llm_adapter", module.removeprefix("llm_adapter.")
-    return "denoiser", module
 
 
 def golden_names() -> list[dict[str, str]]:
@@ -98,20 +89,6 @@ def test_the_reference_files_are_one_adapter_in_two_spellings() -> None:
     assert set(one.tensors) == set(other.tensors)
     assert all(torch.equal(value, other.tensors[key]) for key, value in one.tensors.items())
     assert sum(key.startswith(("denoiser", "llm_adapter")) for key in one.tensors) == 3 * 40
-
-
-def test_conversion_gives_the_reference_files_exactly(tmp_path: Path) -> None:
-    for source, target, name in (
-        ("lora_sdscripts", "lora_comfyui", "comfyui-alpha"),
-        ("lora_comfyui", "lora_sdscripts", "sd-scripts"),
-    ):
-        path = tmp_path / f"{target}.safetensors"
-        convert_adapter(golden_path(f"anima/{source}.safetensors"), path, name, MAPS)
-        from safetensors.torch import load_file
-
-        converted, expected = load_file(path), golden(f"anima/{target}.safetensors")
-        assert set(converted) == set(expected)
-        assert all(torch.equal(value, expected[key]) for key, value in converted.items())
 
 
 def test_diffusers_names_are_the_published_table() -> None:

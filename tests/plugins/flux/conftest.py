@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.tiny_flux import make_tiny_flux
 
+from tests.fixtures.tiny_flux import make_tiny_flux
 from tuner.core.config import RunConfig, build_config, resolve_defaults
 from tuner.core.types import ModelFacts
 from tuner.plugins.flux.config import FluxConfig

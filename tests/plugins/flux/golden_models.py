@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
+from tests.helpers import golden, golden_path
 from tuner.core.files import safetensors_header
 from tuner.core.types import Placement
 from tuner.plugins.flux.load import load_denoiser

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.helpers import golden
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-
 from tuner.core.files import safetensors_header
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.types import Placement

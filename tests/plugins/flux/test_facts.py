@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from tests.fixtures.tiny_flux import full_sizes, original_shapes, sizes_of
 from tests.helpers import golden, golden_path
-
 from tuner.core.config import facts_problems
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, safetensors_header

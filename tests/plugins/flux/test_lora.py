@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.fixtures.tiny_flux import full_sizes, sizes_of
 from tests.helpers import golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-
 from tuner.core.adapters.convert import convert_adapter, delta_weight, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+
 from tests.helpers import golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-
 from tuner.core.config import LossConfig, NoiseConfig
 from tuner.core.files import safetensors_header
 from tuner.core.flow import (

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures.tiny_sd3 import make_tiny_sd3
-from tests.helpers import golden_path
 from torch import nn
 
+from tests.fixtures.tiny_sd3 import make_tiny_sd3
+from tests.helpers import golden_path
 from tuner.core.config import RunConfig, build_config
 from tuner.core.types import Placement
 from tuner.plugins.sd3.config import SD3Config

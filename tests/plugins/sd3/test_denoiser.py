@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.helpers import golden
 from torch import Tensor, nn
 
+from tests.helpers import golden
 from tuner.core.files import weight_header
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.types import Placement

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers import golden_path
 
+from tests.helpers import golden_path
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, weight_header
 from tuner.core.registry import open_run

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tests.helpers import golden, golden_path
 
+from tests.helpers import golden, golden_path
 from tuner.core.config import LossConfig, NoiseConfig
 from tuner.core.flow import elementwise_loss, euler_sigmas, loss_weight, rectified_flow, reduce_loss, sample_sigmas
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.rng import Rng
 from tuner.plugins.sd3.hooks import random_corner
 from tuner.plugins.sd3.positions import PatchEmbed, ScaledTables, sincos_table, training_size, window

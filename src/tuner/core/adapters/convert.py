@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tuner.core.adapters.files import read_adapter, save_adapter
@@ -55,10 +54,3 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, alpha: float, multip
     product = up.float().reshape(up.shape[0], rank) @ down.float().reshape(rank, -1)
     merged = weight.float() + (multiplier * alpha / rank) * product.reshape(weight.shape)
     return merged.to(weight.dtype)
-
-
-def delta_weight(tensors: dict[str, Tensor], key: str) -> Tensor:
-    """alpha / rank * up down of one module of internal tensors, [out, in] float32."""
-    down, up = tensors[f"{key}.down"], tensors[f"{key}.up"]
-    zero = torch.zeros(up.shape[0], down[0].numel())
-    return merged_weight(zero, down, up, float(tensors[f"{key}.alpha"]))

@@ -123,10 +123,6 @@ class LoraLayer(nn.Module):
         starts = accumulate(self.rows, initial=0)
         return [LoraPart(self, start, size) for start, size in zip(starts, self.rows, strict=False)]
 
-    def delta(self, x: Tensor) -> Tensor:
-        """What the layer adds for `x` [..., in] at its strength, without dropout, in its own dtype. Linears only."""
-        return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up) * self.scale
-
 
 class LoraPart:
     """One linear's rows of a layer that several linears share: the same down, scale and dropout for all of them."""

@@ -75,6 +75,17 @@ def adapter_strength(network: Network, strength: float) -> Iterator[None]:
 
 
 @contextmanager
+def adapter_eval(network: Network) -> Iterator[None]:
+    """Run without dropout; ends in the mode before, also when what runs inside fails."""
+    before = network.module.training
+    network.module.eval()
+    try:
+        yield
+    finally:
+        network.module.train(before)
+
+
+@contextmanager
 def adapter_rng(network: Network, seed: int, step: int, items: Sequence[Item]) -> Iterator[None]:
     """Give the adapter's dropout its random numbers for one micro-batch: they follow from (seed, step, item, module).
 
@@ -84,7 +95,7 @@ def adapter_rng(network: Network, seed: int, step: int, items: Sequence[Item]) -
     if not any(layer.dropout for _, layer in module.items()):
         yield
         return
-    keys = [Rng(seed, "dropout", step, item.id, item.visit).key() for item in items]
+    keys = [Rng(seed, "dropout", step, item.source, item.id, item.visit).key() for item in items]
     device = next(module.parameters()).device
     before = module.dropout_keys.samples
     module.dropout_keys.samples = torch.tensor(keys, dtype=torch.int64, device=device)

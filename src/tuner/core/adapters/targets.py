@@ -125,6 +125,13 @@ def join_fused(
     return tuple(found)
 
 
+def check_targets(network: NetworkConfig, components: Iterable[str], facts: ModelFacts) -> None:
+    """Raise what `select_targets` would, where `facts.modules` names the modules: before any weight is read."""
+    paths = {component: facts.modules.get(component, ()) for component in components}
+    if network.rank != "from_file" and all(paths.values()):
+        select_targets(paths, network, facts)
+
+
 def _edited(every: Sequence[tuple[str, str]], network: NetworkConfig, lora: LoraRules) -> list[tuple[str, str]]:
     if network.targets is not None:
         _require_matches(network.targets, every, "network.targets")
@@ -255,12 +262,13 @@ def _require_matches(patterns: Iterable[str], every: Sequence[tuple[str, str]], 
         except re.error as error:
             raise UsageError(f"{pattern!r} is no regular expression", where=where, why=str(error)) from error
         if not any(_matches((pattern,), *each) for each in every):
-            kinds = list(dict.fromkeys(re.sub(r"\d+", "0", path) for _, path in every))
+            # One path of each kind: blocks repeat, and their numbers make every path close to every other.
+            kinds = list({re.sub(r"\.\d+\.", ".0.", path): path for _, path in reversed(every)}.values())[::-1]
             raise UsageError(
                 f"{pattern!r} matches no module",
                 where=where,
                 why=_near(re.sub(r"\\?\.[*+]|\\", "", pattern), kinds),
-                fix="patterns must match the whole path; `tuner inspect` lists all paths",
+                fix=f"patterns must match the whole path; paths look like {kinds[0] if kinds else 'block.0.linear'}",
             )
 
 

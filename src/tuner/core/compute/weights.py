@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.errors import UsageError
-from tuner.core.files import TensorInfo, WeightHeader
+from tuner.core.files import TensorInfo, WeightHeader, key_mismatch
 
 FILE_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -107,18 +107,6 @@ def assign(
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
         missing.discard(name)
-    raise_key_mismatch(missing, unknown, where)
-
-
-def raise_key_mismatch(missing: Iterable[str], unknown: Iterable[str], where: str | None) -> None:
-    """UsageError naming the keys when there are any."""
-    parts = [f"{kind}: {_some(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-    if parts:
-        raise UsageError("the weights do not fit the model", where=where, why="; ".join(parts),
-                         fix="use a complete file of this model, without added keys")  # fmt: skip
-
-
-def _some(keys: Iterable[str], limit: int = 8) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    error = key_mismatch(missing, unknown, where)
+    if error is not None:
+        raise error

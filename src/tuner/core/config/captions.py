@@ -16,8 +16,8 @@ class MetadataFields(Section):
     """The ``.json`` or ``.jsonl`` file."""
     caption_column: str = "caption"
     """Key of the caption inside an entry."""
-    tags_column: str | None = "tags"
-    """Key of tags that are appended to the caption after the separator; null for none."""
+    tags_column: str = "tags"
+    """Key of tags that are appended to the caption after the separator; empty for none."""
     filename_column: str = "image_path"
     """Key of the image in JSON lines, relative to the source's folder, with or without extension."""
 

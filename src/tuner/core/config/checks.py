@@ -5,10 +5,11 @@ A value equal to its default is never "unused", so a resolved configuration pass
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tuner.core.config.base import changed_keys
-from tuner.core.config.data_checks import Problem, caption_problems, geometry_problems
+from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
 from tuner.core.config.run import RunConfig
@@ -17,15 +18,24 @@ from tuner.core.errors import UsageError
 
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
-    found = [*_data(config), *_cache(config), *_outputs(config), *_network(config)]
+    found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_extensions(config)]
     return as_errors(found, raw)
 
 
 def as_errors(found: Iterable[Problem], raw: RawConfig) -> list[UsageError]:
-    """One error per place; an inherited value is reported where it was written, once."""
+    """One error per place; an inherited value is reported where it was written, once.
+
+    A default that some source or set uses is none that has no effect, so those are left out.
+    """
+    found = list(dict.fromkeys(found))
+    heirs = Counter(raw.homes.values())
+    unused = Counter(raw.homes.get(path) for path in {each.path for each in found if isinstance(each, Unused)})
     errors: dict[tuple[Path, str], UsageError] = {}
-    for path, what, fix in found:
+    for problem in found:
+        path, what, fix = problem
         home = raw.homes.get(path, path)
+        if isinstance(problem, Unused) and unused[home] < heirs[home]:
+            continue
         error = UsageError(f"{dotted(home)}: {what}", where=raw.where(home), fix=fix)
         errors.setdefault((home, what), error)
     return list(errors.values())
@@ -47,8 +57,12 @@ def _data(config: RunConfig) -> Iterator[Problem]:
                 )
             seen.setdefault(source.id, dotted(path))
             yield from caption_problems(source.captions, (*path, "captions"))
+            yield from validation_problems(source, path)
             if source.weight != 1 and data.sampling == "epoch":
-                yield (*path, "weight"), "has no effect with data.sampling 'epoch'", "choose 'weighted', or use repeats"
+                fix = "choose 'weighted', or use repeats"
+                yield Unused((*path, "weight"), "has no effect with data.sampling 'epoch'", fix)
+    if config.train.batch_size > 1 and not any(config.train.batch_size in (s.batch_size or ()) for s in data.sets):
+        yield Unused(("train", "batch_size"), "has no effect: every set names its own batch_size")
     sources = [source for entry in data.sets for source in entry.sources if source.enabled]
     if not any(source.role == "train" for source in sources):
         yield ("data", "sets"), "no enabled source has the role 'train'", None
@@ -67,6 +81,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
 
 
 def _cache(config: RunConfig) -> Iterator[Problem]:
+    yield from _unused_cache_keys(config)
     if config.cache.latents == "off":
         return
     for number, entry in enumerate(config.data.sets):
@@ -74,9 +89,23 @@ def _cache(config: RunConfig) -> Iterator[Problem]:
             path: Path = ("data", "sets", number, "crop", "style")
             yield path, "changes at every visit, so latents cannot be cached", 'set "cache": {"latents": "off"}'
         for index, source in enumerate(entry.sources):
-            if source.enabled and source.augment.color:
+            if source.enabled and source.augment.color and source.role != "validation":
                 path = ("data", "sets", number, "sources", index, "augment", "color")
                 yield path, "changes at every visit, so latents cannot be cached", 'set "cache": {"latents": "off"}'
+
+
+def _unused_cache_keys(config: RunConfig) -> Iterator[Problem]:
+    """Settings of encoding ahead where nothing is. Numbers of workers are limits, which zero work keeps as well."""
+    cache = changed_keys(config.cache)
+    no_latents, no_text = config.cache.latents == "off", config.cache.text == "off"
+    for key, unused, why in (
+        ("vae_batch_size", no_latents, "with cache.latents 'off'"),
+        ("text_batch_size", no_text, "with cache.text 'off'"),
+        ("max_text_variants", no_text, "with cache.text 'off'"),
+        ("dtype", no_latents and no_text, "when nothing is cached"),
+    ):
+        if unused and key in cache:
+            yield Unused(("cache", key), f"has no effect {why}")
 
 
 def _network(config: RunConfig) -> Iterator[Problem]:
@@ -98,10 +127,21 @@ def _network(config: RunConfig) -> Iterator[Problem]:
 def _outputs(config: RunConfig) -> Iterator[Problem]:
     sample = config.sample
     if sample.enabled and not sample.prompts:
-        for key in ("every", "at_start"):
+        # The other keys are filled in from the model in a resolved configuration.
+        for key in ("every", "at_start", "negative", "seed", "count"):
             if key in changed_keys(sample):
                 yield ("sample", key), "has no effect without sample.prompts", "add prompts"
+    metadata = config.checkpoint.metadata
+    for key in sorted(changed_keys(metadata) - {"embed"}):
+        if not metadata.embed:
+            yield ("checkpoint", "metadata", key), "has no effect while metadata.embed is off", "take one of both out"
     if config.log.dir is not None and not config.log.to:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
+
+
+def _extensions(config: RunConfig) -> Iterator[Problem]:
+    for number, name in enumerate(config.extensions):
+        if name in config.extensions[:number]:
+            yield ("extensions", number), f"{name!r} is listed twice", "take one of them out"

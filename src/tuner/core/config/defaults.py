@@ -27,7 +27,7 @@ _SHORT: dict[str, Dtype] = {"bfloat16": "bf16", "float32": "fp32"}
 def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[str] = ()) -> RunConfig:
     """The same configuration with every default of the model filled in; resolving again changes nothing.
 
-    formats: names of the adapter formats, the default first.
+    ``facts_problems`` must have found nothing. formats: names of the adapter formats, the default first.
     """
     formats = tuple(formats)
     precision, sample, checkpoint = config.precision, config.sample, config.checkpoint
@@ -109,7 +109,7 @@ def facts_problems(
 ) -> list[UsageError]:
     """Every problem of the configuration that needs the model's facts to be seen."""
     document = raw if raw is not None else RawConfig()
-    found = [*_names(config, facts, tuple(formats)), *_geometry(config, facts)]
+    found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
     return as_errors(found, document)
 
 
@@ -176,6 +176,16 @@ def separable(facts: ModelFacts) -> list[str]:
         if any(name in field.of for field in fields)
         and all(name in field.parts or field.of == (name,) for field in fields if name in field.of)
     ]  # fmt: skip
+
+
+def _noise(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
+    """Keys that the model's own distribution of noise levels leaves without effect."""
+    if config.noise.timesteps is not None:
+        return
+    default = facts.noise.timesteps
+    for key in config.noise.unused_keys(default):
+        fix = "set noise.timesteps to 'shift'" if key == "shift" else "name a distribution in noise.timesteps"
+        yield ("noise", key), f"is not used by timesteps {default!r}, the default of this model", fix
 
 
 def _geometry(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:

@@ -29,12 +29,14 @@ class RawConfig(dict[str, Any]):
         self.homes: dict[Path, Path] = dict(homes or {})
 
     def where(self, path: Path) -> str:
-        """``config.json:12, optimizer.lr``: place and JSON path of the nearest part that has a place."""
+        """``config.json:12, optimizer.lr``: place and JSON path of the nearest part around or inside it."""
         for length in range(len(path), 0, -1):
             origin = self.origins.get(path[:length])
             if origin is not None:
                 return f"{origin}, {dotted(path)}"
-        return dotted(path)
+        # Something that only an option made has the place of what was put into it.
+        inside = next((origin for known, origin in self.origins.items() if known[: len(path)] == path), None)
+        return ", ".join(filter(None, (inside, dotted(path))))
 
     def overlay(self, path: Path, value: Any, origin: str) -> None:
         """Put ``value`` at ``path``, making objects on the way; refuses to go through anything that is not there."""

@@ -46,11 +46,20 @@ def load_config(
         if name.upper().startswith(ENV_PREFIX):
             parts = name[len(ENV_PREFIX) :].lower().split("__")
             path: Path = tuple(int(part) if part.isdigit() else part for part in parts)
-            raw.overlay(path, absolute_paths(loose_value(text), cwd, path), f"environment variable {name}")
+            _override(raw, path, absolute_paths(loose_value(text), cwd, path), f"environment variable {name}")
     for text in sets:
         set_path, value = split_set(text)
-        raw.overlay(set_path, absolute_paths(value, cwd, set_path), f"--set {text}")
+        _override(raw, set_path, absolute_paths(value, cwd, set_path), f"--set {text}")
     return _with_family(raw, model)
+
+
+def _override(raw: RawConfig, path: Path, value: Any, origin: str) -> None:
+    """Put a setting from outside the file in its place; including happens before that, so it cannot be one."""
+    if path[:2] == ("data", "include") or (path == ("data",) and isinstance(value, Mapping) and "include" in value):
+        raise UsageError(
+            "data.include has an effect in a file only", where=origin, fix="write it into the configuration file"
+        )
+    raw.overlay(path, value, origin)
 
 
 def read_file(path: FilePath) -> RawConfig:

@@ -79,25 +79,16 @@ class NoiseConfig(Section):
     def _check(self) -> NoiseConfig:
         if self.min_timestep >= self.max_timestep:
             raise ValueError("min_timestep must be below max_timestep")
-        if self.timesteps is not None:
-            unused = sorted((changed_keys(self) & _SHAPE_KEYS) - self._used_keys())
-            if unused:
-                hint = "; use timesteps 'shift'" if "shift" in unused and self.timesteps == "sigmoid" else ""
-                raise ValueError(f"{unused[0]} is not used by timesteps {self.timesteps!r}{hint}")
+        if self.timesteps is not None and (unused := self.unused_keys(self.timesteps)):
+            hint = "; use timesteps 'shift'" if unused[0] == "shift" and self.timesteps == "sigmoid" else ""
+            raise ValueError(f"{unused[0]} is not used by timesteps {self.timesteps!r}{hint}")
         return self
 
-    def _used_keys(self) -> set[str]:
-        drawn = self.density if self.timesteps == "sigma" else self.timesteps
-        return {
-            "sigma": {"density", "shift"},
-            "sigmoid": {"sigmoid_scale"},
-            "flux_shift": {"sigmoid_scale"},
-            "shift": {"sigmoid_scale", "shift"},
-            "beta": {"beta", "shift"},
-        }.get(str(self.timesteps), {"shift"}) | {
-            "logit_normal": {"logit_mean", "logit_std"},
-            "mode": {"mode_scale"},
-        }.get(str(drawn), set())
+    def unused_keys(self, timesteps: str) -> list[str]:
+        """Keys that are set and that the distribution ``timesteps`` does not use."""
+        drawn = self.density if timesteps == "sigma" else timesteps
+        used = _USED_KEYS.get(timesteps, {"shift"}) | _DENSITY_KEYS.get(drawn, set())
+        return sorted((changed_keys(self) & _SHAPE_KEYS) - used)
 
     def resolved(self, defaults: NoiseDefaults) -> NoiseConfig:
         """With the model's defaults filled in: ``timesteps`` and, where the distribution uses one, ``shift``."""
@@ -128,6 +119,14 @@ class GuidanceConfig(Section):
 
 
 _SHAPE_KEYS = {"density", "sigmoid_scale", "shift", "logit_mean", "logit_std", "mode_scale", "beta"}
+_USED_KEYS = {
+    "sigma": {"density", "shift"},
+    "sigmoid": {"sigmoid_scale"},
+    "flux_shift": {"sigmoid_scale"},
+    "shift": {"sigmoid_scale", "shift"},
+    "beta": {"beta", "shift"},
+}
+_DENSITY_KEYS = {"logit_normal": {"logit_mean", "logit_std"}, "mode": {"mode_scale"}}
 
 
 class LossMask(Section):

@@ -61,11 +61,6 @@ def drops(config: CaptionsConfig, *, rng: Rng, epoch: int) -> bool:
     return config.dropout > 0 and rng.child("dropout").random() < config.dropout
 
 
-def can_drop(config: CaptionsConfig) -> bool:
-    """Whether the empty caption can occur by dropout, so that its encoding is needed too."""
-    return config.dropout > 0 or config.dropout_every_n_epochs > 0
-
-
 def plain_caption(config: CaptionsConfig, raw: str) -> str:
     """The one caption used where nothing may be random: first line, first parts, all tags in their own order."""
     text = _affixed_lines(config, raw)[0]
@@ -103,11 +98,13 @@ def _affixed_lines(config: CaptionsConfig, raw: str) -> list[str]:
     if config.lines == "join":
         text = raw if config.rule == "simpletuner" else raw.strip()
         return [_affixed(config, text)]
-    if config.rule == "simpletuner":
-        lines = [line for line in raw.split("\n") if line]
-    else:
-        lines = [line.strip() for line in raw.splitlines() if line.strip()]
+    lines = [line for line in raw.split("\n") if line] if config.rule == "simpletuner" else caption_lines(raw)
     return [_affixed(config, line) for line in _chosen(config, lines or [""])]
+
+
+def caption_lines(raw: str) -> list[str]:
+    """Lines of a caption that are not blank. Only line breaks end one: not the other separators of Unicode."""
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", raw) if line.strip()]
 
 
 def _chosen(config: CaptionsConfig, lines: list[str]) -> list[str]:

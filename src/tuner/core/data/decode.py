@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tuner.core.data.images import load_pixels
+from tuner.core.data.looks import Look
+from tuner.core.data.probe import ignore_pillow_warnings
+from tuner.core.data.records import Fit, ImageRecord
 from tuner.core.errors import UsageError
-
-from .images import load_pixels
-from .looks import Look
-from .records import Fit, ImageRecord
 
 _JOBS_PER_WORKER = 8
 """A worker takes seconds to start, so it is not started for less work than this."""
@@ -107,6 +107,7 @@ def _tensors(pixels: npt.NDArray[np.float32], mask: npt.NDArray[np.float32] | No
 def _start_worker() -> None:
     # The main process decides what Ctrl-C means; a worker that dies of it would look like a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_pillow_warnings()
     torch.set_num_threads(1)
 
 

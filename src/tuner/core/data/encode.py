@@ -16,21 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuner.core.data.cache import CacheKey, Store
+from tuner.core.data.decode import DecodeJob, decode, decode_all
+from tuner.core.data.images import BACKGROUND
+from tuner.core.data.keys import latent_key, mask_key
+from tuner.core.data.looks import Look, check_cacheable, fit_of, fixed_looks
+from tuner.core.data.text_cache import DTYPES, Progress
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
-from .cache import CacheKey, Store
-from .decode import DecodeJob, decode, decode_all
-from .images import BACKGROUND
-from .keys import latent_key, mask_key
-from .looks import Look, check_cacheable, fit_of, fixed_looks
-from .text_cache import DTYPES, Progress
-
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan, PlanItem
     from tuner.core.types import ModelFacts, Models
-
-    from .plan import DataPlan, PlanItem
 
 logger = logging.getLogger(__name__)
 
@@ -230,9 +228,10 @@ class LatentCache:
         return "hidden" if self._mask_kind(item) == "alpha" else BACKGROUND
 
     def _reduced(self, mask: Tensor | None, item: PlanItem) -> Tensor:
-        """A mask [H,W] by area at latent size, [1,h,w]; ones for an image without its own."""
         width, height = item.fit.bucket
-        size = height // self.factor, width // self.factor
-        if mask is None:
-            return torch.ones(1, *size)
-        return F.interpolate(mask[None, None], size=size, mode="area")[0]
+        return reduce_mask(mask, (height // self.factor, width // self.factor))
+
+
+def reduce_mask(mask: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """A mask [H,W] in 0..1 by area at latent size (h, w), [1,h,w]; ones for an image without its own."""
+    return torch.ones(1, *size) if mask is None else F.interpolate(mask[None, None], size=size, mode="area")[0]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .records import Refused
+from tuner.core.data.records import Refused
 
 if TYPE_CHECKING:
     from tuner.core.config.data import CropConfig, FiltersConfig
-
-    from .records import ImageRecord
+    from tuner.core.data.records import ImageRecord
 
 
 def refused_by(filters: FiltersConfig, width: int, height: int, mode: str) -> Refused | None:

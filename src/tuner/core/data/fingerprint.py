@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
-
-    from .plan import PlanItem, Tier
+    from tuner.core.data.plan import PlanItem, Tier
 
 
 def fingerprint(

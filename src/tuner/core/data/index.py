@@ -6,6 +6,7 @@ so that a later start costs one ``stat`` per image. Nothing is ever written besi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,11 @@ from tuner.core.data.records import ImageRecord, Skip, SourceIndex
 from tuner.core.data.sidecar import caption_paths, face_of, raw_caption
 from tuner.core.data.store import IndexStore, index_path
 from tuner.core.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1000
+"""So many files are read before what was learned is stored: a killed scan of many files goes on from there."""
 
 _LISTED = 5
 """So many file names are written out in one message; the others are counted."""
@@ -76,9 +82,8 @@ class _Scan:
         """All image files, sorted by key; a folder that cannot be used is a problem."""
         where = f'source "{self.source.id}"'
         if not self.root.is_dir():
-            what = "is no folder" if self.root.exists() else "does not exist"
-            fix = "correct the path of the source"
-            self.problems.append(UsageError(f"the folder {self.root} {what}", where=where, fix=fix))
+            what = f"{self.root} is not a folder" if self.root.exists() else f"the folder {self.root} does not exist"
+            self.problems.append(UsageError(what, where=where, fix="correct the path of the source"))
             return []
         try:
             files = list(_walk(self.root, recursive=self.source.recursive, leave_out=self._mask_root()))
@@ -127,13 +132,20 @@ class _Scan:
         unknown = {name: file for name, file in wanted.items() if name not in known}
         workers = self.data.workers.scan
         workers = workers if workers is not None else (os.cpu_count() or 1)
-        probes = probe_all([file.path for file in unknown.values()], workers, decode=decode)
-        read = dict(zip(unknown, probes, strict=True))
+        store.update({}, [name for name in stored if name not in wanted])
+        names = list(unknown)
+        read: dict[str, Probe] = {}
+        for start in range(0, len(names), CHUNK):
+            part = names[start : start + CHUNK]
+            probes = dict(
+                zip(part, probe_all([unknown[name].path for name in part], workers, decode=decode), strict=True)
+            )
+            usable = {name: each for name, each in probes.items() if each.error is None}
+            store.update({name: (wanted[name].size, wanted[name].mtime_ns, each) for name, each in usable.items()})
+            read |= probes
+            if len(names) > CHUNK:
+                log.info("%s: %d of %d files read", self.source.id, len(read), len(names))
         self.hashed = len(read)
-        fresh = {
-            name: (wanted[name].size, wanted[name].mtime_ns, each) for name, each in read.items() if each.error is None
-        }
-        store.update(fresh, [name for name in stored if name not in wanted])
         return known | read
 
     def _accept(self, file: Found, probe: Probe | None) -> bool:
@@ -228,8 +240,14 @@ class _Scan:
             where = f'source "{self.source.id}"'
             self.problems.append(UsageError(what, where=where, fix="correct mask.path"))
             return {}
+        try:
+            files = list(_walk(root, recursive=self.source.recursive, leave_out=None))
+        except OSError as error:
+            what = f"the mask folder {error.filename or root} cannot be read"
+            self.problems.append(UsageError(what, where=f'source "{self.source.id}"', why=error.strerror))
+            return {}
         masks: dict[str, list[Found]] = {}
-        for file in _walk(root, recursive=self.source.recursive, leave_out=None):
+        for file in files:
             if _extension(file) in image_extensions():
                 masks.setdefault(_stem(file.key), []).append(file)
         return masks

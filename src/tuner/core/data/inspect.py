@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.core.config import DataConfig
+from tuner.core.config import CaptionsConfig, DataConfig
+from tuner.core.data.captions import caption_lines
 from tuner.core.data.images import open_upright
 from tuner.core.data.index import scan_source
 from tuner.core.data.records import ImageRecord, Size, Skip, SourceIndex
@@ -17,7 +18,10 @@ from tuner.core.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceReport:
-    """One source. smallest and largest are sizes by area; without_caption lists keys whose raw caption is empty."""
+    """One source. smallest and largest are sizes by area; without_caption lists keys whose raw caption is empty.
+
+    further_lines: images whose caption goes on after its first line, which ``captions.lines`` = ``first`` leaves out.
+    """
 
     source: str
     root: Path
@@ -25,6 +29,7 @@ class SourceReport:
     smallest: Size | None
     largest: Size | None
     without_caption: tuple[str, ...]
+    further_lines: int
     skipped: tuple[Skip, ...]
     notes: tuple[str, ...]
 
@@ -49,6 +54,12 @@ class DataReport:
             if source.without_caption:
                 count = len(source.without_caption)
                 lines.append(f"{source.source}: {count} of {source.images} images have an empty caption")
+            if source.further_lines:
+                count = source.further_lines
+                lines.append(
+                    f"{source.source}: only the first line is used of {count} captions that have more; captions.lines"
+                    ' can be "random" or "join"'
+                )
         return lines
 
 
@@ -72,10 +83,11 @@ def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode:
     records = [record for index in indices for record in index.records]
     if decode:
         problems.extend(decode_errors(records, data.workers.scan))
-    roles = {source.id: source.role for each in data.sets for source in each.sources}
+    sources = {source.id: source for each in data.sets for source in each.sources}
+    roles = {name: source.role for name, source in sources.items()}
     groups = _same_bytes(records)
     return DataReport(
-        sources=tuple(_report(index) for index in indices),
+        sources=tuple(_report(index, sources[index.source].captions) for index in indices),
         # The same file in two sources is a choice; two files with the same bytes are rather an accident.
         duplicates=tuple(
             tuple(record.name for record in group) for group in groups if len({record.path for record in group}) > 1
@@ -101,7 +113,7 @@ def _decode_error(path: Path) -> UsageError | None:
     return None
 
 
-def _report(index: SourceIndex) -> SourceReport:
+def _report(index: SourceIndex, captions: CaptionsConfig) -> SourceReport:
     by_area = sorted((record.size for record in index.records), key=lambda size: size[0] * size[1])
     return SourceReport(
         source=index.source,
@@ -110,6 +122,9 @@ def _report(index: SourceIndex) -> SourceReport:
         smallest=by_area[0] if by_area else None,
         largest=by_area[-1] if by_area else None,
         without_caption=tuple(record.key for record in index.records if not record.captions_raw.strip()),
+        further_lines=sum(
+            captions.lines == "first" and len(caption_lines(record.captions_raw)) > 1 for record in index.records
+        ),
         skipped=index.skipped,
         notes=index.notes,
     )

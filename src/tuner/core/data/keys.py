@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.atomic import write_json
+from tuner.core.data.cache import CacheKey
 from tuner.core.errors import UsageError
-
-from .cache import CacheKey
 
 if TYPE_CHECKING:
     from tuner.core.types import ModelFacts
@@ -29,11 +28,12 @@ class FileHashes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told = False
         self._known: dict[str, dict[str, Any]] = {}
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            # A torn or foreign file only costs hashing again.
+        except (OSError, ValueError):
+            # A file that is absent, torn or foreign only costs hashing again.
             loaded = {}
         if isinstance(loaded, dict):
             self._known = loaded
@@ -59,7 +59,9 @@ class FileHashes:
         try:
             write_json(self.path, self._known)
         except OSError as error:
-            logger.warning("cannot write %s (%s): the next start hashes the model files again", self.path, error)
+            if not self._told:
+                logger.warning("cannot write %s (%s): the next start hashes the model files again", self.path, error)
+            self._told = True
 
 
 def component_identity(files: Sequence[Path], hashes: FileHashes) -> str:

@@ -13,9 +13,8 @@ from tuner.core.atomic import write_json
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from tuner.core.data.plan import DataPlan, PlanItem
     from tuner.core.types import Item
-
-    from .plan import DataPlan, PlanItem
 
 
 class Ledger:

@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tuner.core.data.captions import draw_caption, plain_caption
+from tuner.core.data.looks import Look, draw_look
+from tuner.core.data.order import PlannedBatch, Visit, epoch_order, validation_order
 from tuner.core.rng import Rng
 from tuner.core.types import Batch, Item, TextEmbeds
 
-from .captions import draw_caption, plain_caption
-from .looks import Look, draw_look
-from .order import PlannedBatch, Visit, epoch_order, validation_order
-
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
-
-    from .encode import LatentCache
-    from .plan import DataPlan, PlanItem
-    from .text_cache import TextCache
+    from tuner.core.data.encode import LatentCache
+    from tuner.core.data.plan import DataPlan, PlanItem
+    from tuner.core.data.text_cache import TextCache
 
 
 class BatchLoader:

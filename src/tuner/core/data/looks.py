@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from tuner.core.data.crops import crop_offset, zoomed
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
-from .crops import crop_offset, zoomed
-
 if TYPE_CHECKING:
-    from .plan import DataPlan, PlanItem
-    from .records import Fit, Size
+    from tuner.core.data.plan import DataPlan, PlanItem
+    from tuner.core.data.records import Fit, Size
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class _FormError(Exception):
 
 def _entries(text: str, path: Path, fields: MetadataFields) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".jsonl":
-        rows: Any = (_parsed(line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        rows: Any = (_parsed(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     else:
         rows = _parsed(text, None)
         if isinstance(rows, dict):

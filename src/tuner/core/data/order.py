@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tuner.core.rng import Rng
 
 if TYPE_CHECKING:
-    from .plan import DataPlan
+    from tuner.core.data.plan import DataPlan
 
 T = TypeVar("T")
 
@@ -145,7 +145,9 @@ def _weighted_order(plan: DataPlan, rng: Rng) -> list[PlannedBatch]:
     """
     by_source: dict[str, list[int]] = {}
     for index, group in enumerate(plan.groups):
-        by_source.setdefault(plan.items[group.items[0]].source, []).append(index)
+        # With dropped short batches a small bucket has none to draw.
+        if plan.batches_of(group):
+            by_source.setdefault(plan.items[group.items[0]].source, []).append(index)
     sources = list(by_source)
     visits = [sum(plan.items[item].repeats for item in group.items) for group in plan.groups]
     weights = []

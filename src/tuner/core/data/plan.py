@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.core.data.buckets import Geometry, set_geometry
+from tuner.core.data.filters import refused_by, refused_by_crop
+from tuner.core.data.fingerprint import fingerprint
+from tuner.core.data.index import scan_source
+from tuner.core.data.records import Fit, ImageRecord, Refused, Size, SourceIndex
+from tuner.core.data.repeats import balance_regularisation
+from tuner.core.data.split import limited, split_validation
 from tuner.core.errors import Problems, UsageError
-
-from .buckets import Geometry, set_geometry
-from .filters import refused_by, refused_by_crop
-from .fingerprint import fingerprint
-from .index import scan_source
-from .records import Fit, ImageRecord, Refused, Size, SourceIndex
-from .repeats import balance_regularisation
-from .split import limited, split_validation
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -277,6 +276,8 @@ class _Builder:
         data = self.config.data
         per_source = data.sampling != "epoch"
         groups = _groups(self.placed, self.tiers, per_source)
+        if data.short_batches == "drop":
+            self.notes += self._unused_notes(groups)
         return DataPlan(
             tiers=tuple(self.tiers),
             sources=self.sources,
@@ -290,6 +291,19 @@ class _Builder:
             notes=tuple(self.notes),
             fingerprint=fingerprint(self.placed, self.held_out, self.tiers, self.config),
         )
+
+    def _unused_notes(self, groups: Sequence[Group]) -> list[str]:
+        """Buckets of which every batch is dropped: their images would go unused without a word."""
+        notes = []
+        for group in groups:
+            visits = sum(self.placed[item].repeats for item in group.items)
+            if visits < group.batch_size:
+                size = f"{group.bucket[0]}x{group.bucket[1]}"
+                notes.append(
+                    f"bucket {size} is never trained: data.short_batches is drop, and it has {visits} of the"
+                    f" {group.batch_size} images of a batch"
+                )
+        return notes
 
     def _item(self, source: SourceConfig, tier: int, record: ImageRecord, placed: Fit) -> PlanItem:
         return PlanItem(

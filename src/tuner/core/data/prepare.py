@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .cache import open_store
-from .encode import LatentCache, LatentFacade
-from .keys import component_identities
-from .loader import BatchLoader
-from .text_cache import Progress, TextCache, TextFacade, cached_fields, planned_texts
+from tuner.core.data.cache import open_store
+from tuner.core.data.encode import LatentCache, LatentFacade
+from tuner.core.data.keys import component_identities
+from tuner.core.data.loader import BatchLoader
+from tuner.core.data.text_cache import Progress, TextCache, TextFacade, cached_fields, planned_texts
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan
     from tuner.core.types import ModelFacts, Models
-
-    from .plan import DataPlan
 
 
 class Facade(LatentFacade, TextFacade, Protocol):
@@ -67,10 +66,13 @@ def open_caches(
     *,
     load: Callable[[Collection[str]], Models],
     device: str = "cpu",
+    text_wrappers: Sequence[str] = (),
+    latent_wrappers: Sequence[str] = (),
 ) -> DataCaches:
     """The caches that the configuration asks for; nothing is encoded yet.
 
-    load: loads the named components onto ``device``; called only when something has to be encoded. Raises UsageError
+    load: loads the named components onto ``device``; called only when something has to be encoded. text_wrappers,
+    latent_wrappers: names and versions of the extensions that may change encodings, part of the keys. Raises UsageError
     when captions or images change too much to be cached.
     """
     root = Path(config.cache.dir)
@@ -79,7 +81,10 @@ def open_caches(
     encoders = {component for field in fields.values() for component in field.of}
     # Entries that live in memory only cannot be stale, so the weight files need no hashing for them.
     kept = [*(encoders if config.cache.text == "disk" else ()), *(["vae"] if config.cache.latents == "disk" else ())]
-    identities = component_identities(facts, kept, root)
+    identities = {
+        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers)))
+        for name, digest in component_identities(facts, kept, root).items()
+    }
     latents = LatentCache(
         plan, config, facts,
         store=latent_store, facade=facade, models=lambda: load(("vae",)), identity=identities.get("vae", ""),

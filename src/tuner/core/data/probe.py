@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,9 +54,15 @@ def image_extensions() -> frozenset[str]:
     """Lower-case extensions, with the dot, of files that are taken for images."""
     from PIL import Image
 
+    ignore_pillow_warnings()
     Image.init()
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     return frozenset(readable - _NOT_PICTURES)
+
+
+def ignore_pillow_warnings() -> None:
+    """For this process: they name no file and come at every read, while what matters in them is an error here."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def probe(path: Path, *, decode: bool = False) -> Probe:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.core.config.train import TrainConfig
-
-    from .plan import DataPlan, PlanItem
+    from tuner.core.data.plan import DataPlan, LeftOut, PlanItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +39,14 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """Everything that ``tuner check`` and the start of a run show about the data."""
+    """Everything that ``tuner check`` and the start of a run show about the data.
+
+    left_out: by reason, the images as ``source/key``.
+    """
 
     buckets: tuple[BucketRow, ...]
     sources: tuple[SourceRow, ...]
-    left_out: dict[str, int]
+    left_out: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
     images: int
     visits_per_epoch: int
@@ -54,6 +55,10 @@ class PlanReport:
     steps_per_epoch: int
     total_steps: int
     cropped: float
+
+    def left_out_lines(self, shown: int = 5) -> list[str]:
+        """One line for each reason, with the first ``shown`` images."""
+        return [_line(reason, images, shown) for reason, images in self.left_out.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -81,7 +86,7 @@ def report_plan(plan: DataPlan, train: TrainConfig, ranks: int = 1) -> PlanRepor
     return PlanReport(
         buckets=tuple(rows),
         sources=tuple(_source_row(plan, name) for name in plan.sources),
-        left_out=dict(Counter(_kind(entry.reason) for entry in plan.left_out)),
+        left_out=_by_reason(plan.left_out),
         notes=plan.notes,
         images=_images(plan.items),
         visits_per_epoch=visits,
@@ -110,6 +115,18 @@ def _images(items: Iterable[PlanItem]) -> int:
 
 def _name(item: PlanItem) -> tuple[str, str]:
     return item.source, item.record.key
+
+
+def _by_reason(entries: Iterable[LeftOut]) -> dict[str, tuple[str, ...]]:
+    images: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        images.setdefault(_kind(entry.reason), {})[f"{entry.source}/{entry.key}"] = None
+    return {reason: tuple(names) for reason, names in images.items()}
+
+
+def _line(reason: str, images: Sequence[str], shown: int) -> str:
+    more = f" and {len(images) - shown} more" if len(images) > shown else ""
+    return f"{len(images)} left out: {reason} ({', '.join(images[:shown])}{more})"
 
 
 def _kind(reason: str) -> str:

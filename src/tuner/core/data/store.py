@@ -65,7 +65,7 @@ class IndexStore:
             return {}
         return {row[0]: _stored(row) for row in rows}
 
-    def update(self, changed: Mapping[str, tuple[int, int, Probe]], gone: Iterable[str]) -> None:
+    def update(self, changed: Mapping[str, tuple[int, int, Probe]], gone: Iterable[str] = ()) -> None:
         """Store files that were read just now, as key -> (size, mtime_ns, probe), and forget others.
 
         Only usable files are worth storing: a newer Pillow may read what this one cannot.

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from tuner.core.data.cache import CacheKey, Store
+from tuner.core.data.captions import caption_set, plain_caption
+from tuner.core.data.keys import text_key
 from tuner.core.errors import Problems, UsageError
 from tuner.core.types import TextEmbeds
 
-from .cache import CacheKey, Store
-from .captions import caption_set, plain_caption
-from .keys import text_key
-
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.data.plan import DataPlan
     from tuner.core.types import Field, ModelFacts, Models
-
-    from .plan import DataPlan
 
 logger = logging.getLogger(__name__)
 

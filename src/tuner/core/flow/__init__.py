@@ -6,12 +6,12 @@ target is the velocity ``noise - latents``. Nothing here draws random numbers: t
 
 from __future__ import annotations
 
-from .losses import elementwise_loss, huber_threshold
-from .objective import offset_noise, perturb_noise, rectified_flow
-from .reduction import reduce_loss
-from .sampler import apply_cfg, euler_sample, euler_sigmas
-from .sigmas import apply_shift, flux_mu, sample_sigmas, shift_value, sigmas_from_draws, stratify
-from .weights import loss_weight, min_snr_weight
+from tuner.core.flow.losses import elementwise_loss, huber_threshold
+from tuner.core.flow.objective import offset_noise, perturb_noise, rectified_flow
+from tuner.core.flow.reduction import reduce_loss
+from tuner.core.flow.sampler import apply_cfg, euler_sample, euler_sigmas
+from tuner.core.flow.sigmas import apply_shift, resolution_mu, shift_value, sigmas_from_draws, stratify
+from tuner.core.flow.weights import loss_weight, min_snr_weight
 
 __all__ = [
     "apply_cfg",
@@ -19,7 +19,6 @@ __all__ = [
     "elementwise_loss",
     "euler_sample",
     "euler_sigmas",
-    "flux_mu",
     "huber_threshold",
     "loss_weight",
     "min_snr_weight",
@@ -27,7 +26,7 @@ __all__ = [
     "perturb_noise",
     "rectified_flow",
     "reduce_loss",
-    "sample_sigmas",
+    "resolution_mu",
     "shift_value",
     "sigmas_from_draws",
     "stratify",

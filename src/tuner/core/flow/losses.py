@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .objective import per_sample
+from tuner.core.flow.objective import per_sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import LossConfig
+    from tuner.core.config import LossConfig
 
 
 def elementwise_loss(loss_cfg: LossConfig, pred: Tensor, target: Tensor, sigmas: Tensor) -> Tensor:

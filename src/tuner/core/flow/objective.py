@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import steps_of
-from ..types import NoiseTarget
+from tuner.core.config import steps_of
+from tuner.core.types import NoiseTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import InputPerturbation, NoiseOffset
+    from tuner.core.config import InputPerturbation, NoiseOffset
 
 
 def rectified_flow(latents: Tensor, noise: Tensor, sigmas: Tensor) -> NoiseTarget:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .objective import per_sample
+from tuner.core.flow.objective import per_sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import LossConfig, LossMask
+    from tuner.core.config import LossConfig, LossMask
 
 
 def reduce_loss(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .sigmas import TABLE_SIZE, apply_shift
+from tuner.core.flow.sigmas import TABLE_SIZE, apply_shift
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """Noise levels from random draws: every value of ``noise.timesteps``.
 
-Formulas as in kohya-ss/sd-scripts and, for the beta
-density and the automatic shift, bghira/SimpleTuner. All tensors here are [B] float32 on the CPU.
+Formulas as in kohya-ss/sd-scripts and, for the beta density and the automatic shift, bghira/SimpleTuner. All tensors
+here are [B] float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import NoiseConfig
+    from tuner.core.config import NoiseConfig
 
 TABLE_SIZE = 1000
 """Entries of the noise-level table that ``noise.timesteps = sigma`` draws from."""
@@ -24,18 +24,6 @@ SHIFTED = ("uniform", "shift", "sigma", "logit_normal", "mode", "beta")
 """Values of ``noise.timesteps`` that ``noise.shift`` acts on; ``flux_shift`` has its own, ``sigmoid`` none."""
 
 _BETA_CELLS = 8192
-
-
-def sample_sigmas(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """Sigmas [B] float32 in 0..1 for one batch.
-
-    normal: standard normal draws [B]. uniform: draws in [0, 1) [B]. latent_hw: latent height and width, which the
-    resolution-dependent shifts need. With ``noise.stratified`` the batch covers the whole density evenly; a caller
-    that wants this over all samples of an update calls `stratify` on all draws and `sigmas_from_draws` per batch.
-    """
-    if noise_cfg.stratified:
-        normal, uniform = stratify(normal, uniform)
-    return sigmas_from_draws(noise_cfg, normal=normal, uniform=uniform, latent_hw=latent_hw)
 
 
 def stratify(normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +40,11 @@ def stratify(normal: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmas_from_draws(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor, latent_hw: tuple[int, int]) -> Tensor:
-    """`sample_sigmas` without stratification: each value depends on its own two draws alone."""
+    """Sigmas [B] float32 in 0..1 for one batch; each value depends on its own two draws alone.
+
+    normal: standard normal draws [B]. uniform: draws in [0, 1) [B]; both went through `stratify` before when
+    ``noise.stratified`` is on. latent_hw: latent height and width, for the resolution-dependent shifts.
+    """
     normal, uniform = normal.to(torch.float32), uniform.to(torch.float32)
     name = noise_cfg.timesteps
     if name == "uniform":
@@ -69,7 +61,7 @@ def sigmas_from_draws(noise_cfg: NoiseConfig, *, normal: Tensor, uniform: Tensor
         raise ValueError(f"unknown noise.timesteps {name!r}")
 
     if name == "flux_shift":
-        sigmas = apply_shift(sigmas, math.exp(flux_mu(latent_hw)))
+        sigmas = apply_shift(sigmas, math.exp(resolution_mu(latent_hw)))
     elif name in SHIFTED:
         sigmas = apply_shift(sigmas, shift_value(noise_cfg.shift, latent_hw))
     low, high = noise_cfg.min_timestep, noise_cfg.max_timestep
@@ -83,7 +75,7 @@ def shift_value(shift: float | str | None, latent_hw: tuple[int, int]) -> float:
     """The number behind ``noise.shift``: ``auto`` means the resolution's own, None means no shift."""
     if shift is None:
         return 1.0
-    return math.exp(flux_mu(latent_hw)) if isinstance(shift, str) else float(shift)
+    return math.exp(resolution_mu(latent_hw)) if isinstance(shift, str) else float(shift)
 
 
 def apply_shift(sigmas: Tensor, shift: float) -> Tensor:
@@ -93,7 +85,7 @@ def apply_shift(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 
 
-def flux_mu(latent_hw: tuple[int, int]) -> float:
+def resolution_mu(latent_hw: tuple[int, int]) -> float:
     """Logarithm of the resolution's shift: linear in image tokens (2x2 latents), 0.5 at 256 and 1.15 at 4096."""
     tokens = (latent_hw[0] // 2) * (latent_hw[1] // 2)
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)

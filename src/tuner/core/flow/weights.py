@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import LossConfig
+    from tuner.core.config import LossConfig
 
 SIGMA_FLOOR = 1e-3
 """``sigma_sqrt`` weighs no sample more than SIGMA_FLOOR**-2, because sigma**-2 has no bound at 0."""

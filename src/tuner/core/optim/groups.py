@@ -7,13 +7,13 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from ..config import OptimizerConfig
-    from ..types import ParamGroup
+    from tuner.core.config import OptimizerConfig
+    from tuner.core.types import ParamGroup
 
 
 def torch_groups(

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UsageError
-from .groups import torch_groups
+from tuner.core.errors import UsageError
+from tuner.core.optim.groups import torch_groups
+from tuner.core.optim.state import is_schedule_free
 
 if TYPE_CHECKING:
-    from ..config import OptimizerConfig
-    from ..types import ParamGroup
+    from tuner.core.config import OptimizerConfig
+    from tuner.core.types import ParamGroup
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +93,15 @@ def build_optimizer(
     if entry is not None and entry.own_rate:
         _check_own_rate(config, groups)
     try:
-        return factory(groups, lr=config.lr, **options)
+        optimizer = factory(groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"the optimizer {config.name!r} refuses its settings", where="optimizer", why=str(error)
         ) from error
+    if is_schedule_free(optimizer):
+        # They start in the mode for looking, and refuse to step there.
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

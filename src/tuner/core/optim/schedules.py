@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..config import steps_of
-from ..errors import UsageError
-from .state import is_schedule_free
+from tuner.core.config import steps_of
+from tuner.core.errors import UsageError
+from tuner.core.optim.state import is_schedule_free
 
 if TYPE_CHECKING:
     import torch
 
-    from ..config import ScheduleConfig
+    from tuner.core.config import ScheduleConfig
 
 POLYNOMIAL_END = 1e-7
 """Rate at the end of ``polynomial`` when none is given."""

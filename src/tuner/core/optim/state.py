@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from tuner.core.errors import UsageError
 
 
 def optimizer_state_tensors(

@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from tuner.core.errors import UsageError
-from tuner.core.registry.problems import PluginProblem, ProblemMemory
+from tuner.core.registry.problems import PluginProblem, ProblemMemory, problem_key
 from tuner.core.types import API_VERSION, ExtensionPlugin, ModelPlugin
 
 MODELS, EXTENSIONS = "tuner.models", "tuner.extensions"
@@ -85,7 +85,7 @@ class Catalog:
         """Problems known without importing: from metadata, and remembered import failures of what is installed."""
         entries = self._scan().values()
         remembered = self.memory.recall()
-        known = [remembered.get(f"{entry.dist} {entry.version} {entry.name}") for entry in entries]
+        known = [remembered.get(problem_key(entry.dist, entry.version, entry.name)) for entry in entries]
         return [*self.problems, *(problem for problem in known if problem is not None)]
 
     def _scan(self) -> dict[tuple[str, str], Entry]:

@@ -17,6 +17,10 @@ class Extensions:
     names: tuple[str, ...]
     _hooks: Any
 
+    def wrapping(self, hook: str) -> tuple[str, ...]:
+        """Names and versions of the extensions that wrap a model hook, and so may change what it gives."""
+        return tuple(each.plugin_name for each in getattr(self._hooks, hook).get_hookimpls() if each.wrapper)
+
     def on_run_start(self, run: Any) -> None:
         self._hooks.on_run_start(run=run)
 

@@ -12,7 +12,6 @@ from tuner.core.registry.checks import Contract
 from tuner.core.types import Models, Placement, TextEmbeds
 
 if TYPE_CHECKING:
-    import pluggy
     from torch import Tensor
 
     from tuner.core.config import RunConfig
@@ -37,17 +36,6 @@ class ModelFacade:
 
     def __post_init__(self) -> None:
         self._contract = Contract(self.title, self.facts)
-
-    @classmethod
-    def of(
-        cls,
-        title: str,
-        config: RunConfig,
-        facts: ModelFacts,
-        files: Mapping[str, Sequence[Path]],
-        manager: pluggy.PluginManager,
-    ) -> ModelFacade:
-        return cls(title, config, facts, files, manager.hook)
 
     def load_models(self, components: Collection[str], placement: Placement | None = None) -> Models:
         """Load the named components. ``placement`` None: the CPU, dtypes of ``config.precision``."""

@@ -32,7 +32,8 @@ def read_preset(catalog: Catalog, name: str) -> dict[str, Any]:
     assert package is not None
     text = resources.files(package).joinpath(f"{preset}.json").read_text(encoding="utf-8")
     settings = parse(text, f"preset {name}").value
-    settings["model"] = {"family": family} | settings.get("model", {})
-    entry = catalog.entry(MODELS, family)
-    assert isinstance(settings, dict), entry.dist
-    return settings
+    if not isinstance(settings, dict):
+        raise UsageError(
+            f"the preset {name!r} is not a JSON object", fix=f"tell the author of {catalog.entry(MODELS, family).dist}"
+        )
+    return settings | {"model": {"family": family} | settings.get("model", {})}

@@ -53,15 +53,12 @@ class ProblemMemory:
             return {}
 
     def remember(self, problem: PluginProblem) -> None:
-        self._write(self.recall() | {_key(problem.dist, problem.version, problem.name): problem})
+        self._write(self.recall() | {problem_key(problem.dist, problem.version, problem.name): problem})
 
     def forget(self, dist: str, version: str, name: str) -> None:
         known = self.recall()
-        if known.pop(_key(dist, version, name), None) is not None:
+        if known.pop(problem_key(dist, version, name), None) is not None:
             self._write(known)
-
-    def of(self, dist: str, version: str, name: str) -> PluginProblem | None:
-        return self.recall().get(_key(dist, version, name))
 
     def _write(self, problems: Mapping[str, PluginProblem]) -> None:
         text = json.dumps({key: asdict(problem) | {"trace": ""} for key, problem in problems.items()}, indent=1)
@@ -75,7 +72,7 @@ class ProblemMemory:
             return
 
 
-def _key(dist: str, version: str, name: str) -> str:
+def problem_key(dist: str, version: str, name: str) -> str:
     return f"{dist} {version} {name}"
 
 

@@ -67,6 +67,7 @@ def typed_config(raw: Mapping[str, Any], catalog: Catalog, *, base_dir: Path | N
 
 
 def family_of(raw: RawConfig, catalog: Catalog) -> str:
+    """The model that a document names."""
     section = raw.get("model")
     family = section.get("family") if isinstance(section, dict) else None
     if not isinstance(family, str):
@@ -140,7 +141,7 @@ def open_run(
     module = catalog.load(entry, "hooks", catalog.model(entry.name).hooks)
     manager = new_manager((title, module), modules)
     return Run(
-        model=ModelFacade.of(title, opened.config, opened.facts, opened.files, manager),
+        model=ModelFacade(title, opened.config, opened.facts, opened.files, manager.hook),
         config=opened.config,
         facts=opened.facts,
         files=opened.files,
@@ -150,7 +151,8 @@ def open_run(
 
 
 def _title(entry: Entry) -> str:
-    return f"plugin '{entry.name}' {entry.version}"
+    """How messages name a plugin; unique in a run, as a model and an extension may share name and version."""
+    return f"{'plugin' if entry.group == MODELS else 'extension'} '{entry.name}' {entry.version}"
 
 
 def _manifest(entries: list[Entry], catalog: Catalog) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_text
-from .charts import Band, Line, line_chart, smoothed
-from .events import read_events, without_redone
-from .page import details, flattened, hide_folders, page, picture, section, table, tiles
-from .progress import byte_size, duration
+from tuner.core.atomic import write_text
+from tuner.core.track.charts import Band, Line, line_chart, smoothed
+from tuner.core.track.events import read_events, without_redone
+from tuner.core.track.page import details, flattened, hide_folders, page, picture, section, table, tiles
+from tuner.core.track.progress import byte_size, duration
 
 NAME = "report.html"
 MAX_SHEETS = 8

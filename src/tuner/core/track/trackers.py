@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from ..errors import UsageError
+from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from ..config import LogConfig
+    from tuner.core.config import LogConfig
 
 ENTRY_POINTS = "tuner.loggers"
 JSONL = "jsonl"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -55,7 +56,14 @@ def write_state(folder: Path, state: State) -> None:
     """Write both state files into ``folder``. OSErrors pass through."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     path = folder / STATE_TENSORS
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library words what the system said, a full disk for example, as an error of its own.
+        told = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[2]), told[1], str(path)) from error
     sync_file(path)
     document = {
         "format": FORMAT,
@@ -73,7 +81,12 @@ def read_state(folder: Path) -> State:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError("this checkpoint has no resume state", where=str(path), why=error.strerror) from error
+        raise UsageError(
+            "this is no checkpoint to resume from" if not folder.is_dir() else "this checkpoint has no resume state",
+            where=str(path),
+            why=error.strerror,
+            fix="name a folder below checkpoints/ in the run folder, or use --resume alone for the newest",
+        ) from error
     except ValueError as error:
         raise UsageError("the resume state is damaged", where=str(path), why=str(error)) from error
     if not isinstance(document, dict) or document.get("blake2b") != _document_digest(document):
@@ -97,8 +110,10 @@ def find_state(folder: RunFolder, wanted: str) -> tuple[Path, State] | None:
     unusable.
     """
     if wanted != "auto":
-        path = Path(wanted)
-        return path, read_state(path)
+        path = Path(wanted).resolve()
+        state = read_state(path)
+        _refuse_later_checkpoints(folder, path)
+        return path, state
     candidates = [path for path in reversed(list_checkpoints(folder)) if (path / STATE_JSON).exists()]
     failures: list[str] = []
     for path in candidates:
@@ -116,12 +131,32 @@ def find_state(folder: RunFolder, wanted: str) -> tuple[Path, State] | None:
     return None
 
 
+def _refuse_later_checkpoints(folder: RunFolder, chosen: Path) -> None:
+    """Going back inside a folder would mix two histories: a later ``auto`` would go on from the one that was left."""
+    if chosen.parent != folder.checkpoints.resolve():
+        return
+    later = [path.name for path in list_checkpoints(folder) if (_step_of(path) or 0) > (_step_of(chosen) or 0)]
+    if later:
+        raise UsageError(
+            f"the run went on after {chosen.name}",
+            where=str(folder.checkpoints),
+            why=f"it holds {', '.join(later)} as well; two continuations in one folder would mix",
+            fix="set checkpoint.dir to a new folder and resume from this checkpoint there, or move the later ones away",
+        )
+
+
 def list_checkpoints(folder: RunFolder) -> list[Path]:
     """Complete checkpoint folders, oldest first."""
     if not folder.checkpoints.is_dir():
         return []
-    found = [path for path in folder.checkpoints.iterdir() if path.name.startswith("step-") and path.is_dir()]
-    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
+    found = [path for path in folder.checkpoints.iterdir() if _step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: _step_of(path) or 0)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in a checkpoint folder's name, None for other names."""
+    number = path.name.removeprefix("step-")
+    return int(number) if path.name.startswith("step-") and number.isdigit() else None
 
 
 class CheckpointWriter:
@@ -147,14 +182,18 @@ class CheckpointWriter:
             shutil.rmtree(final)
         building.rename(final)
         sync_folder(self.folder.checkpoints)
-        self._retain()
+        self._retain(final)
         return final
 
     def abandon(self, building: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
-    def _retain(self) -> None:
+    def _retain(self, newest: Path) -> None:
+        """Thin out what lies before ``newest``. A later checkpoint is one that was damaged when the run was resumed:
+        counting it would remove good ones in its favour.
+        """
         existing = list_checkpoints(self.folder)
+        existing = existing[: existing.index(newest) + 1]
         if self.keep_last is not None:
             for path in existing[: -self.keep_last]:
                 shutil.rmtree(path)

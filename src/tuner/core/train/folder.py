@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO
 
 from tuner.core.errors import UsageError
+from tuner.core.track.events import read_events
 
 LOCK = ".lock"
 CONFIG = "config.resolved.json"
@@ -58,15 +59,24 @@ class RunFolder:
         """Where the exported adapter of a checkpoint lies; eight digits, as users of other trainers expect."""
         return self.checkpoint(step) / f"{self.name}-step{step:08d}.safetensors"
 
-    def is_used(self) -> bool:
-        """Whether an earlier run left anything here."""
-        return self.path.is_dir() and any(entry.name != LOCK for entry in self.path.iterdir())
+    def is_used(self, log_file: str | None = None) -> bool:
+        """Whether an earlier run left work here, or something else lies here.
+
+        What a start leaves that failed before its first step is no work: it may be tried again. ``log_file`` is this
+        run's own, if it has one.
+        """
+        if not self.path.is_dir():
+            return False
+        own = {LOCK, CONFIG, EVENTS, self.manifest.name}
+        own |= {Path(log_file).name} if log_file is not None and Path(log_file).parent == self.path else set()
+        found = {entry.name for entry in self.path.iterdir()}
+        return bool(found - own) or any(event["kind"] == "step" for event in read_events(self.events))
 
 
-def open_folder(path: Path, name: str | None, *, resume: bool) -> RunFolder:
+def open_folder(path: Path, name: str | None, *, resume: bool, log_file: str | None = None) -> RunFolder:
     """Make or reuse the run folder. Raises UsageError when it cannot be written, or is used and this is no resume."""
     folder = RunFolder(path, name or path.name)
-    if not resume and folder.is_used():
+    if not resume and folder.is_used(log_file):
         what = "an earlier run" if folder.config.is_file() else "other files"
         raise UsageError(
             "the run folder is not empty",
@@ -74,16 +84,25 @@ def open_folder(path: Path, name: str | None, *, resume: bool) -> RunFolder:
             why=f"it holds {what}; nothing is overwritten",
             fix="continue that run with --resume auto, or set checkpoint.dir to a new folder",
         )
+    require_writable(path, "the run folder", "checkpoint.dir")
+    return folder
+
+
+def require_writable(path: Path, what: str, key: str) -> None:
+    """Make a folder and try to write there. ``what`` and ``key`` are its names in the UsageError when that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(
-            "cannot write to the run folder", where=str(path), why=error.strerror, fix="set checkpoint.dir elsewhere"
-        ) from error
-    return folder
+        raise not_writable(what, path, key, error) from error
+
+
+def not_writable(what: str, path: Path, key: str, error: OSError) -> UsageError:
+    blocked = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    why = f"{blocked} is a file" if blocked is not None else error.strerror or str(error)
+    return UsageError(f"cannot write to {what}", where=f"{path}, {key}", why=why, fix=f"set {key} to another folder")
 
 
 class FolderLock:

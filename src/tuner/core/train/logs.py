@@ -25,6 +25,14 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
+class Labelled(logging.Formatter):
+    """The message alone; ``warning: `` or ``error: `` goes before what asks for attention."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
 def set_up_logging(raw: Mapping[str, Any]) -> None:
     """Show messages from ``log.level`` on. ``raw`` may be unchecked: what is wrong in it is reported later.
 
@@ -49,4 +57,4 @@ def set_up_logging(raw: Mapping[str, Any]) -> None:
     logger.handlers[:] = handlers
     logger.propagate = False
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(Labelled("%(message)s"))

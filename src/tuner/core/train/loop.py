@@ -132,5 +132,5 @@ class Loop:
         }
         extra = {"memory_bytes": memory} if memory else {}
         self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
-        self.chores.on_step(position.step, metrics, group)
+        self.chores.on_step(position.step, {**metrics, **{f"lr/{name}": rate for name, rate in rates.items()}}, group)
         progress.advance(1, loss=average, images_per_second=metrics["images_per_second"], **extra)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.network import adapter_strength
+from tuner.core.adapters.network import adapter_eval, adapter_strength
 from tuner.core.atomic import atomic_path
 from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.train.folder import RunFolder
@@ -32,7 +32,7 @@ SHEET = "sheet.png"
 
 EncodeTexts = Callable[[Sequence[str]], TextEmbeds]
 WithVae = Callable[[], Models]
-OnImage = Callable[[int, int], None]
+OnImage = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +70,37 @@ class Previewer:
 
     def run(self, step: int, on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates. The base pictures are made with the first preview and kept in the run
-        folder.
+        folder. ``on_image`` is called after each of the `images_due`.
         """
-        base = self._base_images(on_image)
-        images = self._render(self.folder.samples / f"step-{step:06d}", step, strength=None, on_image=on_image)
+        base = self._render(self._base_folder(), 0, strength=0.0, on_image=on_image)
+        images = self._render(self.folder.samples / f"step-{step:06d}", step, strength=1.0, on_image=on_image)
         sheet = self.folder.samples / f"step-{step:06d}" / SHEET
         write_sheet(sheet, self.prompts, self._columns(base, step, images))
         return Preview(step, tuple(images), sheet)
 
-    def _base_images(self, on_image: OnImage | None) -> list[Path]:
-        # The folder is named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
-        described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
-        digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
-        return self._render(self.folder.samples / f"base-{digest}", 0, strength=0.0, on_image=on_image)
+    def images_due(self) -> int:
+        """How many pictures the next preview has to sample."""
+        return len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
 
-    def _render(self, target: Path, step: int, *, strength: float | None, on_image: OnImage | None) -> list[Path]:
-        paths = [target / f"{number:03d}.png" for number in range(len(self.prompts))]
-        wanted = [number for number, path in enumerate(paths) if strength is None or not path.is_file()]
+    def _base_folder(self) -> Path:
+        # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
+        described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
+        return self.folder.samples / f"base-{hashlib.blake2b(described.encode(), digest_size=4).hexdigest()}"
+
+    def _paths(self, folder: Path) -> list[Path]:
+        return [folder / f"{number:03d}.png" for number in range(len(self.prompts))]
+
+    def _render(self, target: Path, step: int, *, strength: float, on_image: OnImage | None) -> list[Path]:
+        paths = self._paths(target)
+        # The base model never changes: what is there of it stays.
+        wanted = [number for number, path in enumerate(paths) if strength > 0 or not path.is_file()]
         if not wanted:
             return paths
         latents = []
-        for done, number in enumerate(wanted, 1):
+        for number in wanted:
             latents.append(self.sample(self.prompts[number], strength=strength))
             if on_image is not None:
-                on_image(done, len(wanted))
+                on_image()
         with torch.no_grad():
             decoder = self.load_vae()
             for number, value in zip(wanted, latents, strict=True):
@@ -103,45 +110,46 @@ class Previewer:
         return paths
 
     @torch.no_grad()
-    def sample(self, prompt: Prompt, *, strength: float | None = None) -> Tensor:
-        """Latents [1,C,h,w] float32 on the CPU; ``strength`` None leaves the adapter as it is."""
-        training = self.network.module.training
-        self.network.module.eval()
+    def sample(self, prompt: Prompt, *, strength: float = 1.0) -> Tensor:
+        """Latents [1,C,h,w] float32 on the CPU, with the adapter at ``strength``; 0 is the base model."""
         factor = self.facts.spatial_factor
         shape = (1, self.facts.latent_channels, prompt.height // factor, prompt.width // factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed)).to(self.device)
-        positive = self.encode_texts([prompt.text])
-        negative = self.encode_texts([prompt.negative]) if prompt.cfg > 1 else None
         guidance = None if prompt.guidance is None else torch.full((1,), prompt.guidance, device=self.device)
+        # Texts too are encoded at this strength: the text side may be adapted as well.
+        with adapter_eval(self.network), adapter_strength(self.network, strength):
+            positive = self.encode_texts([prompt.text])
+            negative = self.encode_texts([prompt.negative]) if prompt.cfg > 1 else None
 
-        def velocity(noisy: Tensor, sigmas: Tensor) -> Tensor:
-            pred = self.model.predict(self.models, noisy, sigmas, positive, guidance)
-            if negative is None:
-                return pred
-            return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
+            def velocity(noisy: Tensor, sigmas: Tensor) -> Tensor:
+                pred = self.model.predict(self.models, noisy, sigmas, positive, guidance)
+                if negative is None:
+                    return pred
+                return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
 
-        sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
-        if strength is None:
-            latents = euler_sample(velocity, noise, sigmas)
-        else:
-            with adapter_strength(self.network, strength):
-                latents = euler_sample(velocity, noise, sigmas)
-        self.network.module.train(training)
-        return latents.cpu()
+            sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
+            return euler_sample(velocity, noise, sigmas).cpu()
 
     def _columns(self, base: Sequence[Path], step: int, images: Sequence[Path]) -> list[tuple[str, Sequence[Path]]]:
-        """Base first, then the most recent previews that are complete, the present one last."""
+        """Base first, then the most recent previews of the same prompts that are complete, the present one last."""
         columns: list[tuple[str, Sequence[Path]]] = [("base", base)]
         names = [path.name for path in images]
         earlier: list[tuple[int, list[Path]]] = []
         for folder in self.folder.samples.glob("step-*"):
-            number = int(folder.name.removeprefix("step-"))
+            number = folder.name.removeprefix("step-")
             paths = [folder / name for name in names]
-            if number < step and all(path.is_file() for path in paths):
-                earlier.append((number, paths))
+            if number.isdigit() and int(number) < step and self._shows_these_prompts(paths, int(number)):
+                earlier.append((int(number), paths))
         recent = sorted(earlier)[-(MAX_COLUMNS - 2) :]
         columns += [(f"step {number}", paths) for number, paths in recent]
         return [*columns, (f"step {step}", images)]
+
+    def _shows_these_prompts(self, paths: Sequence[Path], step: int) -> bool:
+        """Whether the pictures are there and were made from these prompts: a resumed run may have others."""
+        return all(
+            path.is_file() and read_settings(path) == self._settings(prompt, step)
+            for path, prompt in zip(paths, self.prompts, strict=True)
+        )
 
     @staticmethod
     def _settings(prompt: Prompt, step: int) -> dict[str, Any]:
@@ -164,6 +172,18 @@ def write_png(path: Path, pixels: Tensor, settings: dict[str, Any]) -> None:
     info.add_text("tuner", json.dumps(settings, ensure_ascii=False))
     with atomic_path(path) as temporary:
         to_image(pixels).save(temporary, format="PNG", pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What `write_png` stored in the text chunk, None for a picture from elsewhere."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            settings = json.loads(image.info.get("tuner", "null"))
+    except (UnidentifiedImageError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def write_sheet(path: Path, prompts: Sequence[Prompt], columns: Sequence[tuple[str, Sequence[Path]]]) -> None:

@@ -96,8 +96,11 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
     """All prompts of a file as fields. Raises UsageError when it cannot be read or understood."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the prompt file", where=str(path), why=str(error)) from error
+    except OSError as error:
+        where, fix = f"{path}, sample.prompts", "correct the path, or write the prompts into the list sample.prompts"
+        raise UsageError("cannot read the prompt file", where=where, why=error.strerror, fix=fix) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("the prompt file is not UTF-8 text", where=f"{path}, byte {error.start}") from error
     try:
         return _parse_file(path.suffix.lower(), text)
     except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from tuner.core.track.events import EventLog
 from tuner.core.track.report import write_report
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.caching import Caches
+from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
 from tuner.core.train.device import pick_device
-from tuner.core.train.folder import FolderLock, RunFolder, open_folder
+from tuner.core.train.folder import FolderLock, RunFolder, not_writable, open_folder, require_writable
 from tuner.core.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,21 +54,30 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     run = open_run(raw, base_dir=base_dir)
     config = run.config
     wanted = resume or config.checkpoint.resume
-    folder = open_folder(Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none")
+    check_network(config, run.facts)
+    folder = open_folder(
+        Path(config.checkpoint.dir), config.checkpoint.name, resume=wanted != "none", log_file=config.log.file
+    )
     check_trackers(config.log)
     check_optimizer(config.optimizer)
     set_threads(config)
-    with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
+    with FolderLock(folder), EventLog(folder.events) as events:
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
+        if found:
+            # The checkpoint may lie in another run's folder; then that run's settings are the ones to go on with.
+            check_same_run(RunFolder(found[0].parent.parent, folder.name), run)
+        if wanted != "none" and found is None:
+            tell_fresh_start(folder, events)
         plan = plan_data(config, run.facts)
         report = report_plan(plan, config.train)
         show_plan(report, folder)
         write_records(folder, run)
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
         device = pick_device()
-        caches = stack.enter_context(Caches(run, plan, device, events))
+        require_cache_folder(config)
+        caches = Caches(run, plan, device, events)
         caches.fill()
         trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
         try:
@@ -85,7 +94,10 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
             files=tuple(files),
         )
         events.emit("run_end", steps=summary.steps, seconds=summary.seconds, reason=reason)
-        write_report(folder.path)
+        try:
+            write_report(folder.path)
+        except OSError as error:
+            log.warning("report.html was not written: %s", error.strerror or error)
         run.extensions.on_run_end(asdict(summary))
     return summary
 
@@ -97,9 +109,15 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
         raise UsageError("nothing would be cached", where="cache", fix='set cache.latents or cache.text to "disk"')
     set_threads(run.config)
     plan = plan_data(run.config, run.facts)
-    with Caches(run, plan, pick_device(), None) as caches:
-        caches.fill()
+    require_cache_folder(run.config)
+    Caches(run, plan, pick_device(), None).fill()
     return report_plan(plan, run.config.train)
+
+
+def require_cache_folder(config: RunConfig) -> None:
+    """Make the cache folder when something will be kept there; UsageError when it cannot be written."""
+    if "disk" in (config.cache.latents, config.cache.text):
+        require_writable(Path(config.cache.dir), "the cache folder", "cache.dir")
 
 
 def show_plan(report: PlanReport, folder: RunFolder) -> None:
@@ -109,12 +127,19 @@ def show_plan(report: PlanReport, folder: RunFolder) -> None:
         report.images, report.visits_per_epoch, report.batches_per_epoch, len(report.buckets),
         report.validation_images, 100 * report.cropped,
     )  # fmt: skip
-    for reason, count in report.left_out.items():
-        log.warning("%d left out: %s", count, reason)
+    for line in report.left_out_lines():
+        log.warning("%s", line)
     for note in report.notes:
         log.warning("%s", note)
     epochs = report.total_steps / report.steps_per_epoch
     log.info("run: %d steps, %.1f epochs, into %s", report.total_steps, epochs, folder.path)
+
+
+def tell_fresh_start(folder: RunFolder, events: EventLog) -> None:
+    """A resume without a checkpoint begins anew; steps that were recorded before count as redone."""
+    log.warning("no checkpoint in %s: starting from the beginning", folder.path)
+    if folder.is_used():
+        events.emit("resume", step=0)
 
 
 def set_threads(config: RunConfig) -> None:
@@ -124,8 +149,11 @@ def set_threads(config: RunConfig) -> None:
 
 def write_records(folder: RunFolder, run: Run) -> None:
     """The resolved configuration and the versions that take part; on resume they replace equal ones."""
-    write_json(folder.config, resolved(run))
-    write_json(folder.manifest, run.manifest)
+    try:
+        write_json(folder.config, resolved(run))
+        write_json(folder.manifest, run.manifest)
+    except OSError as error:
+        raise not_writable("the run folder", folder.path, "checkpoint.dir", error) from error
 
 
 def resolved(run: Run) -> dict[str, Any]:
@@ -133,13 +161,17 @@ def resolved(run: Run) -> dict[str, Any]:
     return run.config.model_dump(mode="json", by_alias=True)
 
 
-# What may differ between a run and its continuation: how long, what is shown, what is kept.
-FREE_ON_RESUME = ("train.steps", "train.epochs", "sample", "validate", "log", "checkpoint")
+# What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
+FREE_ON_RESUME = (
+    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
+    "validate.timesteps", "log", "checkpoint", "memory",
+    "cache.dir", "cache.verify", "data.workers", "data.prefetch",
+)  # fmt: skip
 
 
 def check_same_run(folder: RunFolder, run: Run) -> None:
     """Refuse to continue with settings that would make it another run."""
-    if not folder.config.is_file():
+    if not folder.config.is_file() or not folder.is_used():
         return
     before = json.loads(folder.config.read_text(encoding="utf-8"))
     changed = [name for name in differences(before, resolved(run)) if not _is_free(name)]
@@ -147,7 +179,7 @@ def check_same_run(folder: RunFolder, run: Run) -> None:
         raise UsageError(
             "this is not the configuration that the run folder was made with",
             where=", ".join(changed[:8]),
-            why="on resume only lengths, samples, validation, logging and retention may differ",
+            why="on resume only lengths, samples, validation, logging, retention, workers and memory may differ",
             fix="restore these values, or start a new run in another checkpoint.dir",
         )
 

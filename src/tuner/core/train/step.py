@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
-from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sample_sigmas
+from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sigmas_from_draws, stratify
 from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
 from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
@@ -63,9 +63,10 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         samples = sum(len(batch.items) for batch in batches)
         seen: list[tuple[Batch, Tensor, Tensor]] = []
-        for number, batch in enumerate(batches):
+        draws = [StepDraws(self.config.train.seed, step, batch.items) for batch in batches]
+        for number, (batch, own, levels) in enumerate(zip(batches, draws, self._levels(draws), strict=True)):
             with adapter_rng(self.network, self.config.train.seed, step, batch.items):
-                losses, sigmas = self.losses(batch, step, number)
+                losses, sigmas = self.losses(batch, own, levels, step, number)
                 torch.autograd.backward(losses.sum() / samples)
             seen.append((batch, losses.detach(), sigmas))
         loss = float(torch.cat([losses for _, losses, _ in seen]).sum()) / samples
@@ -81,16 +82,29 @@ class TrainStep:
         self.optimizer.step()
         return StepResult(loss, grad_norm, samples)
 
-    def losses(self, batch: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
+    def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
+        """(normal, uniform) draws [B] of the noise levels, one pair per micro-batch.
+
+        Stratification covers all samples of the update, so that it does not depend on how they are split.
+        """
+        pairs = [(each.normal("sigma"), each.uniform("sigma")) for each in draws]
+        if not self.config.noise.stratified:
+            return pairs
+        sizes = [len(normal) for normal, _ in pairs]
+        normal, uniform = stratify(torch.cat([one for one, _ in pairs]), torch.cat([other for _, other in pairs]))
+        return list(zip(torch.split(normal, sizes), torch.split(uniform, sizes), strict=True))
+
+    def losses(
+        self, batch: Batch, draws: StepDraws, levels: tuple[Tensor, Tensor], step: int, number: int
+    ) -> tuple[Tensor, Tensor]:
         """Losses [B] with grad and sigmas [B] of micro-batch ``number`` (from 0) of ``step``."""
         config = self.config
-        draws = StepDraws(config.train.seed, step, batch.items)
         latents = batch.latents.to(self.device, non_blocking=True)
         noise = draw_noise(config.noise, latents, draws)
         height, width = latents.shape[-2:]
-        sigmas = sample_sigmas(
-            config.noise, normal=draws.normal("sigma"), uniform=draws.uniform("sigma"), latent_hw=(height, width)
-        ).to(self.device, non_blocking=True)
+        normal, uniform = levels
+        sigmas = sigmas_from_draws(config.noise, normal=normal, uniform=uniform, latent_hw=(height, width))
+        sigmas = sigmas.to(self.device, non_blocking=True)
         target = self.model.noise_target(latents, noise, sigmas)
         shaken = perturbed(config.noise, noise, draws, step, self.total)
         noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy

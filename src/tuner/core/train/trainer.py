@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from tuner.core.optim import (
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
-from tuner.core.train.checkpoint import CheckpointWriter, Position, State, write_state
+from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
 from tuner.core.train.due import Due
 from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
@@ -64,7 +65,7 @@ class Trainer:
         self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
-        self.models = caches.load_fresh(self._components())
+        self.models = caches.load(self._components())
         # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         self._prepare_blocks()
@@ -77,6 +78,7 @@ class Trainer:
         self.average = LossAverage()
         self.ledger = Ledger(plan)
         self.loader = caches.data.loader()
+        self.bar: Progress | None = None
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
@@ -95,14 +97,15 @@ class Trainer:
             if self.position.step == 0 and self.config.sample.at_start:
                 self._preview(0)
             loop = self._loop(interrupt)
-            with self._progress() as progress:
-                self.position, reason = loop.train(self.position, progress)
+            with self._progress() as self.bar:
+                self.position, reason = loop.train(self.position, self.bar)
+            self.bar = None
             if reason == "interrupted":
                 return reason, self._stop()
             self._save_state_at_end()
             self._validate(self.position.step)
             self._preview(self.position.step)
-        files = self._export(self.folder.final)
+        files = self._export_final()
         self._write_views()
         return reason, files
 
@@ -140,6 +143,14 @@ class Trainer:
 
     def _progress(self) -> Progress:
         return Progress("training", self.total, "steps", done=self.position.step, plain=self.config.log.plain)
+
+    @contextmanager
+    def _inner_stage(self, name: str, total: int | None) -> Iterator[Progress]:
+        """Progress of a long chore, whether it comes during the training or around it."""
+        with ExitStack() as stack:
+            if self.bar is not None:
+                stack.enter_context(self.bar.paused())
+            yield stack.enter_context(Progress(name, total, "images", plain=self.config.log.plain))
 
     def _set_rates(self, step: int) -> dict[str, float]:
         self.schedule.set(step)
@@ -193,7 +204,7 @@ class Trainer:
             folder=self.folder,
             prompts=self.caches.prompts,
             encode_texts=self._text,
-            load_vae=lambda: self.caches.load_fresh(["vae"]),
+            load_vae=lambda: self.caches.load(["vae"]),
             device=self.device,
         )
 
@@ -210,15 +221,28 @@ class Trainer:
                 row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
             )  # fmt: skip
         log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
+        for message in self._doubts():
+            self._warn(message)
         self.run.extensions.on_run_start(self.run)
+
+    def _doubts(self) -> Iterator[str]:
+        """What is allowed and hardly ever meant."""
+        if self.config.precision.adapter != "fp32":
+            yield (
+                "precision.adapter is bf16: a step smaller than 1/256 of a weight is lost in rounding; "
+                "fp32 costs little memory for an adapter"
+            )
+        largest = max(tier.batch_size for tier in self.plan.tiers) * self.config.train.accumulate
+        if self.config.noise.stratified and largest == 1:
+            yield "noise.stratified has no effect: every update has one sample"
 
     # --- chores -------------------------------------------------------------------------------------------------------
 
     def _validate(self, step: int) -> None:
         if self.validator is None:
             return
-        with eval_weights(self.optimizer):
-            result = self.validator.run(step)
+        with eval_weights(self.optimizer), self._inner_stage("validation", None) as progress:
+            result = self.validator.run(step, progress.advance)
         fields = asdict(result)
         fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
         self.events.emit("validation", **fields)
@@ -232,8 +256,8 @@ class Trainer:
         if self.previewer is None:
             return
         try:
-            with eval_weights(self.optimizer):
-                preview = self.previewer.run(step)
+            with eval_weights(self.optimizer), self._inner_stage("samples", self.previewer.images_due()) as progress:
+                preview = self.previewer.run(step, progress.advance)
         except (torch.OutOfMemoryError, OSError) as error:
             # Pictures are a convenience; the training goes on without them.
             self._warn(f"no samples at step {step}: {error}")
@@ -253,7 +277,8 @@ class Trainer:
             self._write_checkpoint(position)
         except OSError as error:
             self._warn(
-                f"the checkpoint of step {position.step} was not written: {error.strerror}; earlier ones are intact"
+                f"the checkpoint of step {position.step} was not written: {error.strerror or error}; "
+                "earlier ones are intact"
             )
 
     def _warn(self, message: str) -> None:
@@ -271,7 +296,7 @@ class Trainer:
             self.writer.abandon(building)
             raise
         final = self.writer.commit(building, position.step)
-        self.ledger.write(self.folder.ledger)
+        self._write_views()
         paths = sorted(final.iterdir())
         self.events.emit(
             "checkpoint",
@@ -289,9 +314,29 @@ class Trainer:
     def _stop(self) -> list[Path]:
         """After an interrupt: keep the work if asked to, and leave the views in order."""
         if self.config.checkpoint.on_interrupt == "save":
-            self._write_checkpoint(self.position)
+            try:
+                self._write_checkpoint(self.position)
+            except OSError as error:
+                raise self._lost(f"the checkpoint of step {self.position.step}", error) from error
         self._write_views()
         return []
+
+    def _export_final(self) -> list[Path]:
+        try:
+            return self._export(self.folder.final)
+        except OSError as error:
+            raise self._lost("the adapter", error) from error
+
+    def _lost(self, what: str, error: OSError) -> UsageError:
+        """The error for a file that a full disk kept from being written, with what there is instead."""
+        kept = list_checkpoints(self.folder)
+        return UsageError(
+            f"{what} was not written",
+            where=str(error.filename or self.folder.path),
+            why=f"{error.strerror or error}; "
+            + (f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint"),
+            fix="free some space, then run it again with --resume",
+        )
 
     def _export(self, path: Path, *, step: int | None = None) -> list[Path]:
         """Write the adapter and prove that it reads back; OSErrors pass through from checkpoints only."""
@@ -309,7 +354,10 @@ class Trainer:
             )
 
     def _write_views(self) -> None:
-        self.ledger.write(self.folder.ledger)
+        try:
+            self.ledger.write(self.folder.ledger)
+        except OSError as error:
+            self._warn(f"{self.folder.ledger.name} was not written: {error.strerror or error}")
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -326,11 +374,18 @@ class Trainer:
 
     def _restore(self, state: State) -> None:
         """Take up a saved state; UsageError when it belongs to another network or optimizer."""
-        if state.position.step >= self.total:
+        if state.position.step >= self.total and self.folder.final.exists():
             raise UsageError(
                 f"this run is already at step {state.position.step} of {self.total}",
                 where=str(self.folder.path),
                 fix="raise train.steps or train.epochs to train on",
+            )
+        if state.position.seed != self.config.train.seed:
+            raise UsageError(
+                f"the checkpoint was made with seed {state.position.seed}, not {self.config.train.seed}",
+                where="train.seed",
+                why="the order of the data and all noise follow from it, so this would be another run",
+                fix=f"set train.seed to {state.position.seed}, or start from its adapter with network.init_from",
             )
         load_network_tensors(self.network, _below(state.tensors, "network/"))
         load_optimizer_state(
@@ -355,6 +410,8 @@ class Trainer:
                 fix="restore the data, or set checkpoint.strict_data to false to go on at the next epoch",
             )
         self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
+        # Losses of another epoch's steps would stay in the average where the new one is shorter.
+        self.average.values = []
         epoch = position.epoch + 1 if position.batch > 0 else position.epoch
         return replace(position, epoch=epoch, batch=0, fingerprint=self.plan.fingerprint)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
-from tuner.core.errors import UsageError
+from tuner.core.errors import Problems, UsageError
 from tuner.core.types import (
     Blocks,
     DtypeRules,
@@ -17,8 +17,11 @@ from tuner.core.types import (
 )
 
 from . import sources
+from .keys import adapter_keys, denoiser_keys, encoder_keys, key_problems, vae_problems
+from .names import adapter_modules, denoiser_modules, encoder_modules
 from .sizes import (
     ADAPTER_PREFIX,
+    PICKLE_SUFFIXES,
     AdapterSizes,
     DenoiserSizes,
     EncoderSizes,
@@ -87,7 +90,9 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
     shapes = named_shapes(header if header is not None else found.header("denoiser"), original_names)
     denoiser = denoiser_sizes(shapes, str(found.denoiser))
     adapter = find_adapter(found, shapes)
-    check_fit(denoiser, adapter, encoder_sizes(named_shapes(found.header("qwen3"), encoder_names), str(found.qwen3)))
+    encoder = encoder_sizes(named_shapes(found.header("qwen3"), encoder_names), str(found.qwen3))
+    check_fit(denoiser, adapter, encoder)
+    check_whole(found, shapes, denoiser, adapter, encoder)
     flavour = _flavour(config, denoiser)
     limits = dict(MAX_TOKENS)
     for name, count in config.text_encoder.max_tokens.items():
@@ -115,6 +120,11 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
         architecture=f"anima-{flavour}",
+        modules={
+            "denoiser": denoiser_modules(denoiser.blocks),
+            "llm_adapter": adapter_modules(adapter.layers),
+            "qwen3": encoder_modules(encoder.layers),
+        },
     )
 
 
@@ -145,6 +155,25 @@ def check_fit(denoiser: DenoiserSizes, adapter: AdapterSizes, encoder: EncoderSi
             raise UsageError(f"{what} and {reader} do not fit each other", where=key,
                              why=f"{what} makes {width} features, {reader} reads {wanted}",
                              fix="use files of the same model")  # fmt: skip
+
+
+def check_whole(
+    found: sources.Sources, shapes: Header, denoiser: DenoiserSizes, adapter: AdapterSizes, encoder: EncoderSizes
+) -> None:
+    """Raise one UsageError naming every tensor that a file lacks or should not have. ``shapes``: the denoiser's."""
+    inside = [name.removeprefix(ADAPTER_PREFIX) for name in shapes if name.startswith(ADAPTER_PREFIX)]
+    own = [name for name in shapes if not name.startswith(ADAPTER_PREFIX)]
+    problems = Problems()
+    problems.extend(key_problems(own, denoiser_keys(denoiser), str(found.denoiser)))
+    if found.llm_adapter is not None:
+        names = adapter_names(found.header("llm_adapter"))
+        problems.extend(key_problems(names, adapter_keys(adapter), str(found.llm_adapter)))
+    else:
+        problems.extend(key_problems(inside, adapter_keys(adapter), str(found.denoiser), ADAPTER_PREFIX))
+    problems.extend(key_problems(encoder_names(found.header("qwen3")), encoder_keys(encoder), str(found.qwen3)))
+    if found.vae.suffix not in PICKLE_SUFFIXES:
+        problems.extend(vae_problems(found.header("vae"), str(found.vae)))
+    problems.raise_if_any()
 
 
 def text_fields(training: Collection[str], adapter: AdapterSizes) -> dict[str, Field]:

@@ -8,7 +8,6 @@ Shapes: B images, H x W pixels, h x w = H/8 x W/8 latents, C channels of a layer
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -19,6 +18,9 @@ from torch import Tensor, nn
 from tuner.core.compute.weights import assign
 from tuner.core.errors import UsageError
 
+from .vae_names import UNUSED
+from .vae_names import names as names
+
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -28,8 +30,6 @@ LATENT_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 LOGVAR_RANGE = (-30.0, 20.0)
-UNUSED = re.compile(r".*\.time_conv\..*")
-"""Layers between frames: never reached by a single image."""
 
 
 class Conv(nn.Conv2d):
@@ -212,44 +212,6 @@ class VAE(nn.Module):
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
-
-RENAMES = (
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"^encoder\.down_blocks\.", "encoder.downsamples."),
-    (r"\.norm1\.", ".residual.0."),
-    (r"\.conv1\.(?=(weight|bias)$)(?<=\d\.conv1\.)", ".residual.2."),
-    (r"\.norm2\.", ".residual.3."),
-    (r"\.conv2\.(?=(weight|bias)$)(?<=\d\.conv2\.)", ".residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-)
-"""Diffusers' names to the original ones, applied in order; the decoder's stages are renumbered by `_decoder_stage`."""
-UP_BLOCK = re.compile(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
-
-
-def original_name(key: str) -> str:
-    """The original name of a key in diffusers' layout."""
-    for pattern, replacement in RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return UP_BLOCK.sub(_decoder_stage, key)
-
-
-def _decoder_stage(match: re.Match[str]) -> str:
-    group, kind, index = int(match[1]), match[2], int(match[3])
-    return f"decoder.upsamples.{4 * group + (3 if kind == 'upsamplers' else index)}."
-
-
-def names(keys: Iterable[str]) -> dict[str, str]:
-    """Original names to the names in the file, for both layouts (the original one is known by ``conv1.bias``)."""
-    keys = list(keys)
-    original = "conv1.bias" in keys
-    return {key if original else original_name(key): key for key in keys}
 
 
 def build(tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype,

@@ -19,6 +19,7 @@ from . import latents
 from .denoiser import Denoiser
 from .sizes import (
     ADAPTER_PREFIX,
+    PICKLE_SUFFIXES,
     adapter_names,
     adapter_sizes,
     denoiser_sizes,
@@ -31,8 +32,6 @@ from .text import LLMAdapter, build_encoder
 
 if TYPE_CHECKING:
     from tuner.core.types import Placement
-
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def load_denoiser(sources: Sources, placement: Placement, *, mmap: bool = True) -> Denoiser:

@@ -23,6 +23,8 @@ ADAPTER_PREFIX = "llm_adapter."
 DENOISER_PREFIXES = ("net.", "model.diffusion_model.")
 BUNDLED = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 """First parts of the other components' keys in an all-in-one file."""
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+"""A VAE under such a name is read by torch's restricted loader; it has no header that could be read without torch."""
 IGNORED = re.compile(r"pos_embedder\..*|.*inv_freq")
 """Buffers that some files carry and that are recomputed in float32."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.encoders import read_settings
-from tuner.core.compute.weights import assign, raise_key_mismatch, read_tensors
+from tuner.core.compute.weights import assign, read_tensors
 from tuner.core.errors import UsageError
 
 from . import denoiser as network
@@ -19,7 +19,7 @@ from .names import original_names, to_diffusers
 from .sizes import bare_names, denoiser_sizes, diffusers_shapes, layout_of
 
 if TYPE_CHECKING:
-    from tuner.core.files import WeightHeader
+    from tuner.core.files import WeightHeader, key_mismatch
     from tuner.core.types import Placement
 
 
@@ -88,5 +88,7 @@ def original_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         value = torch.cat([tensors[each] for each in present]) if len(present) > 1 else tensors[present[0]]
         found[name] = torch.cat(value.chunk(2)[::-1]) if place.exchange else value
         used.update(present)
-    raise_key_mismatch((), set(tensors) - used, None)
+    error = key_mismatch((), set(tensors) - used, None)
+    if error is not None:
+        raise error
     return found

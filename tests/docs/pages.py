@@ -1,0 +1,49 @@
+"""The documentation as tests read it: pages, and the fenced blocks inside them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. ``title`` is the file name that the page gives it, or empty."""
+
+    page: str
+    line: int
+    language: str
+    title: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        title = re.search(r'title="([^"]+)"', match["rest"])
+        found.append(
+            Block(
+                page=path.relative_to(ROOT).as_posix(),
+                line=text[: match.start()].count("\n") + 1,
+                language=match["language"],
+                title=title[1] if title else "",
+                text=textwrap.dedent(match["text"]),
+            )
+        )
+    return found
+
+
+def blocks(language: str) -> list[Block]:
+    """Every block of a language in the README and the documentation."""
+    return [block for path in PAGES for block in blocks_of(path) if block.language == language]

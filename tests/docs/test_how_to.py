@@ -1,0 +1,111 @@
+"""The longer examples of the how-to pages are run as they stand, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+import tuner
+from tests.docs.pages import ROOT, blocks_of
+from tests.fixtures.tiny_anima import make_tiny_anima
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the tutorial: tiny files under the names that the pages use, and two steps of training."""
+    folder = tmp_path / "work"
+    make_tiny_anima(folder)
+    (folder / "qwen3").rename(folder / "Qwen3-0.6B")
+    (folder / "t5").rename(folder / "Qwen3-0.6B" / "t5_tokenizer")
+    (folder / "vae.safetensors").rename(folder / "qwen_image_vae.safetensors")
+    images = folder / "images" / "hero"
+    images.mkdir(parents=True)
+    for number in range(2):
+        Image.effect_noise((64, 64), 60 + 40 * number).convert("RGB").save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"a red dog {number}", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config()), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user-cache"))
+    return folder
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    return {
+        "model": {
+            "family": "anima",
+            "path": "anima.safetensors",
+            "text_encoders": {"qwen3": {"path": "Qwen3-0.6B"}},
+            "vae": {"path": "qwen_image_vae.safetensors"},
+        },
+        "data": {
+            "defaults": {"resolution": 64, "buckets": {"enabled": False}},
+            "sets": [{"sources": [{"id": "hero", "path": "images/hero"}]}],
+            "workers": {"scan": 0, "cache": 0, "load": 0},
+        },
+        "network": {"rank": 2},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 2},
+        "precision": {"compute": "fp32", "text_encoder": {"qwen3": "fp32", "llm_adapter": "fp32"}},
+        "checkpoint": {"dir": "out/hero"},
+        "log": {"plain": True},
+        **sections,
+    }
+
+
+def test_the_python_page_runs_from_top_to_bottom(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks_of(ROOT / "docs" / "how-to" / "use-from-python.md"):
+        if block.language == "python":
+            exec(compile(block.text, block.name, "exec"), names)
+    printed = capsys.readouterr().out
+    assert "finished 2" in printed
+    assert "unknown key 'trian'" in printed
+    assert names["picture"].shape == (1, 3, 256, 256)
+    assert [step for step, _ in names["losses"]] == [1, 2]
+
+
+def test_the_extension_of_the_page_keeps_its_diary(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in [name for name in sys.modules if name.startswith("tuner_diary")]:
+        monkeypatch.delitem(sys.modules, name)
+    summary = tuner.train(config(extensions=["diary"]))
+    told = capsys.readouterr().err
+    for line in ("a run of anima begins", "step 2 saved as", "finished after 2 steps"):
+        assert f"diary: {line}" in told
+    with safe_open(summary.files[0], framework="pt") as file:
+        assert file.metadata()["diary_note"] == "trained with a diary"
+    hooks = sys.modules["tuner_diary.hooks"]
+    assert set(hooks.extra_metrics(2)) == {"diary/steps_per_minute"}
+
+
+def install(site: Path) -> None:
+    """Put the files of the page where an installer would, with the entry points of its pyproject.toml."""
+    import tomllib
+
+    files = {block.title: block.text for block in blocks_of(ROOT / "docs" / "how-to" / "write-an-extension.md")}
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    package = site / "tuner_diary"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for title, text in files.items():
+        if title.startswith("src/"):
+            (site / title.removeprefix("src/")).write_text(text, encoding="utf-8")
+    info = site / f"tuner_diary-{project['version']}.dist-info"
+    info.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\nRequires-Dist: tuner\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
+    (info / "RECORD").touch()
+    groups = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        for group, entries in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(groups), encoding="utf-8")
