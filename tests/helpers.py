@@ -22,3 +22,13 @@ def golden(name: str) -> Any:
 def golden_path(name: str) -> Path:
     """Path of a file below tests/golden."""
     return GOLDEN / name
+
+
+def delta_weight(tensors: Any, key: str) -> Any:
+    """alpha / rank * up down of one module of an adapter's internal tensors, [out, in] float32."""
+    import torch
+
+    from tuner.core.adapters.convert import merged_weight
+
+    down, up = tensors[f"{key}.down"], tensors[f"{key}.up"]
+    return merged_weight(torch.zeros(up.shape[0], down[0].numel()), down, up, float(tensors[f"{key}.alpha"]))

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.tiny_flux import full_sizes, sizes_of
-from tests.helpers import golden, golden_path
+from tests.helpers import delta_weight, golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-from tuner.core.adapters.convert import convert_adapter, delta_weight, merged_weight
+from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of

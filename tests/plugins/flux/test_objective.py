@@ -17,11 +17,11 @@ from tuner.core.flow import (
     elementwise_loss,
     euler_sample,
     euler_sigmas,
-    flux_mu,
     loss_weight,
     rectified_flow,
-    sample_sigmas,
+    resolution_mu,
     shift_value,
+    sigmas_from_draws,
 )
 from tuner.plugins.flux.denoiser import pack, unpack
 
@@ -45,7 +45,7 @@ def noise_config(case: dict[str, object]) -> NoiseConfig:
 def test_noise_levels_and_noisy_latents_agree_for_every_way_of_drawing(name):
     data = golden(GOLDEN)
     latents, noise = data["latents"], data["noise"]
-    sigmas = sample_sigmas(
+    sigmas = sigmas_from_draws(
         noise_config(CASES[name]),
         normal=data["normal_draws"],
         uniform=data["uniform_draws"],
@@ -85,7 +85,9 @@ def test_loss_weights_agree(weighting):
 def test_limits_of_the_timestep_are_honoured():
     data = golden(GOLDEN)
     config = NoiseConfig(timesteps="flux_shift", min_timestep=200, max_timestep=600)
-    sigmas = sample_sigmas(config, normal=3 * data["normal_draws"], uniform=data["uniform_draws"], latent_hw=(128, 128))
+    sigmas = sigmas_from_draws(
+        config, normal=3 * data["normal_draws"], uniform=data["uniform_draws"], latent_hw=(128, 128)
+    )
     assert float(sigmas.min()) >= 0.2 and float(sigmas.max()) <= 0.6
 
 
@@ -94,7 +96,7 @@ def test_the_shift_grows_with_the_picture():
     sides = {256: 32, 1024: 64, 4096: 128}
     for length, value in zip(data["mu.seqlen"].tolist(), data["mu.value"].tolist(), strict=True):
         side = sides[int(length)]
-        assert flux_mu((side, side)) == pytest.approx(value, abs=1e-6)
+        assert resolution_mu((side, side)) == pytest.approx(value, abs=1e-6)
         assert shift_value("auto", (side, side)) == pytest.approx(math.exp(value), rel=1e-6)
 
 

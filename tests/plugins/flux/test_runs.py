@@ -194,7 +194,7 @@ def test_a_run_goes_on_from_an_exported_file(document, tmp_path, fmt):
 
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Products of an adapter file in any format."""
-    from tuner.core.adapters.convert import delta_weight
+    from tests.helpers import delta_weight
     from tuner.core.adapters.files import read_adapter
     from tuner.core.adapters.formats import modules_of
     from tuner.plugins.flux.names import MAPS

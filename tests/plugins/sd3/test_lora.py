@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_parts import clip_shapes, t5_shapes
-from tests.helpers import golden, golden_path
-from tuner.core.adapters.convert import convert_adapter, delta_weight, merged_weight
+from tests.helpers import delta_weight, golden, golden_path
+from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
 from tuner.core.adapters.lora import inject_lora

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tests.helpers import golden, golden_path
 from tuner.core.config import LossConfig, NoiseConfig
-from tuner.core.flow import elementwise_loss, euler_sigmas, loss_weight, rectified_flow, reduce_loss, sample_sigmas
+from tuner.core.flow import elementwise_loss, euler_sigmas, loss_weight, rectified_flow, reduce_loss, sigmas_from_draws
 
 FILE = "sd3/objective.safetensors"
 with safe_open(golden_path(FILE), framework="pt") as opened:
@@ -32,7 +32,7 @@ def configs(settings: dict) -> tuple[NoiseConfig, LossConfig]:
 def test_draws_become_the_recorded_timesteps_weights_and_losses(name):
     data = golden(FILE)
     noise, loss = configs(CASES[name])
-    sigmas = sample_sigmas(noise, normal=data["normal_draws"], uniform=data["uniform_draws"], latent_hw=(6, 8))
+    sigmas = sigmas_from_draws(noise, normal=data["normal_draws"], uniform=data["uniform_draws"], latent_hw=(6, 8))
     assert torch.equal((sigmas * 1000).round(), data[f"{name}.timesteps"])
     torch.testing.assert_close(sigmas, data[f"{name}.sigmas"], rtol=1e-6, atol=0)
     flow = rectified_flow(data["latents"], data["noise"], sigmas)
@@ -66,7 +66,7 @@ def test_no_weighting_is_lost_at_the_ends(weighting, target, truncate):
     loss = LossConfig(weighting=weighting, target=target)
     noise = NoiseConfig(timesteps="uniform", truncate=truncate)
     ends = torch.tensor([0.0, 0.00001, 0.9999999])
-    sigmas = sample_sigmas(noise, normal=torch.zeros(3), uniform=ends, latent_hw=(8, 8))
+    sigmas = sigmas_from_draws(noise, normal=torch.zeros(3), uniform=ends, latent_hw=(8, 8))
     prediction, wanted = torch.randn(2, 3, 4, 8, 8)
     losses = elementwise_loss(loss, prediction.requires_grad_(), wanted, sigmas).mean(dim=(1, 2, 3))
     total = (losses * loss_weight(loss, sigmas)).sum()

@@ -13,13 +13,14 @@ from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.encoders import read_settings
 from tuner.core.compute.weights import assign, read_tensors
 from tuner.core.errors import UsageError
+from tuner.core.files import key_mismatch
 
 from . import denoiser as network
 from .names import original_names, to_diffusers
 from .sizes import bare_names, denoiser_sizes, diffusers_shapes, layout_of
 
 if TYPE_CHECKING:
-    from tuner.core.files import WeightHeader, key_mismatch
+    from tuner.core.files import WeightHeader
     from tuner.core.types import Placement
 
 
