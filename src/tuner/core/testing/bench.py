@@ -61,6 +61,8 @@ class Bench:
         (side, _), _ = self.sizes
         compute = "fp32" if "float32" in facts.dtypes.compute else "bf16"
         source = {"id": "pictures", "path": str(self.pictures)}
+        cache = sections.get("cache", {})
+        live = cache.get("latents") == cache.get("text") == "off"
         buckets = {"min": side // 2, "step": facts.resolution_multiple}
         exact = {
             "precision": {
@@ -69,7 +71,7 @@ class Bench:
                 "text_encoder": dict.fromkeys(facts.text_components, compute),
             },
             "data": {"sets": [{"resolution": side, "batch_size": 2, "buckets": buckets, "sources": [source]}]},
-            "cache": {"dtype": "fp32"},
+            "cache": {} if live else {"dtype": "fp32"},
             "checkpoint": {"dir": str(self.folder / name), "name": "adapter"},
         }
         return self._merged(exact, self.settings, sections)
