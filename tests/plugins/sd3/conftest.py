@@ -10,12 +10,11 @@ import pytest
 from torch import nn
 
 from tests.fixtures.tiny_sd3 import make_tiny_sd3
-from tests.helpers import golden_path
+from tests.plugins.sd3.golden_models import golden_sources
 from tuner.core.config import RunConfig, build_config
 from tuner.core.types import Placement
 from tuner.plugins.sd3.config import SD3Config
 from tuner.plugins.sd3.load import load_denoiser
-from tuner.plugins.sd3.sources import Part, Sources
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +50,6 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunCon
         return build_config(raw, SD3Config)
 
     return build
-
-
-def golden_sources(flavour: str) -> Sources:
-    """The golden transformer alone."""
-    part = Part(path=golden_path(f"sd3/{flavour}_weights_f16.safetensors"))
-    return Sources(denoiser=part, encoders={}, vae=part, tokenizers={})
 
 
 @pytest.fixture(scope="session")

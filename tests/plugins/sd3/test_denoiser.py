@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.helpers import golden
+from tests.plugins.sd3.golden_models import golden_case, golden_sources
 from tuner.core.files import weight_header
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.types import Placement
@@ -17,8 +18,6 @@ from tuner.plugins.sd3.denoiser import time_features
 from tuner.plugins.sd3.load import denoiser_tensors, load_denoiser
 from tuner.plugins.sd3.sizes import denoiser_sizes
 from tuner.plugins.sd3.sources import Part, Sources
-
-from .conftest import golden_sources
 
 TOLERANCE = 2e-5
 CASES = list(itertools.product(("sd3m", "sd35m"), (0, 1)))
@@ -34,7 +33,7 @@ def run(model: nn.Module, case: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(("flavour", "number"), CASES)
 @torch.no_grad()
 def test_the_forward_pass_equals_the_recorded_one(golden_model, flavour, number):
-    case = golden(f"sd3/{flavour}_forward_{number}.safetensors")
+    case = golden_case(flavour, f"forward_{number}")
     torch.testing.assert_close(run(golden_model(flavour), case), case["out"], rtol=0, atol=TOLERANCE)
 
 
@@ -55,19 +54,19 @@ def test_a_file_in_the_layout_of_diffusers_gives_the_same_model(golden_model, tm
     assert denoiser_sizes(weight_header(tmp_path / "model.safetensors")) == sizes
     part = Part(path=tmp_path / "model.safetensors")
     model = load_denoiser(Sources(denoiser=part, encoders={}, vae=part, tokenizers={}), Placement())
-    case = golden(f"sd3/{flavour}_forward_1.safetensors")
+    case = golden_case(flavour, "forward_1")
     torch.testing.assert_close(run(model, case), case["out"], rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
 def test_attention_one_sample_at_a_time_gives_the_same(golden_model):
-    case = golden("sd3/sd35m_forward_0.safetensors")
+    case = golden_case("sd35m", "forward_0")
     model = load_denoiser(golden_sources("sd35m"), Placement(), split=True)
     torch.testing.assert_close(run(model, case), case["out"], rtol=0, atol=TOLERANCE)
 
 
 def test_recomputed_blocks_give_the_same_gradient(golden_model):
-    case = golden("sd3/sd35m_forward_1.safetensors")
+    case = golden_case("sd35m", "forward_1")
     gradients = []
     for level in ("off", "block"):
         model = golden_model("sd35m")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import golden_path
+from tests.plugins.sd3.golden_models import golden_file
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, weight_header
 from tuner.core.registry import open_run
@@ -22,7 +22,7 @@ from tuner.plugins.sd3.sizes import denoiser_sizes
 
 @pytest.mark.parametrize(("name", "flavour", "dual"), (("sd3m", "medium", ()), ("sd35m", "3.5-medium", (0,))))
 def test_the_golden_files_tell_their_sizes_without_hints(tmp_path, name, flavour, dual):
-    path = golden_path(f"sd3/{name}_weights_f16.safetensors")
+    path = golden_file(name, "weights_f16")
     prefixed = {f"model.diffusion_model.{key}": value for key, value in load_file(path).items()}
     save_file(prefixed | {"first_stage_model.x": torch.zeros(1)}, tmp_path / "prefixed.safetensors")
     for header in (weight_header(path), weight_header(tmp_path / "prefixed.safetensors")):
@@ -103,7 +103,7 @@ def test_another_family_is_refused_with_its_name(tmp_path, tiny, run_config):
 
 
 def test_a_damaged_file_names_the_first_missing_tensor(tmp_path):
-    tensors = load_file(golden_path("sd3/sd3m_weights_f16.safetensors"))
+    tensors = load_file(golden_file("sd3m", "weights_f16"))
     del tensors["y_embedder.mlp.0.weight"]
     save_file(tensors, tmp_path / "damaged.safetensors")
     with pytest.raises(UsageError, match=r"y_embedder\.mlp\.0\.weight"):
@@ -150,7 +150,7 @@ def test_headers_of_infos_are_enough():
 
 
 def test_scaled_8_bit_weights_are_refused_rather_than_read_wrongly(tmp_path):
-    tensors = load_file(golden_path("sd3/sd3m_weights_f16.safetensors"))
+    tensors = load_file(golden_file("sd3m", "weights_f16"))
     save_file(
         tensors | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors"
     )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_parts import clip_shapes, t5_shapes
-from tests.helpers import delta_weight, golden, golden_path
+from tests.helpers import delta_weight
+from tests.plugins.sd3.golden_models import golden_case, golden_file
 from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
@@ -40,7 +41,7 @@ def adapted(golden_model, tiny, run_config):
 
 
 def run(model, flavour: str):
-    case = golden(f"sd3/{flavour}_forward_0.safetensors")
+    case = golden_case(flavour, "forward_0")
     return model(
         hidden_states=case["x"], encoder_hidden_states=case["context"], pooled_projections=case["y"],
         timestep=case["timesteps"], return_dict=False,
@@ -74,20 +75,20 @@ def random_adapter(network) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ("sdscripts", "diffusers"))
 @torch.no_grad()
 def test_a_file_of_another_program_acts_as_recorded(adapted, flavour, kind):
-    path = golden_path(f"sd3/{flavour}_lora_{kind}.safetensors")
+    path = golden_file(flavour, f"lora_{kind}")
     model, network = adapted(flavour, rank="from_file", init_from=str(path))
-    expected = golden(f"sd3/{flavour}_lora_forward_0.safetensors")["out"]
+    expected = golden_case(flavour, "lora_forward_0")["out"]
     torch.testing.assert_close(run(model, flavour), expected, rtol=0, atol=TOLERANCE)
     with adapter_strength(network, 0.0):
-        plain = golden(f"sd3/{flavour}_forward_0.safetensors")["out"]
+        plain = golden_case(flavour, "forward_0")["out"]
         torch.testing.assert_close(run(model, flavour), plain, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_merged_matrices_are_the_recorded_ones(flavour):
-    weights = golden(f"sd3/{flavour}_weights_f16.safetensors")
-    lora = golden(f"sd3/{flavour}_lora_sdscripts.safetensors")
-    for name, expected in golden(f"sd3/{flavour}_lora_merged_some.safetensors").items():
+    weights = golden_case(flavour, "weights_f16")
+    lora = golden_case(flavour, "lora_sdscripts")
+    for name, expected in golden_case(flavour, "lora_merged_some").items():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         down, up, alpha = (lora[f"{key}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
         merged = merged_weight(weights[name].float(), down, up, float(alpha))
@@ -96,10 +97,7 @@ def test_merged_matrices_are_the_recorded_ones(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_both_spellings_of_one_adapter_have_the_same_products(flavour):
-    read = {
-        kind: read_adapter(golden_path(f"sd3/{flavour}_lora_{kind}.safetensors"), MAPS)
-        for kind in ("sdscripts", "diffusers")
-    }
+    read = {kind: read_adapter(golden_file(flavour, f"lora_{kind}"), MAPS) for kind in ("sdscripts", "diffusers")}
     assert {kind: each.format for kind, each in read.items()} == {"sdscripts": "sd-scripts", "diffusers": "diffusers"}
     assert_same_products(read["sdscripts"].tensors, read["diffusers"].tensors)
 
@@ -107,18 +105,18 @@ def test_both_spellings_of_one_adapter_have_the_same_products(flavour):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("other", ("diffusers", "comfyui"))
 def test_conversion_there_and_back_keeps_products_ranks_and_names(tmp_path, flavour, other):
-    source = golden_path(f"sd3/{flavour}_lora_sdscripts.safetensors")
+    source = golden_file(flavour, "lora_sdscripts")
     convert_adapter(source, tmp_path / "there.safetensors", other, MAPS)
     convert_adapter(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "sd-scripts", MAPS)
     there, back = (read_adapter(tmp_path / f"{name}.safetensors", MAPS).tensors for name in ("there", "back"))
     assert_same_products(there, read_adapter(source, MAPS).tensors)
     assert_same_products(back, there)
-    original, again = golden(f"sd3/{flavour}_lora_sdscripts.safetensors"), _load(tmp_path / "back.safetensors")
+    original, again = golden_case(flavour, "lora_sdscripts"), _load(tmp_path / "back.safetensors")
     assert {name: tuple(value.shape) for name, value in original.items()} == {
         name: tuple(value.shape) for name, value in again.items()
     }
     if other == "diffusers":
-        twin = golden(f"sd3/{flavour}_lora_diffusers.safetensors")
+        twin = golden_case(flavour, "lora_diffusers")
         assert set(_load(tmp_path / "there.safetensors")) == set(twin)
 
 
@@ -140,7 +138,7 @@ def test_ranks_by_kind_give_the_shapes_of_the_recorded_adapter(golden_model, tin
         config = open_run(run_config(tiny(flavour), network=network)).config
         built = inject_lora(Models(denoiser=golden_model(flavour)), config, facts(config))
         tensors = encode_adapter(network_tensors(built), format_by_name(MAPS, "sd-scripts"))
-        recorded = golden(f"sd3/{flavour}_lora_sdscripts.safetensors")
+        recorded = golden_case(flavour, "lora_sdscripts")
         assert {name: tuple(value.shape) for name, value in tensors.items()} == {
             name: tuple(value.shape) for name, value in recorded.items()
         }
@@ -199,7 +197,7 @@ def test_a_saved_adapter_acts_the_same_when_it_is_read(adapted, tmp_path, split)
     model, network = adapted("sd35m", preset="all", rank=2, alpha=1.0, split_fused=split)
     tensors = random_adapter(network)
     expected = run(model, "sd35m")
-    assert (expected - golden("sd3/sd35m_forward_0.safetensors")["out"]).abs().max() > 0.01
+    assert (expected - golden_case("sd35m", "forward_0")["out"]).abs().max() > 0.01
     for fmt in MAPS.formats:
         path = save_adapter(tensors, fmt, tmp_path / f"{fmt.name}.safetensors", {})
         again, _ = adapted("sd35m", rank="from_file", init_from=str(path), split_fused=split)
