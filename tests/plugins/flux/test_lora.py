@@ -28,7 +28,10 @@ from tuner.plugins.flux.names import EMBEDDERS, MAPS
 
 PARITY = 2e-5
 SD_SCRIPTS, DIFFUSERS = golden_path("flux/lora_sdscripts.safetensors"), golden_path("flux/lora_diffusers.safetensors")
-SPLIT = {name: golden_path(f"flux/lora_split_{name}.safetensors") for name in ("sdscripts", "diffusers")}
+SPLIT = {
+    "sdscripts": golden_path("flux/lora_split_sdscripts.safetensors"),
+    "diffusers": golden_path("flux/lora_split_diffusers.safetensors"),
+}
 FORMATS = tuple(each.name for each in MAPS.formats)
 
 
