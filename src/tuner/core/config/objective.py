@@ -111,6 +111,37 @@ _USED_KEYS = {
 _DENSITY_KEYS = {"logit_normal": {"logit_mean", "logit_std"}, "mode": {"mode_scale"}}
 
 
+class GuidanceDistill(Section):
+    """Teach the model to give at once what classifier-free guidance would give."""
+
+    scale: Positive
+    """Strength of the guidance, usually 1 to 5. The target is u + scale * (target - u), with u the model's own
+    prediction for the empty caption; 1 changes nothing and costs nothing."""
+    zero_star: bool = False
+    """CFG-Zero*: first scale u, per sample, to its share in the target."""
+    batched: bool = False
+    """Predict both captions in one doubled batch. Off: u comes from a pass of its own that keeps nothing for the
+    backward pass, which takes less memory and, unless batches are tiny, less time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuidanceDistill:
+        for name in sorted(changed_keys(self) - {"scale"}):
+            if self.scale == 1:
+                raise ValueError(f"{name} has no effect with scale 1")
+        return self
+
+
+class GuidanceConfig(Section):
+    """Guidance as part of the training target. Validation measures the plain target."""
+
+    distill: GuidanceDistill | None = None
+    """Guidance distillation: an extra prediction for the empty caption in every step."""
+    differential: Positive | None = None
+    """Differential guidance, usually 1 to 5: the target is p + factor * (target - p), with p the prediction held
+    constant, after ``distill``. Gradients grow by the factor, which optimizers like AdamW largely cancel. 1 changes
+    nothing."""
+
+
 class LossMask(Section):
     """How masks of the sources count in the loss."""
 

@@ -6,9 +6,10 @@ from pydantic import Field, SerializeAsAny
 
 from tuner.core.config.base import Section
 from tuner.core.config.data import CacheConfig, DataConfig
+from tuner.core.config.ema import EmaConfig
 from tuner.core.config.model import ModelConfigBase
 from tuner.core.config.network import NetworkConfig
-from tuner.core.config.objective import LossConfig, NoiseConfig
+from tuner.core.config.objective import GuidanceConfig, LossConfig, NoiseConfig
 from tuner.core.config.optimizer import OptimizerConfig, ScheduleConfig
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, SampleConfig, ValidateConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
@@ -32,6 +33,8 @@ class RunConfig(Section):
     """Which noise levels are trained."""
     loss: LossConfig = LossConfig()
     """How the error becomes a number."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """Guidance as part of the training target."""
     network: NetworkConfig = NetworkConfig()
     """The adapter."""
     optimizer: OptimizerConfig
@@ -46,6 +49,8 @@ class RunConfig(Section):
     """Trading time for memory."""
     attention: AttentionConfig = AttentionConfig()
     """The attention kernel."""
+    ema: EmaConfig = EmaConfig()
+    """A running average of what trains."""
     checkpoint: CheckpointConfig
     """What is saved, and where."""
     sample: SampleConfig = SampleConfig()
