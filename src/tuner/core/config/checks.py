@@ -158,6 +158,10 @@ def _ema(config: RunConfig) -> Iterator[Problem]:
         return
     if not config.sample.prompts and config.sample.weights != "train":
         yield ("sample", "weights"), "has no effect without sample.prompts", "add prompts"
+    steps = config.train.steps
+    for key, earliest in (("start", config.ema.start + 1), ("every", config.ema.every)):
+        if steps is not None and earliest > steps and key in changed_keys(config.ema):
+            yield ("ema", key), f"nothing is ever averaged: the run has {steps} steps", "lower it"
     seen = any(which != "train" for _, which in users)
     if not (config.checkpoint.save_ema or config.ema.feedback or seen):
         fix = "set checkpoint.save_ema, or take ema out"
