@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tests.fixtures.tiny_anima import vae_tensors, write_qwen3
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.fixtures.tiny_anima import vae_tensors, write_qwen3
 from tuner.plugins.anima import latents
 from tuner.plugins.anima.latents import VAE
 from tuner.plugins.anima.sizes import EncoderSizes

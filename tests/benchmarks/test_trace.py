@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from benchmarks.models import REDUCED, build, make_inputs, saved_bytes
 from benchmarks.trace import Counting, Traffic, tensor_bytes, trace
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 REFERENCE_OPERATIONS = {"plain": 11_046, "checkpointed": 16_305}
 """Operations of kohya-ss/sd-scripts' full-size step at 1024 px, rank-16 LoRA."""

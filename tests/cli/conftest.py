@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from tests.core.registry.conftest import site  # noqa: F401  # the same installed toys
 from tests.core.registry.toys import Site, write_header
-
 from tuner.core.config.document import merged
 
 

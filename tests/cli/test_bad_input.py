@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.core.registry.conftest import site  # noqa: F401  # an empty folder for plugins
 from tests.core.registry.toys import Site
 from tests.core.train.conftest import cache_dir, make_config, model_files, pictures  # noqa: F401  # a tiny real model
-
 from tuner.cli.main import main
 from tuner.core.track.events import read_events
 

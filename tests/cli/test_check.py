@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Project
 from tests.core.registry.toys import Site
-
 from tuner.cli.main import main
 
 
@@ -55,6 +55,15 @@ def test_problems_of_files_images_captions_and_folders_are_listed_together(
         "0.png",
         "1.png",
     ):
+        assert expected in message
+
+
+def test_contradicting_settings_and_files_that_do_not_fit_are_told_together(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project.folder / "weights.safetensors").write_bytes(b"\x00" * 4)
+    message = refusal(capsys, project.config(log={"dir": "x"}, optimizer={"name": "adamv"}))
+    for expected in ("3 problems", "log.dir: has no effect", "weights.safetensors", "did you mean 'adamw'?"):
         assert expected in message
 
 

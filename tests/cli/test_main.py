@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Project
 from tests.core.registry.toys import Site
-
 from tuner.cli.main import COMMANDS, main
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+
 from examples.demo.build.build import SMOKE, build
 from examples.demo.build.muon import orthogonal
-from safetensors.torch import load_file
 
 MODELS = Path(__file__).parents[2] / "examples" / "demo" / "models"
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+
 from examples.demo.build import pictures
 from examples.demo.build.captions import every_caption
-from safetensors import safe_open
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 MODELS = DEMO / "models"
@@ -96,5 +97,5 @@ def test_the_lora_pictures_are_24_and_16_of_the_new_thing_with_captions() -> Non
         assert len(images) == count
         assert all(pictures.NEW_WORD in image.with_suffix(".txt").read_text() for image in images)
     known = sorted((DEMO / "images" / "known").glob("*.txt"))
-    assert len(known) == 30
+    assert len(known) == 48
     assert not any(pictures.NEW_WORD in path.read_text() for path in known)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from examples.demo.build import pictures
 from examples.demo.build.build import load_vae
 from examples.demo.build.captions import encode_captions
 from examples.demo.build.judge import samples_of, score
 from examples.demo.build.net import TinyNet
 from examples.demo.reader import Reader, load_pictures, load_reader
-from torch import nn
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 MODELS = DEMO / "models"

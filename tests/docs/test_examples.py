@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 
 import pytest
+
 from tests.docs.pages import Block, blocks
 from tests.docs.test_reference import GENERATOR
-
 from tuner.cli.main import COMMANDS
 from tuner.core.config.document import merged
 from tuner.core.config.jsonc import parse

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from tests.docs.pages import ROOT, blocks_of
-from tests.fixtures.tiny_anima import make_tiny_anima
 
 import tuner
+from tests.docs.pages import ROOT, blocks_of
+from tests.fixtures.tiny_anima import make_tiny_anima
 
 
 @pytest.fixture

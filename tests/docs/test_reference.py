@@ -7,8 +7,8 @@ import re
 from types import ModuleType
 
 import pytest
-from tests.docs.pages import PAGES, ROOT
 
+from tests.docs.pages import PAGES, ROOT
 from tuner.core.registry import MODELS, Catalog
 
 

@@ -50,7 +50,9 @@ def every_caption() -> list[str]:
 def encode_captions(captions: list[str], qwen: Path, t5: Path) -> CaptionTable:
     """Token ids of both tokenizers and the text encoder's last hidden states, zero at padding."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     encoder = AutoModel.from_pretrained(qwen, dtype=torch.float32).eval()
     source = AutoTokenizer.from_pretrained(qwen)(captions, padding=True, padding_side="right", return_tensors="pt")
     target = AutoTokenizer.from_pretrained(t5)(captions, padding=True, padding_side="right", return_tensors="pt")

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import pictures
 from .pictures import Scene
 
-TRAIN, HELD_OUT, KNOWN = 24, 16, 30
+TRAIN, HELD_OUT, KNOWN = 24, 16, 48
 
 
 def write_set(folder: Path, scenes: list[Scene], rng: random.Random) -> None:
@@ -27,7 +27,7 @@ def known_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def write_lora_data(folder: Path) -> None:
-    """`wug/` (24), `held_out/` (16, other draws) and `known/` (30) below `folder`."""
+    """`wug/` (24), `held_out/` (16, other draws) and `known/` (48) below `folder`."""
     rng = random.Random(21)
     write_set(folder / "wug", pictures.new_scenes(TRAIN, 22), rng)
     write_set(folder / "held_out", pictures.new_scenes(HELD_OUT, 23), rng)

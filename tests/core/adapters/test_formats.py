@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.core.adapters.toy import FACTS, MAPS, PATHS
 from torch import Tensor
 
+from tests.core.adapters.toy import FACTS, MAPS, PATHS
 from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
 from tuner.core.adapters.convert import merged_weight
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.lora import detach, inject_lora
@@ -23,7 +23,9 @@ from tuner.core.adapters.network import (
     load_network_tensors,
     network_tensors,
 )
+from tuner.core.config import OptimizerConfig
 from tuner.core.errors import UsageError
+from tuner.core.optim import torch_groups
 from tuner.core.types import Item, Models, Network
 
 WITH_CONV = {"include": ["embed", "head"]}
@@ -180,11 +182,13 @@ def test_loraplus_separates_the_up_matrices() -> None:
 
 def test_a_rate_of_zero_freezes() -> None:
     _, network = build({"rules": [{"match": r".*mlp.*", "lr": 0}]})
-    assert all("mlp" not in name for group in network.param_groups for name in group.params)
-    trained = {id(parameter) for group in network.param_groups for parameter in group.params.values()}
+    groups = torch_groups(OptimizerConfig(lr=1e-3), network.param_groups)
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
     assert {id(parameter) for parameter in network.module.parameters() if parameter.requires_grad} == trained
-    with pytest.raises(UsageError, match="nothing trains"):
-        build({"rules": [{"match": ".*", "lr": 0}]})
+    frozen = [layer for target, layer in network.module.items() if "mlp" in target.path]
+    assert frozen and not any(parameter.requires_grad for layer in frozen for parameter in layer.parameters())
+    with pytest.raises(UsageError, match="nothing would train"):
+        torch_groups(OptimizerConfig(lr=1e-3), build({"rules": [{"match": ".*", "lr": 0}]})[1].param_groups)
 
 
 def test_the_summary_counts_modules_of_a_kind() -> None:

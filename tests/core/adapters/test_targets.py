@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from tests.core.adapters.toy import FACTS, PATHS, toy_config
 
+from tests.core.adapters.toy import FACTS, PATHS, toy_config
 from tuner.core.adapters.targets import select_targets
 from tuner.core.errors import UsageError
 

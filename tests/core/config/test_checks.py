@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build
 
+from tests.core.config.samples import build
 from tuner.core.config import build_config
 from tuner.core.errors import UsageError
 

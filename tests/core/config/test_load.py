@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.core.config.samples import build, minimal, refusal
 
+from tests.core.config.samples import build, minimal, refusal
 from tuner.core.config import build_config, load_config
 from tuner.core.config.document import split_path
 from tuner.core.config.load import split_set

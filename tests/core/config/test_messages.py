@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build, refusal
 
+from tests.core.config.samples import build, refusal
 from tuner.core.errors import UsageError
 
 

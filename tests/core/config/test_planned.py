@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build, minimal
 
+from tests.core.config.samples import build, minimal
 from tuner.core.config import RunConfig
 from tuner.core.config.messages import known_keys
 from tuner.core.config.planned import NOT_APPLICABLE, PLANNED, PLANNED_VALUES

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from tests.core.config.samples import build, minimal, toy_facts
 
+from tests.core.config.samples import build, minimal, toy_facts
 from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
 from tuner.core.types import NoiseDefaults
 

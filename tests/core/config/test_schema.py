@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from tests.core.config.samples import build
 
+import tuner
+from tests.core.config.samples import build
 from tuner.core.config import EveryFields, RunConfig, steps_of
+from tuner.core.config.data import DefaultsConfig
 from tuner.core.config.messages import _models
 
 
@@ -29,6 +33,29 @@ def test_every_section_is_frozen_strict_and_every_key_described(name: str) -> No
     assert schema.model_config["extra"] == "forbid"
     for key, field in schema.model_fields.items():
         assert field.description, f"{name}.{key} has no description"
+
+
+SOURCES = Path(tuner.__file__).parent
+NOT_READ = {"DataConfig.defaults"}
+"""Followed while the document is read."""
+
+
+def test_every_key_is_read_by_the_program() -> None:
+    # A name is no proof of an effect, but a key that no line outside the schema names surely has none.
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in SOURCES.rglob("*.py")
+        if not path.is_relative_to(SOURCES / "core" / "config")
+    )
+    # Defaults have the keys of sets and sources, which are looked at by themselves.
+    schemas = sections(RunConfig).items() - {("DefaultsConfig", DefaultsConfig)}
+    unread = {
+        f"{name}.{key}"
+        for name, schema in schemas
+        for key in schema.model_fields
+        if not re.search(rf"\.{key}\b|\"{key}\"", code)
+    }
+    assert unread == NOT_READ
 
 
 def test_json_schema_uses_json_names() -> None:

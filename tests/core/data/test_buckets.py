@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import SetConfig
 from tuner.core.data.buckets import Geometry, set_geometry
 from tuner.core.data.records import Fit, Refused

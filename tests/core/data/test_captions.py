@@ -7,8 +7,8 @@ import math
 import random
 
 import pytest
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import (
     caption_set,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.core.data.toy import FACTOR, Rig, one_set, open_rig, source, word_vector, write_image, write_images
 
+from tests.core.data.toy import FACTOR, Rig, one_set, open_rig, source, word_vector, write_image, write_images
 from tuner.core.data.cache import CacheStore
 from tuner.core.data.looks import Look, fixed_looks
 from tuner.core.errors import UsageError

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import CaptionsConfig
 from tuner.core.data.captions import caption_set
 from tuner.core.data.sidecar import raw_caption

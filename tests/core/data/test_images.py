@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.core.data.pictures import data_config, pattern, picture
 
+from tests.core.data.pictures import data_config, pattern, picture
+from tests.helpers import golden
 from tuner.core.config import CropConfig, SetConfig
 from tuner.core.data.augment import MAX_HUE, shift_color, turn_hue
 from tuner.core.data.buckets import set_geometry
 from tuner.core.data.crops import crop_offset, zoomed
+from tuner.core.data.encode import reduce_mask
 from tuner.core.data.images import load_pixels
 from tuner.core.data.index import scan_source
 from tuner.core.data.records import Fit, ImageRecord
@@ -271,3 +273,10 @@ def test_turning_the_hue_keeps_value_and_saturation():
     assert torch.allclose(turn_hue(turned, -MAX_HUE), pixels, atol=1e-5)
     grey = torch.full((3, 2, 2), 0.4)
     assert torch.equal(turn_hue(grey, 0.1), grey)
+
+
+def test_a_mask_is_reduced_as_the_reference_reduces_it() -> None:
+    data = golden("core/losses.safetensors")
+    for pixels, reduced in zip(data["mask_pixels"], data["mask_latent"], strict=True):
+        size = (reduced.shape[-2], reduced.shape[-1])
+        assert torch.allclose(reduce_mask(pixels, size), reduced.reshape(1, *size), rtol=1e-5, atol=0)

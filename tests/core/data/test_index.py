@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.core.data.pictures import OLD_NS, age, data_config, pattern, picture
 
+from tests.core.data.pictures import OLD_NS, age, data_config, pattern, picture
 from tuner.core.data.index import scan_source
 from tuner.core.data.probe import probe_all
 from tuner.core.data.records import SourceIndex

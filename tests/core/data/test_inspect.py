@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from tests.core.data.pictures import pattern, picture
 
+from tests.core.data.pictures import pattern, picture
 from tuner.core.config import DataConfig
 from tuner.core.data.inspect import DataReport, inspect_data
 

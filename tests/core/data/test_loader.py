@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.data.toy import Rig, one_set, open_rig, source, word_vector, write_image, write_images
 
+from tests.core.data.toy import Rig, one_set, open_rig, source, word_vector, write_image, write_images
 from tuner.core.data.cache import CacheStore
 from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.data.loader import BatchLoader

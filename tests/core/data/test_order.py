@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.core.data.toy import source, toy_config, toy_plan
 
+from tests.core.data.toy import source, toy_config, toy_plan
 from tuner.core.data.order import epoch_order, rank_slice, validation_order
 from tuner.core.data.plan import DataPlan
 

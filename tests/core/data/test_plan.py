@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.core.data.toy import source, toy_config, toy_plan
 from tests.helpers import golden
-
 from tuner.core.data.report import report_plan
 from tuner.core.data.split import split_validation
 from tuner.core.errors import UsageError

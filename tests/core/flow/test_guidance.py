@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import GuidanceConfig, GuidanceDistill
 from tuner.core.flow import differential_target, guided_target, zero_star_share
 

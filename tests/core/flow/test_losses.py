@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import LossConfig
 from tuner.core.flow import elementwise_loss, huber_threshold, loss_weight, min_snr_weight, reduce_loss
 from tuner.core.flow.losses import huber, smooth_l1

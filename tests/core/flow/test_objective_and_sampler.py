@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import InputPerturbation, NoiseOffset
 from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas, offset_noise, perturb_noise, rectified_flow
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import NoiseConfig
 from tuner.core.flow import resolution_mu, sigmas_from_draws, stratify
 from tuner.core.types import NoiseDefaults

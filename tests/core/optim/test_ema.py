@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 from torch import nn
 
+from tests.helpers import golden
 from tuner.core.config import EmaConfig
 from tuner.core.errors import UsageError
 from tuner.core.optim import Ema, ema_decay

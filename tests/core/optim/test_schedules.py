@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import ScheduleConfig, steps_of
 from tuner.core.errors import UsageError
 from tuner.core.optim import LrSchedule, lr_factor

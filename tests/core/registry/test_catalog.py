@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.core.registry.toys import Site
 
+from tests.core.registry.toys import Site
 from tuner.core.errors import UsageError
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog
 from tuner.core.types import API_VERSION

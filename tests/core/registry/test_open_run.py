@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.core.registry.toys import HOOKS, Site, write_header
 
+from tests.core.registry.toys import HOOKS, Site, write_header
 from tuner.core.config.document import merged
 from tuner.core.errors import UsageError
 from tuner.core.registry import Run, open_model, open_run

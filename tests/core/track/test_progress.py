@@ -107,6 +107,18 @@ def test_an_error_inside_the_stage_passes_and_leaves_the_terminal_in_order() -> 
     assert out.getvalue().endswith("\x1b[?25h")
 
 
+def test_a_stage_inside_another_gets_the_bar_and_gives_it_back() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Progress("training", 3, "steps", console=console) as outer:
+        outer.advance(1)
+        with outer.paused(), Progress("samples", 2, "images", console=console) as inner:
+            inner.advance(2)
+        outer.advance(2)
+    shown = console.file.getvalue()
+    assert shown.index("samples") < shown.rindex("training")
+    assert "2/2" in shown and "3/3" in shown
+
+
 def test_sizes_and_durations_read_well() -> None:
     assert [byte_size(count) for count in (12, 3400, 5_600_000, 7_890_000_000)] == ["12 B", "3 kB", "6 MB", "7.89 GB"]
     assert [duration(seconds) for seconds in (5, 65.4, 3600 * 2 + 61)] == ["0:05", "1:05", "2:01:01"]

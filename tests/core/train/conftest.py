@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from tests.fixtures.tiny_anima import make_tiny_anima
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.core.data.pictures import picture
 
+from tests.core.data.pictures import picture
 from tuner.core.atomic import atomic_path
 from tuner.core.data import cache as cache_module
 from tuner.core.errors import UsageError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.errors import UsageError
 from tuner.core.train.average import LossAverage
 from tuner.core.train.checkpoint import (

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.core.train.test_modes import losses, stop_after
 
+from tests.core.train.test_modes import losses, stop_after
 from tuner.core.errors import UsageError
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.core.train.test_modes import losses, stop_after
 
+from tests.core.train.test_modes import losses, stop_after
 from tuner.core.config import GuidanceConfig, GuidanceDistill
 from tuner.core.train.empty import EmptyCaption, stacked
 from tuner.core.train.run import train

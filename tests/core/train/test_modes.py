@@ -82,6 +82,20 @@ def stop_after(config: dict[str, Any], steps: int) -> None:
         train(config, resume="auto" if Path(config["checkpoint"]["dir"]).exists() else None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision__adapter": "bf16"}, "precision.adapter is bf16"),
+        ({"noise__stratified": True, "data__sets__0__batch_size": 1}, "noise.stratified has no effect"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_hardly_ever_meant_is_told(make_config, tmp_path, changes, message):
+    train(make_config(train__steps=1, **changes))
+    told = [event["message"] for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "warning"]
+    assert any(each.startswith(message) for each in told)
+
+
 # --- previews ---------------------------------------------------------------------------------------------------------
 
 PROMPT = "a red dog --w 64 --h 64 --s 2 --l 3 --n grass"

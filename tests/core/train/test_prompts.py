@@ -6,8 +6,8 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from tests.helpers import golden
 
+from tests.helpers import golden
 from tuner.core.config import SampleConfig
 from tuner.core.errors import UsageError
 from tuner.core.train.prompts import parse_line, read_prompt_file, resolve_prompts, texts_of

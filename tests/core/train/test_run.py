@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,25 @@ def test_resuming_with_another_configuration_is_refused_by_name(make_config):
     with pytest.raises(UsageError) as error:
         train(make_config(optimizer__lr=5e-3), resume="auto")
     assert "optimizer.lr" in str(error.value)
+
+
+def test_changed_data_begin_the_next_epoch_or_are_refused(make_config, tmp_path, pictures):
+    own = tmp_path / "pictures"
+    shutil.copytree(pictures, own)
+    changes = {"data__sets__0__sources__0__path": str(own), "train__steps": 6, "checkpoint__every": 2}
+    stop_after(make_config(**changes), 4)
+    (own / "0.png").unlink()
+    (own / "1.txt").write_text("a blue cat", encoding="utf-8")
+    with pytest.raises(UsageError, match="the data changed") as error:
+        train(make_config(**changes, checkpoint__strict_data=True), resume="auto")
+    assert "0.png" in str(error.value)
+    train(make_config(**changes), resume="auto")
+    events = list(read_events(tmp_path / "out/events.jsonl"))
+    [warning] = [event["message"] for event in events if event["kind"] == "warning"]
+    assert "0.png" in warning and "next epoch" in warning
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["epoch"] for event in steps] == [0, 0, 0, 0, 1, 1]
+    assert steps[4]["loss_avg"] == steps[4]["loss"]
 
 
 def test_a_checkpoint_of_another_folder_is_continued_with_its_own_settings_only(make_config, tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from tests.helpers import golden, golden_path
 from torch import Tensor
 
+from tests.helpers import golden, golden_path
 from tuner.core.compute.weights import read_tensors
 from tuner.core.files import safetensors_header
 from tuner.core.types import Models

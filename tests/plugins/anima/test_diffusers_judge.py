@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import golden
-from tests.plugins.anima.golden_models import golden_models, golden_weights, predict
 from torch import Tensor, nn
 
+from tests.helpers import golden
+from tests.plugins.anima.golden_models import golden_models, golden_weights, predict
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.formats import format_by_name
 from tuner.core.adapters.lora import inject_lora

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.fixtures.tiny_anima import ADAPTER, DENOISER
 from tests.helpers import golden_path
-
 from tuner.core.config import RunConfig
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, safetensors_header

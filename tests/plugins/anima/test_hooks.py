@@ -5,6 +5,7 @@ Golden data: one step of kohya-ss/sd-scripts on a tiny random model, float32, CP
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
+from tests.helpers import golden, golden_path
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.lora import inject_lora
 from tuner.core.adapters.network import adapter_strength, network_tensors
@@ -355,6 +356,16 @@ def test_exported_metadata_name_the_architecture_and_no_path(
     assert metadata["ss_discrete_flow_shift"] == "3.0"
     private = (str(tmp_path), tiny["path"], str(Path.home()))
     assert not any(value in text for value in private for text in metadata.values())
+
+
+def test_exported_metadata_name_the_density_and_what_was_adapted(
+    tiny: dict[str, Any], run_config: Configure, tmp_path: Path
+) -> None:
+    network = {"rank": 4, "exclude": [r".*mlp.*"], "init_from": str(tmp_path / "start.safetensors")}
+    config = run_config(tiny, network=network, noise={"timesteps": "sigma", "density": "logit_normal"})
+    metadata = hooks.own_metadata(config, facts(config))
+    assert metadata["ss_weighting_scheme"] == "logit_normal"
+    assert json.loads(metadata["ss_network_args"]) == {"components": ["denoiser"], "exclude": [".*mlp.*"]}
 
 
 def test_embedding_metadata_can_be_switched_off(tiny: dict[str, Any], run_config: Configure, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.fixtures.tiny_anima import ADAPTER, DENOISER, VAE_BASE, vae_stages
 
+from tests.fixtures.tiny_anima import ADAPTER, DENOISER, VAE_BASE, vae_stages
 from tuner.core.config import RunConfig
 from tuner.core.errors import UsageError
 from tuner.plugins.anima.denoiser import Denoiser

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fixtures.tiny_anima import vae_tensors
-from tests.helpers import golden, golden_path
 from torch import Tensor
 
+from tests.fixtures.tiny_anima import vae_tensors
+from tests.helpers import golden, golden_path
 from tuner.core.compute.weights import read_tensors
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.helpers import golden, golden_path
-from tests.plugins.anima.golden_models import golden_models, place, predict
 from torch import Tensor
 
+from tests.helpers import golden, golden_path
+from tests.plugins.anima.golden_models import golden_models, place, predict
 from tuner.core.adapters.convert import convert_adapter, merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter

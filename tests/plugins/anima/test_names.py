@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+
 from tests.fixtures.tiny_anima import ADAPTER, DENOISER
 from tests.helpers import golden, golden_path
 from tests.plugins.anima.golden_models import place
-from torch import Tensor
-
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import module_name
 from tuner.core.types import KeyFormat

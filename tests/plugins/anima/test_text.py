@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fixtures.tiny_anima import CHARACTERS, T5_WORDS
-from tests.helpers import golden, golden_path
 from torch import Tensor, nn
 
+from tests.fixtures.tiny_anima import CHARACTERS, T5_WORDS
+from tests.helpers import golden, golden_path
 from tuner.core.compute.weights import assign, read_tensors
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header

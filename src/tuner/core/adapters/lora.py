@@ -98,8 +98,8 @@ def detach(network: Network) -> None:
 def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
     """Groups by component in order; inside it those of the learning-rate rules first, then the rest.
 
-    `split_up` separates down from up matrices, so that the latter can learn faster (LoRA+, Hayou et al. 2024). A rate
-    of 0 freezes: such parameters require no grad and belong to no group.
+    `split_up` separates down from up matrices, so that the latter can learn faster (LoRA+, Hayou et al. 2024). The
+    rates are settled later, where `optimizer.lr_rules` may still change them.
     """
     groups: list[ParamGroup] = []
     for component in dict.fromkeys(target.component for target in module.targets):
@@ -108,10 +108,6 @@ def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
         for rule in sorted(rules, key=lambda name: name is None):
             members = [(target, layer) for target, layer in inside if target.group == rule]
             lr = members[0][0].lr
-            if lr == 0:
-                for _, layer in members:
-                    layer.requires_grad_(False)
-                continue
             name = component if rule is None else f"{component} {rule}"
             downs = {f"{target.key}.down": layer.down for target, layer in members}
             ups = {f"{target.key}.up": layer.up for target, layer in members}
@@ -120,8 +116,6 @@ def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
                 groups.append(ParamGroup(name=f"{name} up", component=component, params=ups, lr=lr, role="up"))
             else:
                 groups.append(ParamGroup(name=name, component=component, params=downs | ups, lr=lr))
-    if not groups:
-        raise UsageError("nothing trains", where="network.rules", why="every learning rate is 0")
     return groups
 
 

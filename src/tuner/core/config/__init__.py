@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuner.core.config.base import Dtype, EveryFields, Section, StepCount, steps_of
-from tuner.core.config.build import build_config, run_schema
+from tuner.core.config.build import build_config, examine_config, run_schema
 from tuner.core.config.captions import CaptionsConfig, MetadataFields, Replacement, TagWarmup
 from tuner.core.config.data import (
     AugmentConfig,
@@ -89,6 +89,7 @@ __all__ = [
     "ValidateConfig",
     "WorkersConfig",
     "build_config",
+    "examine_config",
     "facts_problems",
     "load_config",
     "resolve_defaults",

@@ -35,6 +35,18 @@ def build_config(raw: Mapping[str, Any], model: type[ModelConfigBase] = ModelCon
 
     ``raw`` is what ``load_config`` returned; relative paths in a plain dict start at the current folder.
     """
+    config, found = examine_config(raw, model)
+    problems = Problems()
+    problems.extend(found)
+    problems.raise_if_any()
+    assert config is not None
+    return config
+
+
+def examine_config(
+    raw: Mapping[str, Any], model: type[ModelConfigBase] = ModelConfigBase
+) -> tuple[RunConfig | None, list[UsageError]]:
+    """Like ``build_config`` without raising: the configuration, None when it has no types, and every problem found."""
     document = raw if isinstance(raw, RawConfig) else load_config(raw, env={})
     schema = run_schema(model)
     found: dict[str, tuple[Path, UsageError]] = {}
@@ -50,13 +62,10 @@ def build_config(raw: Mapping[str, Any], model: type[ModelConfigBase] = ModelCon
     except ValidationError as error:
         for path, problem in validation_errors(error, resolved, schema):
             found.setdefault(str(problem), (path, problem))
-    problems = Problems()
-    problems.extend(error for _, error in found.values())
+    problems = [error for _, error in found.values()]
     if config is not None:
         problems.extend(key_problems(config, resolved))
-    problems.raise_if_any()
-    assert config is not None
-    return config
+    return config, problems
 
 
 def _defaults_errors(raw: RawConfig) -> list[tuple[Path, UsageError]]:

@@ -228,9 +228,10 @@ class LatentCache:
         return "hidden" if self._mask_kind(item) == "alpha" else BACKGROUND
 
     def _reduced(self, mask: Tensor | None, item: PlanItem) -> Tensor:
-        """A mask [H,W] by area at latent size, [1,h,w]; ones for an image without its own."""
         width, height = item.fit.bucket
-        size = height // self.factor, width // self.factor
-        if mask is None:
-            return torch.ones(1, *size)
-        return F.interpolate(mask[None, None], size=size, mode="area")[0]
+        return reduce_mask(mask, (height // self.factor, width // self.factor))
+
+
+def reduce_mask(mask: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """A mask [H,W] in 0..1 by area at latent size (h, w), [1,h,w]; ones for an image without its own."""
+    return torch.ones(1, *size) if mask is None else F.interpolate(mask[None, None], size=size, mode="area")[0]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.problems import PluginProblem as PluginProblem
     from tuner.core.registry.run import Opened as Opened
     from tuner.core.registry.run import Run as Run
+    from tuner.core.registry.run import family_of as family_of
     from tuner.core.registry.run import model_schema as model_schema
     from tuner.core.registry.run import open_facts as open_facts
     from tuner.core.registry.run import open_run as open_run
@@ -38,6 +39,7 @@ _HOME = {
     "PluginProblem": "problems",
     "Run": "run",
     "default_placement": "facade",
+    "family_of": "run",
     "model_schema": "run",
     "open_facts": "run",
     "open_model": "door",

@@ -67,6 +67,7 @@ def typed_config(raw: Mapping[str, Any], catalog: Catalog, *, base_dir: Path | N
 
 
 def family_of(raw: RawConfig, catalog: Catalog) -> str:
+    """The model that a document names."""
     section = raw.get("model")
     family = section.get("family") if isinstance(section, dict) else None
     if not isinstance(family, str):

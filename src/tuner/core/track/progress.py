@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -70,6 +71,17 @@ class Progress:
             self._bar.stop()
         elif self._shown != self.done:
             self._print_line()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Make room for the bar of a stage inside this one: a terminal shows one at a time."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def advance(self, count: int = 1, **fields: Any) -> None:
         """``count`` more are done; ``fields`` replace what is shown beside them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,17 +25,15 @@ Tick = Callable[[int, int], None]
 
 
 class Caches:
-    """Encoded texts and latents of a run, and the frozen models that make them.
+    """Encoded texts and latents of a run, and the loading of the frozen models that make them.
 
-    A context: what is still loaded is released at its end. ``live_text`` are the text components that every step runs,
-    because they train or because ``cache.text`` is off.
+    ``live_text`` are the text components that every step runs, because they train or because ``cache.text`` is off.
     """
 
     def __init__(self, run: Run, plan: DataPlan, device: torch.device, events: EventLog | None) -> None:
         self.run, self.plan, self.device, self.events = run, plan, device, events
         config, facts = run.config, run.facts
         self.prompts: list[Prompt] = resolve_prompts(config.sample, facts) if config.sample.enabled else []
-        self._loaded: dict[tuple[str, ...], Models] = {}
         self.data = open_caches(
             plan,
             config,
@@ -67,31 +64,9 @@ class Caches:
         return TextEmbeds(tensors={name: tensor.to(self.device) for name, tensor in embeds.tensors.items()})
 
     def load(self, components: Collection[str]) -> Models:
-        """Load frozen components on the run's device; asked twice, the same modules come back until ``release``."""
-        names = tuple(components)
-        if names not in self._loaded:
-            self._loaded[names] = self.load_fresh(names)
-        return self._loaded[names]
-
-    def load_fresh(self, components: Collection[str]) -> Models:
-        """Load components that the caller keeps or releases by itself."""
+        """Load frozen components onto the run's device; they live as long as the caller keeps them."""
         placement = default_placement(self.run.config, self.run.facts, str(self.device))
         return self.run.model.load_models(tuple(components), placement)
-
-    def release(self) -> None:
-        """Drop every encoder and give its memory back."""
-        self._loaded.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def __enter__(self) -> Caches:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def _stage(self, name: str, unit: str, missing: int, fill: Callable[[Tick], int]) -> None:
         if self.events is not None:
@@ -107,7 +82,10 @@ class Caches:
                     done = now
 
                 fill(tick)
-        self.release()
+        # The encoder went with the call that loaded it; its memory should too.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         if self.events is not None:
             seconds = time.monotonic() - started
             self.events.emit("stage", name=name, state="end", items=missing, seconds=seconds)

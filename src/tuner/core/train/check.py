@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tuner.core.adapters.targets import check_targets
-from tuner.core.config import RawConfig, RunConfig, load_config
+from tuner.core.config import RawConfig, RunConfig, examine_config, load_config
 from tuner.core.data.index import scan_source
 from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
@@ -20,7 +20,7 @@ from tuner.core.data.text_cache import cached_fields, planned_texts
 from tuner.core.errors import Problems, UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import check_optimizer
-from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, open_facts, typed_config
+from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, family_of, model_schema, open_facts
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.averaging import check_ema
 from tuner.core.train.folder import RunFolder
@@ -56,8 +56,13 @@ def check(
     """
     catalog = catalog or Catalog()
     document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
-    config = typed_config(document, catalog)
+    typed, found = examine_config(document, model_schema(catalog, family_of(document, catalog)))
     problems = Problems()
+    problems.extend(found)
+    if typed is None:
+        problems.raise_if_any()
+        raise AssertionError("a configuration without types and without a problem")
+    config = typed
     opened = _collected(problems, lambda: open_facts(config, catalog, document))
     _collected(problems, lambda: check_optimizer(config.optimizer))
     _collected(problems, lambda: check_ema(config))
@@ -70,6 +75,9 @@ def check(
         _collected(problems, lambda: resolve_prompts(config.sample, opened.facts))
         _collected(problems, lambda: check_network(config, opened.facts))
     problems.extend(_folder_problems(config, resuming=resuming or config.checkpoint.resume != "none"))
+    if found:
+        # Data settings that contradict each other cannot be followed.
+        problems.raise_if_any()
     indices, warnings = _look_at_data(config, problems)
     plan = _plan(config, opened.facts if opened else None, indices, problems)
     if opened is None or plan is None:

@@ -35,7 +35,7 @@ SUFFIXES = ("", "_ema")
 
 EncodeTexts = Callable[[Sequence[str]], TextEmbeds]
 WithVae = Callable[[], Models]
-OnImage = Callable[[int, int], None]
+OnImage = Callable[[], object]
 Look = tuple[str, Callable[[], AbstractContextManager[None]]]
 """A kind of weights: what its pictures have at the end of their names, and a context in which the model has them."""
 
@@ -75,10 +75,10 @@ class Previewer:
 
     def run(self, step: int, looks: Sequence[Look], on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates, once with each kind of weights. The base pictures are made with the first
-        preview and kept in the run folder.
+        preview and kept in the run folder. ``on_image`` is called after each of the `images_due`.
         """
         folder = self.folder.samples / f"step-{step:06d}"
-        base = self._base_images(on_image)
+        base = self._render(self._base_folder(), 0, strength=0.0, on_image=on_image)
         present = []
         for suffix, weights in looks:
             with weights():
@@ -87,11 +87,14 @@ class Previewer:
         write_sheet(folder / SHEET, self.prompts, [("base", base), *self._earlier(step, len(present)), *present])
         return Preview(step, tuple(path for _, images in present for path in images), folder / SHEET)
 
-    def _base_images(self, on_image: OnImage | None) -> list[Path]:
-        # The folder is named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
+    def images_due(self, looks: Sequence[Look]) -> int:
+        """How many pictures the next preview has to sample."""
+        return len(looks) * len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
+
+    def _base_folder(self) -> Path:
+        # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
         described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
-        digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
-        return self._render(self.folder.samples / f"base-{digest}", 0, strength=0.0, on_image=on_image)
+        return self.folder.samples / f"base-{hashlib.blake2b(described.encode(), digest_size=4).hexdigest()}"
 
     def _render(
         self, target: Path, step: int, *, strength: float, suffix: str = "", on_image: OnImage | None
@@ -102,10 +105,10 @@ class Previewer:
         if not wanted:
             return paths
         latents = []
-        for done, number in enumerate(wanted, 1):
+        for number in wanted:
             latents.append(self.sample(self.prompts[number], strength=strength))
             if on_image is not None:
-                on_image(done, len(wanted))
+                on_image()
         with torch.no_grad():
             decoder = self.load_vae()
             for number, value in zip(wanted, latents, strict=True):
@@ -134,7 +137,7 @@ class Previewer:
 
             return euler_sample(velocity, noise, euler_sigmas(prompt.steps, prompt.shift)).cpu()
 
-    def _paths(self, folder: Path, suffix: str) -> list[Path]:
+    def _paths(self, folder: Path, suffix: str = "") -> list[Path]:
         return [folder / f"{number:03d}{suffix}.png" for number in range(len(self.prompts))]
 
     def _earlier(self, step: int, present: int) -> list[tuple[str, list[Path]]]:

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     check_optimizer(config.optimizer)
     check_ema(config)
     set_threads(config)
-    with FolderLock(folder), EventLog(folder.events) as events, ExitStack() as stack:
+    with FolderLock(folder), EventLog(folder.events) as events:
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
@@ -80,7 +79,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
         device = pick_device()
         require_cache_folder(config)
-        caches = stack.enter_context(Caches(run, plan, device, events))
+        caches = Caches(run, plan, device, events)
         caches.fill()
         trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
         try:
@@ -113,8 +112,7 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     set_threads(run.config)
     plan = plan_data(run.config, run.facts)
     require_cache_folder(run.config)
-    with Caches(run, plan, pick_device(), None) as caches:
-        caches.fill()
+    Caches(run, plan, pick_device(), None).fill()
     return report_plan(plan, run.config.train)
 
 
@@ -167,7 +165,8 @@ def resolved(run: Run) -> dict[str, Any]:
 
 # What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
 FREE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate", "log", "checkpoint", "memory",
+    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
+    "validate.timesteps", "log", "checkpoint", "memory",
     "cache.dir", "cache.verify", "data.workers", "data.prefetch",
 )  # fmt: skip
 

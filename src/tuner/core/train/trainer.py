@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -67,7 +68,7 @@ class Trainer:
         self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
-        self.models = caches.load_fresh(self._components())
+        self.models = caches.load(self._components())
         # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         self._prepare_blocks()
@@ -82,6 +83,7 @@ class Trainer:
         self.average = LossAverage()
         self.ledger = Ledger(plan)
         self.loader = caches.data.loader()
+        self.bar: Progress | None = None
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
@@ -102,8 +104,9 @@ class Trainer:
             if self.position.step == 0 and self.config.sample.at_start:
                 self._preview(0)
             loop = self._loop(interrupt)
-            with self._progress() as progress:
-                self.position, reason = loop.train(self.position, progress)
+            with self._progress() as self.bar:
+                self.position, reason = loop.train(self.position, self.bar)
+            self.bar = None
             if reason == "interrupted":
                 return reason, self._stop()
             self._save_state_at_end()
@@ -151,6 +154,14 @@ class Trainer:
 
     def _progress(self) -> Progress:
         return Progress("training", self.total, "steps", done=self.position.step, plain=self.config.log.plain)
+
+    @contextmanager
+    def _inner_stage(self, name: str, total: int | None) -> Iterator[Progress]:
+        """Progress of a long chore, whether it comes during the training or around it."""
+        with ExitStack() as stack:
+            if self.bar is not None:
+                stack.enter_context(self.bar.paused())
+            yield stack.enter_context(Progress(name, total, "images", plain=self.config.log.plain))
 
     def _set_rates(self, step: int) -> dict[str, float]:
         self.schedule.set(step)
@@ -204,7 +215,7 @@ class Trainer:
             folder=self.folder,
             prompts=self.caches.prompts,
             encode_texts=self._text,
-            load_vae=lambda: self.caches.load_fresh(["vae"]),
+            load_vae=lambda: self.caches.load(["vae"]),
             device=self.device,
         )
 
@@ -224,7 +235,20 @@ class Trainer:
                 row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
             )  # fmt: skip
         log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
+        for message in self._doubts():
+            self._warn(message)
         self.run.extensions.on_run_start(self.run)
+
+    def _doubts(self) -> Iterator[str]:
+        """What is allowed and hardly ever meant."""
+        if self.config.precision.adapter != "fp32":
+            yield (
+                "precision.adapter is bf16: a step smaller than 1/256 of a weight is lost in rounding; "
+                "fp32 costs little memory for an adapter"
+            )
+        largest = max(tier.batch_size for tier in self.plan.tiers) * self.config.train.accumulate
+        if self.config.noise.stratified and largest == 1:
+            yield "noise.stratified has no effect: every update has one sample"
 
     # --- chores -------------------------------------------------------------------------------------------------------
 
@@ -232,9 +256,9 @@ class Trainer:
         if self.validator is None:
             return
         for suffix, weights in self._looks(self.config.validation.weights):
-            with weights():
-                result = self.validator.run(step)
             name = f"validation{suffix}"
+            with weights(), self._inner_stage("validation", None) as progress:
+                result = self.validator.run(step, progress.advance)
             fields = asdict(result)
             fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
             self.events.emit(name, **fields)
@@ -257,7 +281,9 @@ class Trainer:
         if self.previewer is None:
             return
         try:
-            preview = self.previewer.run(step, self._looks(self.config.sample.weights, step))
+            looks = self._looks(self.config.sample.weights, step)
+            with self._inner_stage("samples", self.previewer.images_due(looks)) as progress:
+                preview = self.previewer.run(step, looks, progress.advance)
         except (torch.OutOfMemoryError, OSError) as error:
             # Pictures are a convenience; the training goes on without them.
             self._warn(f"no samples at step {step}: {error}")
@@ -418,6 +444,8 @@ class Trainer:
                 fix="restore the data, or set checkpoint.strict_data to false to go on at the next epoch",
             )
         self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
+        # Losses of another epoch's steps would stay in the average where the new one is shorter.
+        self.average.values = []
         epoch = position.epoch + 1 if position.batch > 0 else position.epoch
         return replace(position, epoch=epoch, batch=0, fingerprint=self.plan.fingerprint)
 

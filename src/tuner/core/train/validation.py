@@ -29,6 +29,7 @@ CONFIDENCE = 0.95
 
 Batches = Callable[[], Iterator[Batch]]
 EncodeText = Callable[[Batch], TextEmbeds]
+OnImages = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +73,20 @@ class Validator:
         self._base: Tensor | None = None
 
     @torch.no_grad()
-    def run(self, step: int) -> Validation:
-        """Measure after ``step`` updates. Draws from its own streams only, so training is not disturbed."""
+    def run(self, step: int, on_images: OnImages | None = None) -> Validation:
+        """Measure after ``step`` updates. Draws from its own streams only, so training is not disturbed.
+
+        on_images: called with the number of images of every batch that has been measured once.
+        """
         with adapter_eval(self.network):
             if self._base is None:
                 with adapter_strength(self.network, 0.0):
-                    self._base = self._measure(shuffled=False)
-            adapted = self._measure(shuffled=False)
-            shuffled = self._measure(shuffled=True) if len(adapted) > 1 else None
+                    self._base = self._measure(on_images, shuffled=False)
+            adapted = self._measure(on_images, shuffled=False)
+            shuffled = self._measure(on_images, shuffled=True) if len(adapted) > 1 else None
         return self._summary(step, self._base, adapted, shuffled)
 
-    def _measure(self, *, shuffled: bool) -> Tensor:
+    def _measure(self, on_images: OnImages | None, *, shuffled: bool) -> Tensor:
         """Losses [images, sigmas] float32 on the CPU."""
         rows: list[Tensor] = []
         batches: Iterator[Batch] = self.batches()
@@ -91,6 +95,8 @@ class Validator:
         for batch in batches:
             text = self.text(batch)
             rows.append(torch.stack([self._losses(batch, text, sigma) for sigma in self.sigmas], dim=1))
+            if on_images is not None:
+                on_images(len(batch.items))
         return torch.cat(rows)
 
     def _losses(self, batch: Batch, text: TextEmbeds, sigma: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,6 +135,10 @@ def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
     network, noise = config.network, config.noise.resolved(facts.noise)
     sizes = [size for each in config.data.sets for size in each.resolution]
     width, height = max(sizes, key=lambda size: size[0] * size[1])
+    scheme: str = config.loss.weighting
+    if noise.timesteps == "sigma" and noise.density != "uniform" and scheme in ("none", "uniform"):
+        # One option of sd-scripts names either a weight or, for this sampler, a density.
+        scheme = noise.density
     values: dict[str, object] = {
         "modelspec.architecture": f"{facts.architecture}/lora",
         "modelspec.implementation": IMPLEMENTATION,
@@ -145,11 +150,19 @@ def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
         "ss_logit_mean": noise.logit_mean,
         "ss_logit_std": noise.logit_std,
         "ss_mode_scale": noise.mode_scale,
-        "ss_weighting_scheme": config.loss.weighting,
+        "ss_weighting_scheme": scheme,
+        "ss_network_args": json.dumps(network_args(config)),
     }
     if network.rank != "from_file":
         values |= {"ss_network_dim": network.rank, "ss_network_alpha": network.alpha or network.rank}
     return {key: str(value) for key, value in values.items()}
+
+
+def network_args(config: RunConfig) -> dict[str, object]:
+    """What was adapted, beside rank and alpha: the components and every setting of the network that was changed."""
+    kept = {"type", "rank", "alpha", "init_from"}
+    changed = config.network.model_dump(mode="json", exclude=kept, exclude_defaults=True)
+    return {"components": list(config.train.components), **changed}
 
 
 def _tokens(models: Models, facts: ModelFacts, name: str, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
