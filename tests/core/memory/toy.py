@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, inject
 from tuner.core.compute.attention import attention
@@ -109,10 +110,12 @@ def made_inside() -> Iterator[Callable[[], int]]:
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
             result = func(*args, **(kwargs or {}))
-            for each in torch.utils._pytree.tree_leaves(result):
-                if isinstance(each, Tensor):
-                    storage = each.untyped_storage()
+            for each in tree_leaves(result):
+                storage = each.untyped_storage() if isinstance(each, Tensor) else None
+                # Not of views: their memory was there before.
+                if storage is not None and storage._cdata not in given:
                     alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             return result
 

@@ -123,11 +123,11 @@ class Streaming:
         backward = torch._C._current_graph_task_id() != -1
         if self._current == (number, backward):
             return self._held[number]
+        wanted = self._wanted(number, backward)
         # Whoever watches or replaces operations around a block must not see the transfers: whether one happens differs
         # between a block's forward pass and its recomputation.
         with _disable_current_modes(), torch.no_grad():
             self._current = None
-            wanted = self._wanted(number, backward)
             self.late += number not in self._held
             for each in wanted:
                 if each not in self._held:
