@@ -143,10 +143,15 @@ Header = Mapping[str, "TensorInfo"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """An ``nn.ModuleList`` of identical blocks of the denoiser, in execution order."""
+    """An ``nn.ModuleList`` of identical blocks of the denoiser, in execution order.
+
+    outside: full-match patterns on names of a block's parameters that the denoiser uses outside of the block's
+    ``forward`` (modulations computed ahead for all blocks, say); they stay on the device when the block does not.
+    """
 
     path: str
     count: int
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

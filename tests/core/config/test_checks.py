@@ -59,6 +59,17 @@ def a_set(**settings: Any) -> dict[str, Any]:
             {"cache": {"latents": "off", "text": "off", "dtype": "fp32"}},
             "cache.dtype: has no effect when nothing is cached",
         ),
+        ({"ema": {"decay": 0.9}}, "ema.decay: has no effect while ema.enabled is off"),
+        ({"sample": {"prompts": ["x"], "weights": "both"}}, "sample.weights: 'both' needs an average"),
+        ({"ema": {"enabled": True}, "sample": {"weights": "ema"}}, "sample.weights: has no effect without"),
+        ({"checkpoint": {"save_ema": False}}, "checkpoint.save_ema: has no effect while ema.enabled is off"),
+        (
+            {"ema": {"enabled": True}, "checkpoint": {"save_ema": False}},
+            "ema.enabled: has no effect: the average is neither saved nor looked at",
+        ),
+        ({"ema": {"enabled": True, "start": 100}}, "ema.start: nothing is ever averaged: the run has 100 steps"),
+        ({"ema": {"enabled": True, "every": 101}}, "ema.every: nothing is ever averaged: the run has 100 steps"),
+        ({"guidance": {"distill": {"scale": 1, "zero_star": True}}}, "zero_star has no effect with scale 1"),
         ({"loss": {"huber_c": 0.2}}, "huber_c is not used by type 'l2'"),
     ],
 )

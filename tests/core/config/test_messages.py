@@ -27,15 +27,15 @@ def test_all_problems_of_a_file_are_listed_with_their_lines(tmp_path: Path) -> N
   "optimizer": {"name": "adamw"},
   "train": {"steps": 10, "epochs": 2},
   "checkpoint": {"dir": "out", "every": "often"},
-  "ema": {"enabled": true},
+  "publish": {"repo": "x"},
   "validat": {"split": 0.1}
 }"""
     assert (
         refusal(text, tmp_path)
         == """10 problems:
-1. ema is planned and not built yet
-  at: DIR/c.json:10, ema
-  why: it is for: averaged weights
+1. publish is planned and not built yet
+  at: DIR/c.json:10, publish
+  why: it is for: uploading
   fix: take it out
 2. data.defaults.captions.dropout: expected a number at most 1, got 2
   at: DIR/c.json:4, data.defaults.captions.dropout

@@ -61,7 +61,7 @@ def test_planned_keys_are_recognised_where_sources_inherit_them_from() -> None:
 
 
 def test_each_planned_key_is_reported_once() -> None:
-    assert refused({"ema": {"enabled": True, "decay": 0.9}}).count("planned") == 1
+    assert refused({"publish": {"repo": "x", "private": True}}).count("planned") == 1
 
 
 @pytest.mark.parametrize("path", ["log.wandb_api_key", "model.token", "optimizer.args.password", "webhook.secret"])

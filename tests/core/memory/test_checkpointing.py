@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.core.memory.toy import Model, batch, made_inside, train
 from tuner.core.errors import UsageError
-from tuner.core.memory.checkpointing import apply_checkpointing
+from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 
 
 class Block(nn.Module):
@@ -107,3 +109,61 @@ def test_wrong_settings_are_errors_at_their_place(level: str, every: int, where:
     with pytest.raises(UsageError) as caught:
         apply_checkpointing(make(), level, every)
     assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_every_level_trains_to_the_same_bits(level: str, dtype: torch.dtype) -> None:
+    results = []
+    for each in ("off", level):
+        model = Model(dtype)
+        parameters = model.adapt()
+        apply_checkpointing(model.blocks(), each)
+        results.append(train(model, parameters, 5))
+    assert all(map(torch.equal, *results))
+
+
+def kept(level: str, tokens: int = 64) -> int:
+    """Bytes that one block's forward pass leaves behind beside its result, in units of one activation."""
+    model = Model()
+    model.adapt()
+    block = model.pairs[0]
+    apply_checkpointing([block], level)
+    x, condition = (each.requires_grad_() for each in batch(0, tokens))
+    with made_inside() as alive:
+        result = block(x, condition)
+        unit = result.numel() * result.element_size()
+        return round((alive() - unit) / unit)
+
+
+def test_levels_keep_what_they_say() -> None:
+    # q, k and v; attention; its projection; the two products of the MLP, of which the first is 4 wide.
+    assert kept("block") == 0
+    assert kept("keep_attention") == 1
+    assert kept("selective") == 3 + 1 + 1 + 4 + 1
+    assert kept("off") > kept("selective")
+
+
+@pytest.mark.parametrize(
+    ("level", "attention", "products"), [("block", 2, 2), ("keep_attention", 1, 2), ("selective", 1, 1)]
+)
+def test_what_is_kept_does_not_run_again(level: str, attention: int, products: int) -> None:
+    model = Model()
+    parameters = model.adapt(("q",))
+    block = model.pairs[0]
+    apply_checkpointing([block], level)
+    counts: dict[str, int] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func.name()] = counts.get(func.name(), 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        result = block(*(each.requires_grad_() for each in batch(0)))
+    forward = dict(counts)
+    with Count():
+        torch.autograd.grad(result.sum(), parameters[:2])
+    name = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert counts[name] == attention
+    assert (counts["aten::addmm"] > forward["aten::addmm"]) == (products == 2)

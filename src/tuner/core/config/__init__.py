@@ -19,11 +19,13 @@ from tuner.core.config.data import (
 )
 from tuner.core.config.defaults import facts_problems, resolve_defaults, resolved_text
 from tuner.core.config.document import RawConfig
+from tuner.core.config.ema import EmaConfig
 from tuner.core.config.load import load_config
 from tuner.core.config.model import ComponentSource, ModelConfigBase
 from tuner.core.config.network import NetworkConfig, NetworkRule
 from tuner.core.config.objective import (
     GuidanceConfig,
+    GuidanceDistill,
     InputPerturbation,
     LossConfig,
     LossMask,
@@ -48,9 +50,11 @@ __all__ = [
     "CropConfig",
     "DataConfig",
     "Dtype",
+    "EmaConfig",
     "EveryFields",
     "FiltersConfig",
     "GuidanceConfig",
+    "GuidanceDistill",
     "InputPerturbation",
     "LatentsConfig",
     "LogConfig",

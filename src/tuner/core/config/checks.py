@@ -18,7 +18,7 @@ from tuner.core.errors import UsageError
 
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
-    found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_extensions(config)]
+    found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_ema(config), *_extensions(config)]
     return as_errors(found, raw)
 
 
@@ -139,6 +139,33 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
+
+
+def _ema(config: RunConfig) -> Iterator[Problem]:
+    users = (
+        (("sample", "weights"), config.sample.weights),
+        (("validate", "weights"), config.validation.weights),
+    )
+    if not config.ema.enabled:
+        fix = "set ema.enabled, or take it out"
+        for key in sorted(changed_keys(config.ema)):
+            yield ("ema", key), "has no effect while ema.enabled is off", fix
+        for path, which in users:
+            if which != "train":
+                yield path, f"{which!r} needs an average", fix
+        if not config.checkpoint.save_ema:
+            yield ("checkpoint", "save_ema"), "has no effect while ema.enabled is off", "take it out"
+        return
+    if not config.sample.prompts and config.sample.weights != "train":
+        yield ("sample", "weights"), "has no effect without sample.prompts", "add prompts"
+    steps = config.train.steps
+    for key, earliest in (("start", config.ema.start + 1), ("every", config.ema.every)):
+        if steps is not None and earliest > steps and key in changed_keys(config.ema):
+            yield ("ema", key), f"nothing is ever averaged: the run has {steps} steps", "lower it"
+    seen = any(which != "train" for _, which in users)
+    if not (config.checkpoint.save_ema or config.ema.feedback or seen):
+        fix = "set checkpoint.save_ema, or take ema out"
+        yield ("ema", "enabled"), "has no effect: the average is neither saved nor looked at", fix
 
 
 def _extensions(config: RunConfig) -> Iterator[Problem]:

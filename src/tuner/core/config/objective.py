@@ -104,20 +104,6 @@ class NoiseConfig(Section):
         return NoiseConfig.model_validate(given)
 
 
-class GuidanceConfig(Section):
-    """What a guidance-distilled model is told in training."""
-
-    embedded: NotNegative | tuple[NotNegative, NotNegative] | None = None
-    """Value of the embedded guidance: one number, or ``[min, max]`` to draw from per sample. Only for models with that
-    input. Left out: 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> GuidanceConfig:
-        if isinstance(self.embedded, tuple) and self.embedded[0] > self.embedded[1]:
-            raise ValueError("embedded must be [min, max] with min not above max")
-        return self
-
-
 _SHAPE_KEYS = {"density", "sigmoid_scale", "shift", "logit_mean", "logit_std", "mode_scale", "beta"}
 _USED_KEYS = {
     "sigma": {"density", "shift"},
@@ -127,6 +113,46 @@ _USED_KEYS = {
     "beta": {"beta", "shift"},
 }
 _DENSITY_KEYS = {"logit_normal": {"logit_mean", "logit_std"}, "mode": {"mode_scale"}}
+
+
+class GuidanceDistill(Section):
+    """Teach the model to give at once what classifier-free guidance would give."""
+
+    scale: Positive
+    """Strength of the guidance, usually 1 to 5. The target is u + scale * (target - u), with u the model's own
+    prediction for the empty caption; 1 changes nothing and costs nothing."""
+    zero_star: bool = False
+    """CFG-Zero*: first scale u, per sample, to its share in the target."""
+    batched: bool = False
+    """Predict both captions in one doubled batch. Off: u comes from a pass of its own that keeps nothing for the
+    backward pass, which takes less memory and, unless batches are tiny, less time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuidanceDistill:
+        for name in sorted(changed_keys(self) - {"scale"}):
+            if self.scale == 1:
+                raise ValueError(f"{name} has no effect with scale 1")
+        return self
+
+
+class GuidanceConfig(Section):
+    """Guidance as an input of the model, and as part of the training target. Validation measures the plain target."""
+
+    embedded: NotNegative | tuple[NotNegative, NotNegative] | None = None
+    """Value of the embedded guidance: one number, or ``[min, max]`` to draw from per sample. Only for models with that
+    input. Left out: 1."""
+    distill: GuidanceDistill | None = None
+    """Guidance distillation: an extra prediction for the empty caption in every step."""
+    differential: Positive | None = None
+    """Differential guidance, usually 1 to 5: the target is p + factor * (target - p), with p the prediction held
+    constant, after ``distill``. Gradients grow by the factor, which optimizers like AdamW largely cancel. 1 changes
+    nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuidanceConfig:
+        if isinstance(self.embedded, tuple) and self.embedded[0] > self.embedded[1]:
+            raise ValueError("embedded must be [min, max] with min not above max")
+        return self
 
 
 class LossMask(Section):

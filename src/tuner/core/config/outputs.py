@@ -45,6 +45,8 @@ class CheckpointConfig(Section):
     """Names of the tensors in exported files. Left out: the model's default."""
     dtype: Dtype | None = None
     """Dtype of exported tensors. Left out: the adapter's."""
+    save_ema: bool = True
+    """Save the average as well, where ``ema`` keeps one: ``ema_`` and the name of the file."""
     resume: str = "none"
     """``none``, ``auto`` for the newest state in the run folder, or the path of a checkpoint."""
     strict_data: bool = False
@@ -91,6 +93,9 @@ class SampleConfig(Section):
     """Shift of the sampler's noise levels; ``auto`` goes by the size of the picture. Left out: the model's default."""
     count: Count = 1
     """Pictures per prompt."""
+    weights: Literal["train", "ema", "both"] = "train"
+    """Draw with the weights as they train, with their average, or with both side by side. Before the first step the
+    weights as they are, once."""
 
 
 class ValidateConfig(Section):
@@ -106,6 +111,8 @@ class ValidateConfig(Section):
     """Use so many batches. Left out: all."""
     timesteps: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field((200, 400, 600, 800), min_length=1)
     """Every image is measured at each of these timesteps."""
+    weights: Literal["train", "ema", "both"] = "train"
+    """Measure the weights as they train, their average, or both."""
 
 
 class LogConfig(Section):

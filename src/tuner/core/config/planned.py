@@ -15,11 +15,8 @@ from tuner.core.errors import UsageError
 
 PLANNED: Mapping[str, str] = {
     # whole sections
-    "guidance.differential": "differential guidance",
-    "guidance.distill": "guidance distillation",
     "quantize": "quantized base weights",
     "compile": "compiled blocks",
-    "ema": "averaged weights",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",
     "hooks": "commands after checkpoints and uploads",
@@ -95,7 +92,6 @@ PLANNED: Mapping[str, str] = {
     "checkpoint.low_memory": "a switch for low-memory saving; tensors are always written one by one",
     "checkpoint.min_free_gb": "a low-disk guard",
     "checkpoint.rolling": "a second series of checkpoints",
-    "checkpoint.save_ema": "averaged weights",
     "checkpoint.start_at": "starting at a step of one's choice",
     "sample.adapter_strength": "adapter strength in samples",
     "sample.adapters": "further adapters in samples",
@@ -108,7 +104,6 @@ PLANNED: Mapping[str, str] = {
     "sample.sampler": "other samplers",
     "sample.seed_device": "noise on the accelerator; it is drawn on the CPU, so pictures compare across devices",
     "sample.skip_layers": "skip-layer guidance",
-    "sample.weights": "averaged weights",
     "validate.pool": "validation sets of their own",
     "log.args": "arguments of trackers",
     "log.config": "settings in trackers",

@@ -6,6 +6,7 @@ from pydantic import Field, SerializeAsAny
 
 from tuner.core.config.base import Section
 from tuner.core.config.data import CacheConfig, DataConfig
+from tuner.core.config.ema import EmaConfig
 from tuner.core.config.model import ModelConfigBase
 from tuner.core.config.network import NetworkConfig
 from tuner.core.config.objective import GuidanceConfig, LossConfig, NoiseConfig
@@ -33,7 +34,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     """How the error becomes a number."""
     guidance: GuidanceConfig = GuidanceConfig()
-    """Embedded guidance in training."""
+    """Guidance as an input of the model, and as part of the training target."""
     network: NetworkConfig = NetworkConfig()
     """The adapter."""
     optimizer: OptimizerConfig
@@ -48,6 +49,8 @@ class RunConfig(Section):
     """Trading time for memory."""
     attention: AttentionConfig = AttentionConfig()
     """The attention kernel."""
+    ema: EmaConfig = EmaConfig()
+    """A running average of what trains."""
     checkpoint: CheckpointConfig
     """What is saved, and where."""
     sample: SampleConfig = SampleConfig()

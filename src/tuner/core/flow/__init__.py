@@ -6,6 +6,7 @@ target is the velocity ``noise - latents``. Nothing here draws random numbers: t
 
 from __future__ import annotations
 
+from tuner.core.flow.guidance import differential_target, distilled_target, guided_target, zero_star_share
 from tuner.core.flow.losses import elementwise_loss, huber_threshold
 from tuner.core.flow.objective import offset_noise, perturb_noise, rectified_flow
 from tuner.core.flow.reduction import reduce_loss
@@ -16,9 +17,12 @@ from tuner.core.flow.weights import loss_weight, min_snr_weight
 __all__ = [
     "apply_cfg",
     "apply_shift",
+    "differential_target",
+    "distilled_target",
     "elementwise_loss",
     "euler_sample",
     "euler_sigmas",
+    "guided_target",
     "huber_threshold",
     "loss_weight",
     "min_snr_weight",
@@ -30,4 +34,5 @@ __all__ = [
     "shift_value",
     "sigmas_from_draws",
     "stratify",
+    "zero_star_share",
 ]

@@ -76,8 +76,8 @@ def load_optimizer_state(
         optimizer.state[parameter] = state
 
 
-def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps other weights for training than for use, and switches between them."""
+def is_schedule_free(optimizer: object) -> bool:
+    """Whether the optimizer, or its class, keeps other weights for training than for use, and switches between them."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 

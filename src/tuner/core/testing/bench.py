@@ -17,6 +17,7 @@ from tuner.core.optim import build_optimizer
 from tuner.core.registry import Catalog, Opened, Run, open_facts, open_run, typed_config
 from tuner.core.rng import Rng
 from tuner.core.track.events import read_events
+from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.run import train
 from tuner.core.train.step import TrainStep
 from tuner.core.types import Batch, Item, ModelFacts, Models, Network, TextEmbeds
@@ -173,7 +174,7 @@ class Bench:
 
     def step(self, run: Run, models: Models, network: Network) -> TrainStep:
         """The update of a training; called again with one step number it draws the same noise."""
-        config = run.config
+        config, live = run.config, live_components(run)
         optimizer = build_optimizer(
             config.optimizer, network.param_groups, torch.device("cpu"), run.facts.text_components
         )
@@ -184,8 +185,14 @@ class Bench:
             optimizer=optimizer,
             config=config,
             device=torch.device("cpu"),
-            live_text=live_components(run),
+            live_text=live,
             total=1000,
+            empty=EmptyCaption(
+                config.guidance,
+                run.facts.text_fields,
+                cached=lambda texts: self.frozen_text(run, self.models, texts),
+                live=lambda texts: run.model.encode_text(models, texts, live),
+            ),
         )
 
     # --- whole trainings ----------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def write_report(run_dir: Path) -> Path:
         (
             _heading(record, name),
             section("Training", _charts(record)),
-            section("Held-out images", _validation(record)),
+            section("Held-out images", _validation(record, "validation")),
+            section("Held-out images, averaged weights", _validation(record, "validation_ema")),
             section("Samples", _samples(record)),
             section("Data", _data(record)),
             section("What happened", _timeline(record)),
@@ -106,7 +107,8 @@ def _heading(record: _Record, name: str) -> str:
         count = _images_of(delta)
         note += f", {count} image{'' if count == 1 else 's'}" if count else ""
         entries.append(("held-out loss against the base", _signed(delta.get("delta")), note))
-    for export in record.of("export")[-1:]:
+    exports = [event for event in record.of("export") if event.get("weights") != "ema"]
+    for export in exports[-1:]:
         keys, matched = export.get("keys"), export.get("matched")
         counted = f"{keys} keys" if matched is None else f"{matched} of {keys} keys match"
         note = ", ".join(each for each in (counted if keys else "", str(export.get("format") or "")) if each)
@@ -171,8 +173,8 @@ def _rate_lines(rates: Mapping[str, list[tuple[float, float]]]) -> list[Line]:
     ]  # fmt: skip
 
 
-def _validation(record: _Record) -> str:
-    events = [event for event in record.of("validation") if event.get("delta") is not None]
+def _validation(record: _Record, kind: str) -> str:
+    events = [event for event in record.of(kind) if event.get("delta") is not None]
     if not events:
         return ""
     last = events[-1]

@@ -31,19 +31,22 @@ def export(
     epoch: int,
     total: int,
     events: EventLog,
+    averaged: bool = False,
 ) -> list[Path]:
     """Write the network's present weights to ``path``, reopen the file and compare every module with memory.
 
+    averaged: the present weights are the average, which only the metadata and the event log need to know.
     Returns the written files. Raises UsageError when the file does not read back as what was trained, or when an
     extension's metadata clashes; OSErrors (a full disk) pass through.
     """
-    metadata = export_metadata(run.config, plan, name=name, step=step, epoch=epoch, total=total)
+    metadata = export_metadata(run.config, plan, name=name, step=step, epoch=epoch, total=total, averaged=averaged)
     if run.config.checkpoint.metadata.embed:
         metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in network_tensors(network).items()}
     files = run.model.save(network, tensors, path, metadata)
     for file in files:
         verified = verify_export(file, tensors, key_maps(run.facts))
-        events.emit("export", path=file.name, keys=verified.keys, modules=verified.modules, format=verified.format)
+        told = {"keys": verified.keys, "modules": verified.modules, "format": verified.format}
+        events.emit("export", path=file.name, weights="ema" if averaged else "train", **told)
         log.info("%s: %s", file.name, verified)
     return files

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def export_metadata(
-    config: RunConfig, plan: DataPlan, *, name: str, step: int, epoch: int, total: int
+    config: RunConfig, plan: DataPlan, *, name: str, step: int, epoch: int, total: int, averaged: bool = False
 ) -> dict[str, str]:
     """Strings for the header of an exported file; empty when ``checkpoint.metadata.embed`` is off.
+
+    averaged: the file holds the average of the weights.
 
     ``ss_*`` are the names that kohya-ss/sd-scripts writes and other tools show; ``modelspec.*`` follow the Stability AI
     model metadata standard. The model plugin adds its own.
@@ -54,4 +56,24 @@ def export_metadata(
         "ss_training_comment": settings.comment,
     }
     facts.update({key: value for key, value in optional.items() if value})
+    facts.update(_guidance(config))
+    facts.update(_ema(config, averaged))
     return {key: str(value) for key, value in facts.items()}
+
+
+def _guidance(config: RunConfig) -> dict[str, object]:
+    guidance, facts = config.guidance, dict[str, object]()
+    if guidance.distill is not None:
+        facts["ss_guidance_distill_scale"] = guidance.distill.scale
+        facts["ss_guidance_zero_star"] = guidance.distill.zero_star
+    if guidance.differential is not None:
+        facts["ss_guidance_differential"] = guidance.differential
+    return facts
+
+
+def _ema(config: RunConfig, averaged: bool) -> dict[str, object]:
+    """``ss_ema_weights`` tells the two files of a run apart."""
+    if not config.ema.enabled:
+        return {}
+    names = ("decay", "warmup", "start", "every", "feedback", "multiplier")
+    return {"ss_ema_weights": averaged} | {f"ss_ema_{name}": getattr(config.ema, name) for name in names}

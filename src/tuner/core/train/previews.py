@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 6
 SHEET = "sheet.png"
+SUFFIXES = ("", "_ema")
+"""Ends of picture names, in the order of the columns of one step."""
 
 EncodeTexts = Callable[[Sequence[str]], TextEmbeds]
 WithVae = Callable[[], Models]
 OnImage = Callable[[], object]
+Look = tuple[str, Callable[[], AbstractContextManager[None]]]
+"""A kind of weights: what its pictures have at the end of their names, and a context in which the model has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +73,33 @@ class Previewer:
         self.folder, self.prompts, self.device = folder, tuple(prompts), device
         self.encode_texts, self.load_vae = encode_texts, load_vae
 
-    def run(self, step: int, on_image: OnImage | None = None) -> Preview:
-        """Sample after ``step`` updates. The base pictures are made with the first preview and kept in the run
-        folder. ``on_image`` is called after each of the `images_due`.
+    def run(self, step: int, looks: Sequence[Look], on_image: OnImage | None = None) -> Preview:
+        """Sample after ``step`` updates, once with each kind of weights. The base pictures are made with the first
+        preview and kept in the run folder. ``on_image`` is called after each of the `images_due`.
         """
+        folder = self.folder.samples / f"step-{step:06d}"
         base = self._render(self._base_folder(), 0, strength=0.0, on_image=on_image)
-        images = self._render(self.folder.samples / f"step-{step:06d}", step, strength=1.0, on_image=on_image)
-        sheet = self.folder.samples / f"step-{step:06d}" / SHEET
-        write_sheet(sheet, self.prompts, self._columns(base, step, images))
-        return Preview(step, tuple(images), sheet)
+        present = []
+        for suffix, weights in looks:
+            with weights():
+                images = self._render(folder, step, strength=1.0, suffix=suffix, on_image=on_image)
+            present.append((_title(step, suffix), images))
+        write_sheet(folder / SHEET, self.prompts, [("base", base), *self._earlier(step, len(present)), *present])
+        return Preview(step, tuple(path for _, images in present for path in images), folder / SHEET)
 
-    def images_due(self) -> int:
+    def images_due(self, looks: Sequence[Look]) -> int:
         """How many pictures the next preview has to sample."""
-        return len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
+        return len(looks) * len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
 
     def _base_folder(self) -> Path:
         # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
         described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
         return self.folder.samples / f"base-{hashlib.blake2b(described.encode(), digest_size=4).hexdigest()}"
 
-    def _paths(self, folder: Path) -> list[Path]:
-        return [folder / f"{number:03d}.png" for number in range(len(self.prompts))]
-
-    def _render(self, target: Path, step: int, *, strength: float, on_image: OnImage | None) -> list[Path]:
-        paths = self._paths(target)
+    def _render(
+        self, target: Path, step: int, *, strength: float, suffix: str = "", on_image: OnImage | None
+    ) -> list[Path]:
+        paths = self._paths(target, suffix)
         # The base model never changes: what is there of it stays.
         wanted = [number for number, path in enumerate(paths) if strength > 0 or not path.is_file()]
         if not wanted:
@@ -105,7 +113,7 @@ class Previewer:
             decoder = self.load_vae()
             for number, value in zip(wanted, latents, strict=True):
                 pixels = self.model.decode_latents(decoder, value.to(self.device))[0]
-                write_png(paths[number], pixels, self._settings(self.prompts[number], step))
+                write_png(paths[number], pixels, self._settings(self.prompts[number], step, suffix))
             decoder.release("vae")
         return paths
 
@@ -130,30 +138,40 @@ class Previewer:
             sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
             return euler_sample(velocity, noise, sigmas).cpu()
 
-    def _columns(self, base: Sequence[Path], step: int, images: Sequence[Path]) -> list[tuple[str, Sequence[Path]]]:
-        """Base first, then the most recent previews of the same prompts that are complete, the present one last."""
-        columns: list[tuple[str, Sequence[Path]]] = [("base", base)]
-        names = [path.name for path in images]
-        earlier: list[tuple[int, list[Path]]] = []
+    def _paths(self, folder: Path, suffix: str = "") -> list[Path]:
+        return [folder / f"{number:03d}{suffix}.png" for number in range(len(self.prompts))]
+
+    def _earlier(self, step: int, present: int) -> list[tuple[str, list[Path]]]:
+        """The most recent columns of the same prompts before ``step`` that are complete, so many that ``present`` more
+        and the base fit on the sheet.
+        """
+        found: list[tuple[int, str, list[Path]]] = []
         for folder in self.folder.samples.glob("step-*"):
             number = folder.name.removeprefix("step-")
-            paths = [folder / name for name in names]
-            if number.isdigit() and int(number) < step and self._shows_these_prompts(paths, int(number)):
-                earlier.append((int(number), paths))
-        recent = sorted(earlier)[-(MAX_COLUMNS - 2) :]
-        columns += [(f"step {number}", paths) for number, paths in recent]
-        return [*columns, (f"step {step}", images)]
+            if not number.isdigit() or int(number) >= step:
+                continue
+            for suffix in SUFFIXES:
+                paths = self._paths(folder, suffix)
+                if self._shows_these_prompts(paths, int(number), suffix):
+                    found.append((int(number), suffix, paths))
+        recent = sorted(found)[-(MAX_COLUMNS - 1 - present) :]
+        return [(_title(number, suffix), paths) for number, suffix, paths in recent]
 
-    def _shows_these_prompts(self, paths: Sequence[Path], step: int) -> bool:
+    def _shows_these_prompts(self, paths: Sequence[Path], step: int, suffix: str) -> bool:
         """Whether the pictures are there and were made from these prompts: a resumed run may have others."""
         return all(
-            path.is_file() and read_settings(path) == self._settings(prompt, step)
+            path.is_file() and read_settings(path) == self._settings(prompt, step, suffix)
             for path, prompt in zip(paths, self.prompts, strict=True)
         )
 
     @staticmethod
-    def _settings(prompt: Prompt, step: int) -> dict[str, Any]:
-        return {"step": step, **asdict(prompt)}
+    def _settings(prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
+        return {"step": step, **({"weights": suffix.removeprefix("_")} if suffix else {}), **asdict(prompt)}
+
+
+def _title(step: int, suffix: str) -> str:
+    """Heading of a column: ``step 100`` or ``step 100 ema``."""
+    return f"step {step}{suffix.replace('_', ' ')}"
 
 
 def to_image(pixels: Tensor) -> Image:

@@ -22,6 +22,7 @@ from tuner.core.registry import Run, open_run
 from tuner.core.track.events import EventLog
 from tuner.core.track.report import write_report
 from tuner.core.track.trackers import check_trackers
+from tuner.core.train.averaging import check_ema
 from tuner.core.train.caching import Caches
 from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """How a run ended. ``reason`` is ``finished`` or ``interrupted``; ``files`` are the exported adapters."""
+    """How a run ended. ``reason`` is ``finished`` or ``interrupted``; ``files`` are the exports, averages last."""
 
     folder: Path
     steps: int
@@ -60,6 +61,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     )
     check_trackers(config.log)
     check_optimizer(config.optimizer)
+    check_ema(config)
     set_threads(config)
     with FolderLock(folder), EventLog(folder.events) as events:
         found = None if wanted == "none" else find_state(folder, wanted)

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
-from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss, sigmas_from_draws, stratify
+from tuner.core.flow import elementwise_loss, guided_target, loss_weight, reduce_loss, sigmas_from_draws, stratify
 from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
 from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
+from tuner.core.train.empty import EmptyCaption
 from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from tuner.core.config import RunConfig
+    from tuner.core.optim import Ema
     from tuner.core.registry.facade import ModelFacade
 
 
@@ -48,10 +50,12 @@ class TrainStep:
         device: torch.device,
         live_text: Collection[str],
         total: int,
+        empty: EmptyCaption,
+        ema: Ema | None = None,
     ) -> None:
         self.model, self.models, self.network, self.optimizer = model, models, network, optimizer
         self.config, self.device, self.live_text = config, device, tuple(live_text)
-        self.total = total
+        self.total, self.empty, self.ema = total, empty, ema
         self.parameters = [parameter for group in network.param_groups for parameter in group.params.values()]
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -80,6 +84,8 @@ class TrainStep:
                 fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
             )
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(step)
         return StepResult(loss, grad_norm, samples)
 
     def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
@@ -108,13 +114,21 @@ class TrainStep:
         target = self.model.noise_target(latents, noise, sigmas)
         shaken = perturbed(config.noise, noise, draws, step, self.total)
         noisy = target.noisy if shaken is None else self.model.noise_target(latents, shaken, sigmas).noisy
-        text = self._dropped(self.text(batch), draws)
         rng = Rng(config.train.seed, "model", step, number)
         guidance = draw_guidance(config.guidance, draws)
         guidance = None if guidance is None else guidance.to(self.device, non_blocking=True)
-        prediction = self.model.predict(self.models, noisy, target.timesteps, text, guidance, rng=rng)
+
+        def predict(noisy: Tensor, timesteps: Tensor, text: TextEmbeds) -> Tensor:
+            # The doubled batch of batched guidance holds every sample twice.
+            given = None if guidance is None else guidance.repeat(len(noisy) // len(guidance))
+            return self.model.predict(self.models, noisy, timesteps, text, given, rng=rng)
+
+        prediction, unconditional = self.empty.predict(
+            predict, noisy, target.timesteps, lambda: self._dropped(self.text(batch), draws)
+        )
+        goal = guided_target(config.guidance, target.target, prediction, unconditional)
         losses = reduce_loss(
-            elementwise_loss(config.loss, prediction, target.target, sigmas),
+            elementwise_loss(config.loss, prediction, goal, sigmas),
             weight=target.weight * loss_weight(config.loss, sigmas),
             mask=None if batch.loss_mask is None else batch.loss_mask.to(self.device, non_blocking=True),
             sample_weight=batch.loss_weight.to(self.device, non_blocking=True),

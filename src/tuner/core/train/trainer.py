@@ -17,6 +17,7 @@ from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.optim import (
+    Ema,
     LrSchedule,
     build_optimizer,
     eval_weights,
@@ -27,12 +28,14 @@ from tuner.core.optim import (
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
+from tuner.core.train.averaging import ema_path, start_average
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
 from tuner.core.train.due import Due
+from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
-from tuner.core.train.previews import Previewer
+from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.step import TrainStep
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
@@ -73,6 +76,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.config.optimizer, self.network.param_groups, device, self.facts.text_components
         )
+        # After the optimizer, which freezes what has no rate: the average is of what trains.
+        self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
         self.position = Position(step=0, epoch=0, batch=0, seed=self.config.train.seed, fingerprint=plan.fingerprint)
         self.average = LossAverage()
@@ -91,6 +96,8 @@ class Trainer:
         """Train to the end or to an interrupt. Returns why it stopped, and the exported files."""
         if state is not None:
             self._restore(state)
+        elif self.ema is not None and self.config.ema.init_from is not None:
+            start_average(self.ema, self.network, self.facts, Path(self.config.ema.init_from))
         self._announce()
         with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path, self.position.step) as trackers:
             self.trackers = trackers
@@ -122,6 +129,10 @@ class Trainer:
                 device=self.device,
                 live_text=self.caches.live_text,
                 total=self.total,
+                empty=EmptyCaption(
+                    config.guidance, self.facts.text_fields, cached=self.caches.cached_text, live=self._live_text
+                ),
+                ema=self.ema,
             ),
             set_rates=self._set_rates,
             batches=self._batches,
@@ -209,10 +220,13 @@ class Trainer:
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:
-        tensors = dict(self.caches.cached_text(texts).tensors)
-        if self.caches.live_text:
-            tensors.update(self.run.model.encode_text(self.models, list(texts), self.caches.live_text).tensors)
-        return TextEmbeds(tensors=tensors)
+        return TextEmbeds(tensors={**self.caches.cached_text(texts).tensors, **self._live_text(texts).tensors})
+
+    def _live_text(self, texts: Sequence[str]) -> TextEmbeds:
+        """The fields of the encoders that run in every step, encoded now."""
+        if not self.caches.live_text:
+            return TextEmbeds(tensors={})
+        return self.run.model.encode_text(self.models, list(texts), self.caches.live_text)
 
     def _announce(self) -> None:
         for row in adapter_summary(self.network):
@@ -241,23 +255,35 @@ class Trainer:
     def _validate(self, step: int) -> None:
         if self.validator is None:
             return
-        with eval_weights(self.optimizer), self._inner_stage("validation", None) as progress:
-            result = self.validator.run(step, progress.advance)
-        fields = asdict(result)
-        fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
-        self.events.emit("validation", **fields)
-        self.trackers.log(step, {"validation/delta": result.delta, "validation/adapted": result.adapted})
-        log.info(
-            "validation at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
-            step, result.delta, result.low, result.high, result.images,
-        )  # fmt: skip
+        for suffix, weights in self._looks(self.config.validation.weights):
+            name = f"validation{suffix}"
+            with weights(), self._inner_stage("validation", None) as progress:
+                result = self.validator.run(step, progress.advance)
+            fields = asdict(result)
+            fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
+            self.events.emit(name, **fields)
+            self.trackers.log(step, {f"{name}/delta": result.delta, f"{name}/adapted": result.adapted})
+            log.info(
+                "%s at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
+                name, step, result.delta, result.low, result.high, result.images,
+            )  # fmt: skip
+
+    def _looks(self, which: str, step: int | None = None) -> list[Look]:
+        """The kinds of weights that ``which`` names. Before the first step they are the same, so one is enough."""
+        looks: list[Look] = []
+        if which != "ema" or step == 0:
+            looks.append(("", lambda: eval_weights(self.optimizer)))
+        if which != "train" and step != 0 and self.ema is not None:
+            looks.append(("_ema", self.ema.weights))
+        return looks
 
     def _preview(self, step: int) -> None:
         if self.previewer is None:
             return
         try:
-            with eval_weights(self.optimizer), self._inner_stage("samples", self.previewer.images_due()) as progress:
-                preview = self.previewer.run(step, progress.advance)
+            looks = self._looks(self.config.sample.weights, step)
+            with self._inner_stage("samples", self.previewer.images_due(looks)) as progress:
+                preview = self.previewer.run(step, looks, progress.advance)
         except (torch.OutOfMemoryError, OSError) as error:
             # Pictures are a convenience; the training goes on without them.
             self._warn(f"no samples at step {step}: {error}")
@@ -340,18 +366,22 @@ class Trainer:
 
     def _export(self, path: Path, *, step: int | None = None) -> list[Path]:
         """Write the adapter and prove that it reads back; OSErrors pass through from checkpoints only."""
-        with eval_weights(self.optimizer):
-            return export(
-                self.run,
-                self.network,
-                self.plan,
-                path=path,
-                name=self.folder.name,
-                step=self.position.step if step is None else step,
-                epoch=self.position.epoch,
-                total=self.total,
-                events=self.events,
-            )
+        files: list[Path] = []
+        for suffix, weights in self._looks("both" if self.config.checkpoint.save_ema else "train"):
+            with weights():
+                files += export(
+                    self.run,
+                    self.network,
+                    self.plan,
+                    path=ema_path(path) if suffix else path,
+                    name=self.folder.name,
+                    step=self.position.step if step is None else step,
+                    epoch=self.position.epoch,
+                    total=self.total,
+                    events=self.events,
+                    averaged=bool(suffix),
+                )
+        return files
 
     def _write_views(self) -> None:
         try:
@@ -365,6 +395,8 @@ class Trainer:
         tensors = {f"network/{name}": value for name, value in network_tensors(self.network).items()}
         optimizer_tensors, optimizer_scalars = optimizer_state_tensors(self.optimizer, self._parameters())
         tensors.update({f"optimizer/{name}": value for name, value in optimizer_tensors.items()})
+        if self.ema is not None:
+            tensors.update({f"ema/{name}": value for name, value in self.ema.state().items()})
         scalars: dict[str, Any] = {
             "optimizer": optimizer_scalars,
             "loss_average": self.average.values,
@@ -391,6 +423,8 @@ class Trainer:
         load_optimizer_state(
             self.optimizer, self._parameters(), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
         )
+        if self.ema is not None:
+            self.ema.load(_below(state.tensors, "ema/"))
         self.average.values = list(state.scalars["loss_average"])
         self.ledger = Ledger(self.plan, state.scalars["ledger"])
         self.position = self._placed(state.position)

@@ -110,7 +110,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         latent_channels=denoiser.out_channels,
         spatial_factor=8,
         resolution_multiple=16,
-        block_lists=(Blocks(path="blocks", count=denoiser.blocks),),
+        block_lists=(Blocks(path="blocks", count=denoiser.blocks, outside=(r"adaln_modulation_.*",)),),
         lora=LORA,
         key_maps="tuner.plugins.anima.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),

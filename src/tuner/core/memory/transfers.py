@@ -1,0 +1,97 @@
+"""Copies between host and device memory, counted: plain ones anywhere, overlapping ones on CUDA.
+
+The CUDA half has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from tuner.core.errors import UsageError
+
+
+class Slot:
+    """Room on the device for one block. block: whose weights it holds."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+        self.block: int | None = None
+
+
+class Transfers:
+    """Plain copies. to_device and to_host count bytes; on the CPU, where both are one, by what the copy is for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.to_device = self.to_host = 0
+
+    def host_buffer(self, size: int) -> Tensor:
+        """``size`` bytes of host memory."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def slot(self, size: int) -> Slot:
+        """A slot of ``size`` bytes."""
+        return Slot(torch.empty(size, dtype=torch.uint8, device=self.device))
+
+    def copy(self, host: Tensor, value: Tensor) -> None:
+        """Fill ``host`` with ``value``, from wherever it is."""
+        host.copy_(value)
+        self.to_host += host.numel() * host.element_size()
+
+    def load(self, slot: Slot, host: Tensor) -> None:
+        """Fill the beginning of a slot; it may be used after `wait`."""
+        slot.flat[: host.numel()].copy_(host)
+        self.to_device += host.numel()
+
+    def wait(self, slot: Slot) -> None:
+        """What is computed from now on finds the slot filled."""
+
+
+class CudaTransfers(Transfers):
+    """Pinned host memory and one stream for loads, ordered against computation by events; the host never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)
+        self._ready: dict[Slot, torch.cuda.Event] = {}
+
+    def host_buffer(self, size: int) -> Tensor:
+        flat = super().host_buffer(size)
+        _pin(flat)
+        return flat
+
+    def load(self, slot: Slot, host: Tensor) -> None:
+        # Everything that reads the slot's old content was queued before this call.
+        unused = torch.cuda.current_stream(self.device).record_event()
+        ready = self._ready.setdefault(slot, torch.cuda.Event())
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(unused)
+            slot.flat[: host.numel()].copy_(host, non_blocking=True)
+            ready.record(self.stream)
+        self.to_device += host.numel()
+
+    def wait(self, slot: Slot) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
+
+
+def open_transfers(device: torch.device) -> Transfers:
+    """The best way to copy to ``device``."""
+    return CudaTransfers(device) if device.type == "cuda" else Transfers(device)
+
+
+def _pin(flat: Tensor) -> None:
+    """Page-lock a buffer as it is: torch's own pinned memory is rounded up to powers of two."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = flat.data_ptr()
+    code = int(cudart.cudaHostRegister(address, flat.numel(), 0))
+    if code != 0:
+        raise UsageError(
+            f"cannot lock {flat.numel() / 2**20:.0f} MiB of host memory for streaming",
+            where="memory.swap_blocks",
+            why=f"CUDA says error {code}",
+            fix="stream fewer blocks, or allow more locked memory (ulimit -l, or the container's limits)",
+        )
+    weakref.finalize(flat, cudart.cudaHostUnregister, address).atexit = False
