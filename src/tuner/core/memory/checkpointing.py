@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from tuner.core.compute.modulation_cache import bound
 from tuner.core.errors import UsageError
 
 LEVELS = ("off", "block")
@@ -29,7 +30,7 @@ class Recomputed:
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
         return checkpoint(
-            self.inner, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng, **kwargs
+            bound(self.inner), *args, use_reentrant=False, preserve_rng_state=self.preserve_rng, **kwargs
         )  # fmt: skip
 
 
