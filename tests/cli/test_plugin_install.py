@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.package_index import new_environment, serve, write_sdist, write_wheel
+from tuner.core.errors import UsageError
 
 MODELS = "[tuner.models]\n{name} = tuner_{name}:plugin\n"
 EXTENSION = """
@@ -144,3 +145,15 @@ def test_sync_puts_back_what_a_new_environment_lacks(here, tmp_path, index):
 
 def test_built_in_models_cannot_be_removed(here):
     assert "is built in" in here.run("uninstall", "anima", code=2).stderr
+
+
+def test_a_folder_is_handed_on_and_remembered_by_its_full_path(tmp_path, monkeypatch, capsys):
+    from tuner.cli.plugin_install import install
+
+    monkeypatch.setenv("TUNER_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plugins/tuner-own").mkdir(parents=True)
+    install(["plugins/tuner-own"], upgrade=False, allow_sdist=True, dry_run=True)
+    assert str(tmp_path / "plugins/tuner-own") in "".join(capsys.readouterr().out.split("\n"))
+    with pytest.raises(UsageError, match="no such file"):
+        install(["plugins/tuner-other"], upgrade=False, allow_sdist=True, dry_run=True)

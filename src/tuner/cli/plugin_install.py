@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 from tuner.cli.console import error, out, warn
 from tuner.core.errors import UsageError
-from tuner.core.lifecycle.commands import Command, install_command, uninstall_command
+from tuner.core.lifecycle.commands import Command, install_command, looks_like_place, uninstall_command
 from tuner.core.lifecycle.constraints import installed, pinned, write_constraints
 from tuner.core.lifecycle.environment import program, this_environment
 from tuner.core.lifecycle.installed import package_of, plugin_packages
@@ -129,8 +129,7 @@ def _package_in(wanted: str) -> str | None:
 
 def _absolute(wanted: str) -> str:
     """Paths are made absolute: the record is read from other folders."""
-    is_file = wanted.endswith((".whl", ".tar.gz", ".zip")) or wanted.startswith((".", "/", "~"))
-    if not is_file or "://" in wanted:
+    if not looks_like_place(wanted) or "://" in wanted or " @ " in wanted:
         return wanted
     path = Path(wanted).expanduser().absolute()
     if not path.exists():

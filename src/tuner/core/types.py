@@ -295,7 +295,9 @@ class ModelFacts:
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
     ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding:
     whether ``text_encoder.zero_padding`` is honoured. modules: paths of the linears of each component that may train,
-    where the headers tell them; patterns are then checked before anything is loaded.
+    where the headers tell them; patterns are then checked before anything is loaded. modulation: full-match regular
+    expressions on paths of linears inside the blocks that read one vector per sample, known before the first block;
+    the denoiser's forward opens ``compute.modulation_cache.modulations`` around its blocks.
     """
 
     family: str
@@ -308,6 +310,7 @@ class ModelFacts:
     spatial_factor: int
     resolution_multiple: int
     block_lists: tuple[Blocks, ...]
+    modulation: tuple[str, ...] = ()
     lora: LoraRules
     key_maps: str
     dtypes: DtypeRules

@@ -72,6 +72,20 @@ def test_clip_without_projection_projects_by_the_identity(clip, ids, tmp_path):
     assert torch.equal(states.projected, states.pooled)
 
 
+def test_clip_reads_its_own_settings_and_not_those_of_a_neighbour_in_the_folder(clip, ids, tmp_path):
+    save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, tmp_path / "clip.safetensors")
+    header = weight_header(tmp_path / "clip.safetensors")
+
+    def states(settings):
+        loaded = load_clip(header, activation="quick_gelu", dtype=torch.float32, settings=settings)
+        return clip_states(loaded, ids, END).last
+
+    plain = states(None)
+    assert torch.equal(states({"num_attention_heads": 4, "hidden_act": "gelu"}), plain)
+    assert torch.equal(states({"hidden_size": 256, "num_attention_heads": 4}), plain)
+    assert not torch.equal(states({"hidden_size": 128, "num_attention_heads": 4}), plain)
+
+
 @pytest.mark.parametrize("spelling", ["shared.weight", "encoder.embed_tokens.weight"])
 def test_t5_loads_with_either_name_of_its_embedding_and_agrees_with_transformers(t5, tmp_path, spelling):
     tensors = {name: value.contiguous() for name, value in t5.state_dict().items() if "embed_tokens" not in name}

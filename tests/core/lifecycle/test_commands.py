@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
@@ -53,6 +53,12 @@ def test_plugins_are_installed_by_the_tool_that_made_the_environment(tool, comma
 @pytest.mark.parametrize(("tool", "command"), REMOVED.items(), ids=str)
 def test_plugins_are_removed_by_the_tool_that_made_the_environment(tool, command):
     assert uninstall(tool, "tuner-cubist") == command
+
+
+def test_paths_of_windows_reach_the_installer_without_backslashes():
+    environment = Environment(tool="pipx", python=PYTHON)
+    command = install_command(environment, ("tuner-x",), PureWindowsPath(r"C:\Users\me\tuner\constraints.txt"))
+    assert command.arguments[-1] == "--pip-args=--constraint C:/Users/me/tuner/constraints.txt --only-binary :all:"
 
 
 def test_only_uv_tools_are_left_to_the_user_to_change():

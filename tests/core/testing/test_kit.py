@@ -75,6 +75,11 @@ MISTAKES = {
     "does not lie in ('L', 4)": lambda facts: replace(
         facts, text_fields={"context": Field(shape=("L", 4), of=("qwen3",), parts={"qwen3": (2, 6)})}
     ),
+    "modulation: 'blocks.0.nrom' matches no module": lambda facts: replace(facts, modulation=(r"blocks.0.nrom",)),
+    "modulation: 'blocks.0.self_attn' is a SelfAttention, not a Linear": lambda facts: replace(
+        facts, modulation=(r"blocks\.0\.self_attn",)
+    ),
+    "lies outside the blocks": lambda facts: replace(facts, modulation=(r"final_layer\.linear",)),
     "sample.guidance must be given exactly when": lambda facts: replace(facts, guidance_input=True),
     "there is no component 'clip'": lambda facts: replace(
         facts, text_fields={"context": Field(shape=("L", 4), of=("clip",))}

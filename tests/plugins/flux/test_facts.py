@@ -205,6 +205,44 @@ def test_what_is_absent_is_named_with_the_key_that_brings_it(tiny, run_config, t
         resolve(run_config(model))
 
 
+def test_a_hub_id_is_fetched_by_folder(monkeypatch, tiny, run_config):
+    """The same weights lie in the repository once more as single files."""
+    from fnmatch import fnmatch
+
+    asked = {}
+
+    def snapshot(repo, **arguments):
+        asked.update(arguments, repo=repo)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(UsageError, match="hf download owner/flux"):
+        resolve(run_config(tiny() | {"path": "owner/flux", "subfolder": "other"}))
+    fetched = ("transformer/a.safetensors", "text_encoder_2/a.safetensors", "tokenizer/vocab.json", "other/a.sft")
+    assert all(any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) for name in fetched)
+    assert not any(fnmatch("flux1-dev.safetensors", pattern) for pattern in asked["allow_patterns"])
+
+
+def test_a_variant_is_taken_for_every_part_that_has_it(folder, run_config):
+    import shutil
+    from pathlib import Path
+
+    root = Path(folder["path"])
+    for place, name in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
+        tensors = {}
+        for file in sorted((root / place).glob("*.safetensors")):
+            tensors |= load_file(file)
+        save_file(tensors, root / place / f"{name}.fp16.safetensors")
+    shutil.copy(root / "text_encoder/model.safetensors", root / "text_encoder/model.bf16.safetensors")
+    found = resolve(run_config({**folder, "variant": "fp16"})).weights
+    assert {name: path.name for name, path in found.items()} == {
+        "denoiser": "diffusion_pytorch_model.fp16.safetensors",
+        "clip_l": "model.safetensors",
+        "t5": "model.safetensors",
+        "vae": "diffusion_pytorch_model.fp16.safetensors",
+    }
+
+
 def test_missing_and_added_tensors_are_named(tiny, run_config, tmp_path):
     model = tiny("dev")
     tensors = load_file(model["path"])

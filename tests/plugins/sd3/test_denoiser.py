@@ -24,10 +24,7 @@ CASES = list(itertools.product(("sd3m", "sd35m"), (0, 1)))
 
 
 def run(model: nn.Module, case: dict[str, Tensor]) -> Tensor:
-    return model(
-        hidden_states=case["x"], encoder_hidden_states=case["context"], pooled_projections=case["y"],
-        timestep=case["timesteps"], return_dict=False,
-    )[0]  # fmt: skip
+    return model(case["x"], case["context"], case["y"], case["timesteps"])
 
 
 @pytest.mark.parametrize(("flavour", "number"), CASES)

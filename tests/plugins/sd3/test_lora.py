@@ -42,10 +42,7 @@ def adapted(golden_model, tiny, run_config):
 
 def run(model, flavour: str):
     case = golden_case(flavour, "forward_0")
-    return model(
-        hidden_states=case["x"], encoder_hidden_states=case["context"], pooled_projections=case["y"],
-        timestep=case["timesteps"], return_dict=False,
-    )[0]  # fmt: skip
+    return model(case["x"], case["context"], case["y"], case["timesteps"])
 
 
 def products(tensors) -> dict[str, torch.Tensor]:

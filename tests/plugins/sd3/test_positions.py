@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import golden
+from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 from tuner.plugins.sd3.hooks import random_corner
 from tuner.plugins.sd3.positions import PatchEmbed, ScaledTables, sincos_table, training_size, window
@@ -43,6 +44,13 @@ def test_an_image_that_is_longer_than_its_table_gets_a_table_of_its_own():
     tables = ScaledTables(WIDTH, [4])
     assert tables.size_for(2, 9) == 9
     assert tables.table(2, 9, torch.device("cpu")).shape == (1, 13 * 13, WIDTH)
+
+
+def test_a_picture_larger_than_the_stored_table_is_refused_in_words():
+    embed = PatchEmbed(torch.nn.Conv2d(4, 8, 2, stride=2), torch.zeros(1, 36, 8))
+    assert embed(torch.zeros(1, 4, 12, 12)).shape == (1, 36, 8)
+    with pytest.raises(UsageError, match="7x6 patches is larger than the model's table"):
+        embed(torch.zeros(1, 4, 12, 14))
 
 
 def test_a_training_size_is_the_square_of_the_same_area():

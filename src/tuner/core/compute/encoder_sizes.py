@@ -87,6 +87,12 @@ def clip_names(names: Iterable[str]) -> dict[str, str]:
     return {name: old for name, old in bare.items() if not CLIP_UNUSED.fullmatch(name.removeprefix("text_model."))}
 
 
+def clip_settings(settings: Mapping[str, Any] | None, shapes: Mapping[str, TensorInfo]) -> Mapping[str, Any]:
+    """A ``config.json`` that lies beside CLIP's weights, {} when it describes another model of a shared folder."""
+    width = shapes[CLIP_PROBE].shape[-1] if CLIP_PROBE in shapes else None
+    return settings if settings is not None and settings.get("hidden_size") == width else {}
+
+
 def t5_names(names: Iterable[str]) -> dict[str, str]:
     """Module names to the names of a T5 file; a decoder and the second name of the embedding are left out."""
     listed = list(names)
@@ -99,7 +105,7 @@ def t5_names(names: Iterable[str]) -> dict[str, str]:
 def clip_sizes(
     shapes: Mapping[str, TensorInfo], where: str = "", settings: Mapping[str, Any] | None = None
 ) -> ClipSizes:
-    """Sizes from module names. settings: a ``config.json``, of which only the number of heads is used."""
+    """Sizes from module names. settings: `clip_settings`, of which only the number of heads is used."""
     if CLIP_PROBE not in shapes:
         raise UsageError("this is not a CLIP text encoder", where=where or None, why=f"it has no {CLIP_PROBE}",
                          fix="name the text encoder's own file or folder")  # fmt: skip

@@ -20,6 +20,7 @@ from tuner.core.compute.encoder_sizes import (
     CLIP_PROJECTION,
     Activation,
     clip_names,
+    clip_settings,
     clip_sizes,
     t5_names,
     t5_sizes,
@@ -54,14 +55,15 @@ def load_clip(
     """A frozen CLIP text encoder with projection; linears are called ``text_model.encoder.layers.N...``.
 
     header: of a text encoder alone, in any spelling that `clip_names` reads. activation: ``quick_gelu`` for CLIP-L,
-    ``gelu`` for CLIP-G; ``hidden_act`` of ``settings`` (a ``config.json``) wins. A file without projection gets the
-    identity. Raises UsageError for missing, unknown or misshapen tensors.
+    ``gelu`` for CLIP-G; ``hidden_act`` of ``settings`` (a ``config.json``) wins where that is of a model this wide, not
+    of a neighbour in the same folder. A file without projection gets the identity. Raises UsageError for missing,
+    unknown or misshapen tensors.
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     header = header.renamed(clip_names(header))
-    sizes = clip_sizes(header, where, settings)
-    given = settings or {}
+    given = clip_settings(settings, header)
+    sizes = clip_sizes(header, where, given)
     config = CLIPTextConfig(
         vocab_size=sizes.vocab,
         hidden_size=sizes.width,

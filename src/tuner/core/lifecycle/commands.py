@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -23,13 +25,13 @@ class Command:
     note: str = ""
 
     def __str__(self) -> str:
-        return shlex.join(self.arguments)
+        return subprocess.list2cmdline(self.arguments) if os.name == "nt" else shlex.join(self.arguments)
 
 
 def install_command(
     environment: Environment,
     wanted: Sequence[str],
-    constraints: Path,
+    constraints: PurePath,
     *,
     upgrade: bool = False,
     allow_sdist: bool = False,
@@ -40,7 +42,8 @@ def install_command(
     """
     for each in wanted:
         check_wanted(each, allow_sdist=allow_sdist)
-    limits = ["--constraint", str(constraints)]
+    # Forward slashes work everywhere, and survive the splitting of pipx, which leaves quotes in place on Windows.
+    limits = ["--constraint", constraints.as_posix()]
     pip = [*limits, *([] if allow_sdist else ["--only-binary", ":all:"]), *(["--upgrade"] if upgrade else [])]
     python = str(environment.python)
     match environment.tool:
@@ -89,7 +92,7 @@ def check_wanted(wanted: str, *, allow_sdist: bool) -> None:
     if wanted.startswith("-"):
         raise UsageError(f"{wanted!r} is an option, not a package", fix="tuner plugins install --help")
     place = wanted.partition(" @ ")[2].strip() or wanted
-    is_place = _is_place(place)
+    is_place = looks_like_place(place)
     if not is_place:
         try:
             Requirement(wanted)
@@ -105,7 +108,8 @@ def check_wanted(wanted: str, *, allow_sdist: bool) -> None:
         )
 
 
-def _is_place(text: str) -> bool:
+def looks_like_place(text: str) -> bool:
+    """Whether a requirement is a file, a folder or an address instead of a name."""
     return "://" in text or "/" in text or "\\" in text or text.endswith((".whl", ".tar.gz", ".zip")) or text == "."
 
 

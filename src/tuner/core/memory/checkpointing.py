@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from tuner.core.compute.modulation_cache import bound
 from tuner.core.errors import UsageError
 from tuner.core.memory.offload import ActivationOffload
 
@@ -61,7 +62,7 @@ class Recomputed:
             inputs = self.offload.saving((*args, *kwargs.values()))
         with inputs:
             return checkpoint(
-                self.inner,
+                bound(self.inner),
                 *args,
                 use_reentrant=False,
                 preserve_rng_state=self.preserve_rng,

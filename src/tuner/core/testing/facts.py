@@ -33,6 +33,7 @@ def fact_problems(facts: ModelFacts, models: Models) -> list[str]:
         *_sizes(facts),
         *_fields(facts),
         *_blocks(facts, models),
+        *_modulation(facts, models),
         *_patterns(facts, inside),
         *_fused(facts, models),
         *_presets(facts, inside),
@@ -112,6 +113,20 @@ def _blocks(facts: ModelFacts, models: Models) -> Iterator[str]:
             yield f"block_lists: {blocks.path!r} is a {type(found).__name__}, not a ModuleList"
         elif len(found) != blocks.count:
             yield f"block_lists: {blocks.path!r} has {len(found)} blocks, not {blocks.count}"
+
+
+def _modulation(facts: ModelFacts, models: Models) -> Iterator[str]:
+    """Every pattern names linears, all of them inside the blocks: others do not run twice."""
+    named = {} if models.denoiser is None else dict(models.denoiser.named_modules())
+    for pattern in facts.modulation:
+        matches = [path for path in named if re.fullmatch(pattern, path)]
+        if not matches:
+            yield f"modulation: {pattern!r} matches no module of the denoiser"
+        for path in matches:
+            if not isinstance(named[path], torch.nn.Linear):
+                yield f"modulation: {path!r} is a {type(named[path]).__name__}, not a Linear"
+            elif not any(path.startswith(f"{blocks.path}.") for blocks in facts.block_lists):
+                yield f"modulation: {path!r} lies outside the blocks"
 
 
 def _patterns(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.network import load_network_tensors, network_tensors
+from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.rng import Rng
 from tuner.core.testing.bench import Bench, assert_near
 from tuner.core.types import Network
@@ -49,6 +50,20 @@ class NetworkChecks:
         step, batch = bench.step(bench.run, models, network), bench.batch()
         losses = [step(1, [batch]).loss for _ in range(20)]
         assert losses[-1] < 0.97 * losses[0]
+
+    def test_modulations_are_known_before_the_blocks(self, bench: Bench) -> None:
+        denoiser, batch = bench.models.denoiser, bench.batch()
+        assert denoiser is not None
+        expected = bench.predict(bench.run, bench.models, batch)
+        cache = cache_modulations(denoiser, bench.facts.modulation, [blocks.path for blocks in bench.facts.block_lists])
+        if cache is None:
+            assert not bench.facts.modulation, "facts.modulation matches nothing inside the blocks"
+            return
+        try:
+            assert_near(bench.predict(bench.run, bench.models, batch), expected)
+        finally:
+            cache.remove()
+        assert cache.forwards > 0, "the denoiser's forward does not open modulations() around its blocks"
 
     def test_a_saved_adapter_predicts_the_same_in_every_format(self, bench: Bench) -> None:
         maps = key_maps(bench.facts)

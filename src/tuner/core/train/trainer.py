@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
+from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
@@ -188,6 +189,7 @@ class Trainer:
         level = self.config.memory.checkpointing
         denoiser = self.models.denoiser
         assert denoiser is not None
+        cache_modulations(denoiser, self.facts.modulation, [blocks.path for blocks in self.facts.block_lists])
         for blocks in self.facts.block_lists:
             apply_checkpointing(denoiser.get_submodule(blocks.path).children(), level)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tuner.core.compute.attention import attention, check_backend
 from tuner.core.compute.linear import project, share_storage
+from tuner.core.compute.modulation_cache import modulations
 
 from .sizes import PATCH, DenoiserSizes
 
@@ -126,10 +127,9 @@ def flux_forward(
     rope = rope_table(grid, text.shape[1], self.pos_embed.axes_dim, tokens.device)
     extra = {"attention_mask": None if text_mask is None else key_mask(text_mask, tokens.shape[1])}
     inputs = {"temb": condition, "image_rotary_emb": rope, "joint_attention_kwargs": extra}
-    for block in self.transformer_blocks:
-        context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, **inputs)
-    for block in self.single_transformer_blocks:
-        context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, **inputs)
+    with modulations(self, F.silu(condition)):
+        for block in blocks_of(self):
+            context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, **inputs)
     out: Tensor = self.proj_out(self.norm_out(hidden, condition))
     return out
 

@@ -132,6 +132,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
             Blocks(path="transformer_blocks", count=sizes.blocks),
             Blocks(path="single_transformer_blocks", count=sizes.singles),
         ),
+        modulation=() if sizes.flavour == "chroma" else (_MODULATIONS,),
         lora=lora_rules(sizes),
         key_maps="tuner.plugins.flux.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),

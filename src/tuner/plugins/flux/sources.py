@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tuner.core.compute.encoder_sizes import under_prefix
 from tuner.core.errors import UsageError
-from tuner.core.files import WeightHeader, find_weights, weight_header
+from tuner.core.files import WeightHeader, weight_header
 from tuner.core.places import Place, with_shards
 
 from .sizes import diffusers_shapes
@@ -33,6 +33,8 @@ FOLDERS = {
     "t5 tokenizer": ("tokenizer_2", "tokenizer"),
 }
 """Names of the parts' folders in the diffusers layout; Chroma, with one text encoder, uses the last of two."""
+HUB_FILES = ("transformer/*", "vae/*", "text_encoder*/*", "tokenizer*/*")
+"""What a repository in that layout is fetched for; the same weights lie in it once more as single files."""
 EMBEDDED = {
     "clip_l": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     "t5": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
@@ -63,7 +65,9 @@ class Sources:
 def resolve(config: RunConfig) -> Sources:
     """Find every file of a run. UsageError for the first that is absent, naming the key that would bring it."""
     model: FluxConfig = config.model  # type: ignore[assignment]
-    root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir)
+    wanted = (*HUB_FILES, f"{model.subfolder}/*") if model.subfolder else HUB_FILES
+    root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir,
+                    patterns=wanted)  # fmt: skip
     denoiser = root.weights(*FOLDERS["denoiser"], subfolder=model.subfolder, variant=model.variant)
     header = weight_header(denoiser)
     chroma = CHROMA_PROBE in diffusers_shapes(header, str(denoiser))
@@ -127,7 +131,8 @@ def _weights(
         place = Place.of(source.path, where=where, revision=source.revision, download_dir=model.download_dir)
         return place.weights(*folders, subfolder=source.subfolder)
     if (folder := root.folder(*folders)) is not None:
-        return find_weights(folder)
+        variant = model.variant if any(folder.glob(f"*.{model.variant}.*")) else None
+        return Place(local=folder, where=where).weights(variant=variant)
     if under_prefix(header, *EMBEDDED[name]):
         return header.path
     raise UsageError(f"the {name} weights are not named", where=where,

@@ -1,17 +1,20 @@
-"""diffusers' ``SD3Transformer2DModel`` at any size, with our attention, a float32 time embedding and our positions.
+"""diffusers' ``SD3Transformer2DModel`` at any size, with our forward pass, attention, time embedding and positions.
 
 Shapes: B batch, L image tokens, T text tokens, D width.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.core.compute.attention import attention
 from tuner.core.compute.linear import project, share_storage
+from tuner.core.compute.modulation_cache import modulations
 from tuner.core.compute.norm_rope import rms_norm_rope
 
 from .positions import PatchEmbed
@@ -48,8 +51,28 @@ def build(sizes: DenoiserSizes) -> nn.Module:
         model.pos_embed = PatchEmbed(model.pos_embed.proj, torch.empty(1, sizes.side**2, sizes.width))
         old = model.time_text_embed
         model.time_text_embed = Conditioning(old.timestep_embedder, old.text_embedder)
+    model.forward = MethodType(sd3_forward, model)
     module: nn.Module = model
     return module
+
+
+def sd3_forward(self: Any, latents: Tensor, context: Tensor, pooled: Tensor, timesteps: Tensor) -> Tensor:
+    """Velocity [B,C,h,w] for latents [B,C,h,w] at timesteps [B] float32 in 0..1000.
+
+    context [B, T, W]: rows of all text encoders; pooled [B, P].
+    """
+    hidden = self.pos_embed(latents).contiguous()
+    condition = self.time_text_embed(timesteps, pooled)
+    text = self.context_embedder(context)
+    with modulations(self, F.silu(condition)):
+        for block in self.transformer_blocks:
+            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=condition)
+    tokens: Tensor = self.proj_out(self.norm_out(hidden, condition))
+    patch = self.config.patch_size
+    rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch
+    # Inside a token: row, column, channel.
+    patches = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return patches.reshape(tokens.shape[0], -1, rows * patch, columns * patch)
 
 
 def join_projections(model: nn.Module) -> None:

@@ -66,6 +66,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         spatial_factor=VAE_FACTOR,
         resolution_multiple=VAE_FACTOR * denoiser.patch,
         block_lists=(Blocks(path="transformer_blocks", count=denoiser.blocks),),
+        modulation=(r"transformer_blocks\.\d+\.norm1(_context)?\.linear",),
         lora=lora_rules(dual=bool(denoiser.dual)),
         key_maps="tuner.plugins.sd3.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from tuner.core.compute.autoencoder import decode_image, encode_image
@@ -95,14 +94,13 @@ def predict(
     dtype = embed.proj.weight.dtype
     states, pooled = captioning.context(text.tensors, denoiser.config.joint_attention_dim)
     embed.corner = random_corner(embed, noisy, config.model.pos_embed_random_crop, rng)  # type: ignore[attr-defined]
-    [velocity] = denoiser(
-        hidden_states=noisy.to(dtype),
-        encoder_hidden_states=states.to(dtype),
-        pooled_projections=pooled.to(dtype),
-        timestep=timesteps.float() * TIMESTEPS,
-        return_dict=False,
+    velocity: Tensor = denoiser(
+        latents=noisy.to(dtype),
+        context=states.to(dtype),
+        pooled=pooled.to(dtype),
+        timesteps=timesteps.float() * TIMESTEPS,
     )
-    return torch.as_tensor(velocity).float()
+    return velocity.float()
 
 
 def random_corner(embed: PatchEmbed, noisy: Tensor, chance: float, rng: Rng | None) -> tuple[int, int] | None:

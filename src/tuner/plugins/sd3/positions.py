@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from tuner.core.errors import UsageError
+
 BASE = 16
 """Coordinates span 0 to 16 over the size that a table is made for."""
 MARGIN = 1.5
@@ -107,5 +109,7 @@ class PatchEmbed(nn.Module):
             return self.scaled.table(rows, columns, self.pos_embed.device)
         side = math.isqrt(self.pos_embed.shape[1])
         if max(rows, columns) > side:
-            raise ValueError(f"an image of {rows}x{columns} patches exceeds the position table of {side}x{side}")
+            raise UsageError(f"a picture of {columns}x{rows} patches is larger than the model's table of positions",
+                             why=f"the table is {side}x{side}",
+                             fix="lower data.sets[].resolution or buckets.max, or the size of the preview")  # fmt: skip
         return self.pos_embed
