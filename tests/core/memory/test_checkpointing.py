@@ -144,7 +144,9 @@ def test_levels_keep_what_they_say() -> None:
     assert kept("off") > kept("selective")
 
 
-@pytest.mark.parametrize(("level", "attention", "products"), [("block", 2, 2), ("keep_attention", 1, 2), ("selective", 1, 1)])
+@pytest.mark.parametrize(
+    ("level", "attention", "products"), [("block", 2, 2), ("keep_attention", 1, 2), ("selective", 1, 1)]
+)
 def test_what_is_kept_does_not_run_again(level: str, attention: int, products: int) -> None:
     model = Model()
     parameters = model.adapt(("q",))

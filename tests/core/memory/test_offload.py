@@ -33,7 +33,9 @@ def test_inputs_leave_their_memory_and_shared_tensors_do_not_move(every: int) ->
     apply_checkpointing(model.blocks(), "block", every, offload=offload)
     inputs: list[StorageWeakRef] = []
     for block in model.blocks()[::every]:
-        block.register_forward_pre_hook(lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage())))
+        block.register_forward_pre_hook(
+            lambda _, arguments: inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
+        )
     x, condition = batch(0)
     loss = model(x, condition).sum()
     assert all(reference.expired() for reference in inputs)

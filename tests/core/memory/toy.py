@@ -36,7 +36,9 @@ class Block(nn.Module):
         share_storage([self.q, self.k, self.v])
 
     def forward(self, x: Tensor, shift: Tensor, *, text: Tensor | None = None) -> Tensor:
-        heads = [each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in project(self.norm(x), [self.q, self.k, self.v])]
+        heads = [
+            each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in project(self.norm(x), [self.q, self.k, self.v])
+        ]
         x = x + self.out(attention(*heads).transpose(1, 2).flatten(2)) * self.gain
         hidden = x + shift[:, None] if text is None else x + shift[:, None] + text.mean(1, keepdim=True)
         return x + self.narrow(F.gelu(self.wide(F.layer_norm(hidden, (WIDTH,)))))
@@ -45,7 +47,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Two lists of blocks that run as one sequence; shifts of all blocks are made ahead."""
 
-    LISTS = (Blocks(path="pairs", count=5, outside=(r"shift\..*",)), Blocks(path="singles", count=4, outside=(r"shift\..*",)))
+    LISTS = (
+        Blocks(path="pairs", count=5, outside=(r"shift\..*",)),
+        Blocks(path="singles", count=4, outside=(r"shift\..*",)),
+    )
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -87,7 +92,9 @@ def batch(step: int, tokens: int = 12, dtype: torch.dtype = torch.float32) -> tu
     return x.to(dtype), torch.randn(2, WIDTH, generator=generator).to(dtype)
 
 
-def train(model: Model, parameters: list[nn.Parameter], steps: int, *, between: Callable[[int], Any] | None = None) -> list[Tensor]:
+def train(
+    model: Model, parameters: list[nn.Parameter], steps: int, *, between: Callable[[int], Any] | None = None
+) -> list[Tensor]:
     """Losses and, at the end, the parameters and last gradients."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     seen: list[Tensor] = []
@@ -100,7 +107,11 @@ def train(model: Model, parameters: list[nn.Parameter], steps: int, *, between: 
         seen.append(loss.detach())
         if between is not None:
             between(step)
-    return [*seen, *(p.detach().clone() for p in parameters), *(p.grad.clone() for p in parameters if p.grad is not None)]
+    return [
+        *seen,
+        *(p.detach().clone() for p in parameters),
+        *(p.grad.clone() for p in parameters if p.grad is not None),
+    ]
 
 
 @contextlib.contextmanager

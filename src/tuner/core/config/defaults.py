@@ -78,7 +78,7 @@ def facts_problems(
 ) -> list[UsageError]:
     """Every problem of the configuration that needs the model's facts to be seen."""
     document = raw if raw is not None else RawConfig()
-    found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
+    found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_blocks(config, facts), *_geometry(config, facts)]
     return as_errors(found, document)
 
 
@@ -118,6 +118,13 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     if flavour is not None and facts.flavour and flavour != facts.flavour:
         fix = f"write {facts.flavour!r}, or leave it out"
         yield ("model", "flavour"), f"is {flavour!r}, but the weights are {facts.flavour!r}", fix
+
+
+def _blocks(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
+    limit = sum(each.count for each in facts.block_lists) - 2
+    if config.memory.swap_blocks > max(limit, 0):
+        why = f"at most {limit} blocks of this model" if limit > 1 else "no blocks of this model"
+        yield ("memory", "swap_blocks"), f"{why} can be in host memory: two stay on the device", "lower it"
 
 
 def _noise(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:

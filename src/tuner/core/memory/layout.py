@@ -65,9 +65,7 @@ def flat_layout(module: nn.Module, outside: Sequence[re.Pattern[str]] = ()) -> L
     of several tensors (quantized weights) are laid out part by part.
     """
     named = (*module.named_parameters(), *module.named_buffers())
-    owners = {
-        id(tensor): tensor for name, tensor in named if not any(pattern.fullmatch(name) for pattern in outside)
-    }
+    owners = {id(tensor): tensor for name, tensor in named if not any(pattern.fullmatch(name) for pattern in outside)}
     pieces, size = [], 0
     for tensor, value, put in _parts(module, owners):
         # Dense tensors keep their order of axes, others become contiguous.

@@ -14,7 +14,6 @@ import torch
 from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
 from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.errors import UsageError
-from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.optim import (
     Ema,
     LrSchedule,
@@ -28,7 +27,9 @@ from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
 from tuner.core.train.averaging import ema_path, start_average
+from tuner.core.train.blocks import prepare_blocks
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
+from tuner.core.train.device import empty_cache
 from tuner.core.train.due import Due
 from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.export import export
@@ -70,7 +71,7 @@ class Trainer:
         self.models = caches.load_fresh(self._components())
         # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
-        self._prepare_blocks()
+        prepare_blocks(self.models, self.network, self.config, self.facts, device)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer, self.network.param_groups, device, self.facts.text_components
@@ -160,6 +161,8 @@ class Trainer:
         return self.loader.batches(epoch, start=start, step=step)
 
     def _on_step(self, step: int, metrics: dict[str, float], batches: Sequence[Batch]) -> None:
+        if self.config.memory.empty_cache_every and step % self.config.memory.empty_cache_every == 0:
+            empty_cache(self.device)
         for batch in batches:
             self.ledger.add(batch.items)
         everything = {**metrics, **self.run.extensions.extra_metrics(step, metrics)}
@@ -172,13 +175,6 @@ class Trainer:
         """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
         wanted = {"denoiser", *self.config.train.components, *self.facts.step_components, *self.caches.live_text}
         return [name for name in self.facts.components if name in wanted]
-
-    def _prepare_blocks(self) -> None:
-        level = self.config.memory.checkpointing
-        denoiser = self.models.denoiser
-        assert denoiser is not None
-        for blocks in self.facts.block_lists:
-            apply_checkpointing(denoiser.get_submodule(blocks.path).children(), level)
 
     def _validator(self) -> Validator | None:
         if not self.plan.validation:
