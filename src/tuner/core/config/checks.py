@@ -12,6 +12,7 @@ from tuner.core.config.base import changed_keys
 from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
+from tuner.core.config.quantize import quantize_problems
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
 
@@ -20,6 +21,7 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
     found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_ema(config), *_extensions(config)]
     found.extend(_memory(config))
+    found.extend(quantize_problems(config))
     return as_errors(found, raw)
 
 

@@ -12,6 +12,7 @@ from tuner.core.config.checks import as_errors
 from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
+from tuner.core.config.quantize import unknown_quantized
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
 
@@ -78,7 +79,8 @@ def facts_problems(
 ) -> list[UsageError]:
     """Every problem of the configuration that needs the model's facts to be seen."""
     document = raw if raw is not None else RawConfig()
-    found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_blocks(config, facts), *_geometry(config, facts)]
+    found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
+    found += [*_blocks(config, facts), *unknown_quantized(config, facts)]
     return as_errors(found, document)
 
 

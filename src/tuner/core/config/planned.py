@@ -16,7 +16,6 @@ from tuner.core.errors import UsageError
 PLANNED: Mapping[str, str] = {
     # whole sections
     "guidance.embedded": "embedded guidance in training",
-    "quantize": "quantized base weights",
     "compile": "compiled blocks",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",

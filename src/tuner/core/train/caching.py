@@ -12,9 +12,9 @@ import torch
 
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
-from tuner.core.registry.facade import default_placement
 from tuner.core.track.progress import Progress
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
+from tuner.core.train.quantizing import load_components
 from tuner.core.types import Models, TextEmbeds
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ class Caches:
 
     def load_fresh(self, components: Collection[str]) -> Models:
         """Load components that the caller keeps or releases by itself."""
-        placement = default_placement(self.run.config, self.run.facts, str(self.device))
-        return self.run.model.load_models(tuple(components), placement)
+        return load_components(self.run, components, self.device)
 
     def release(self) -> None:
         """Drop every encoder and give its memory back."""

@@ -36,6 +36,7 @@ from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
+from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.step import TrainStep
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
@@ -69,7 +70,7 @@ class Trainer:
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
         self.models = caches.load_fresh(self._components())
-        # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
+        # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         prepare_blocks(self.models, self.network, self.config, self.facts, device)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
@@ -93,6 +94,7 @@ class Trainer:
 
     def train(self, state: State | None) -> tuple[str, list[Path]]:
         """Train to the end or to an interrupt. Returns why it stopped, and the exported files."""
+        self._check_arithmetic()
         if state is not None:
             self._restore(state)
         elif self.ema is not None and self.config.ema.init_from is not None:
@@ -212,6 +214,30 @@ class Trainer:
         if not self.caches.live_text:
             return TextEmbeds(tensors={})
         return self.run.model.encode_text(self.models, list(texts), self.caches.live_text)
+
+    def _check_arithmetic(self) -> None:
+        """Quantized arithmetic is used when it agrees with the weights as loaded; before a state comes back, so that a
+        resumed run decides as the first one did."""
+        quantize = self.config.quantize
+        if quantize.activations is None:
+            return
+        result = check_parity(
+            self.run.model,
+            self.models,
+            self.network,
+            list(islice(self.loader.batches(0), quantize.parity.batches)),
+            text=lambda batch: self._text([item.caption for item in batch.items]),
+            device=self.device,
+            seed=self.config.train.seed,
+            arithmetic=quantize.activations,
+            limits=quantize.parity,
+        )
+        self.events.emit("parity", **asdict(result))
+        told = f"{difference_text(result)}; {result.linears} linears, {result.others} more from read-back weights"
+        if result.passed:
+            log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
+        else:
+            self._warn(f"{result.arithmetic} arithmetic is not used, weights are read back instead: {told}")
 
     def _announce(self) -> None:
         for row in adapter_summary(self.network):
