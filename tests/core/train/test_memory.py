@@ -71,6 +71,16 @@ def test_a_run_has_the_same_outcome(make_config, six_blocks, tmp_path, plain, me
     assert outcome(tmp_path / "saving/run") == plain["outcome"]
 
 
+@pytest.mark.parametrize(
+    "memory", [SERVICES["streamed"], SERVICES["streamed and recomputed"]], ids=["kept", "recomputed"]
+)
+def test_quantized_blocks_are_streamed_as_their_codes(make_config, six_blocks, tmp_path, memory):
+    options = {"model": six_blocks, "quantize": {"denoiser": "int8"}, "train__steps": 3}
+    train(make_config(checkpoint__dir=str(tmp_path / "plain/run"), **options))
+    train(make_config(checkpoint__dir=str(tmp_path / "saving/run"), memory=memory, **options))
+    assert outcome(tmp_path / "saving/run") == outcome(tmp_path / "plain/run")
+
+
 def test_the_run_streams_the_blocks_it_was_told_to(make_config, six_blocks, monkeypatch):
     made: list[Streaming] = []
 
@@ -105,4 +115,4 @@ def test_more_blocks_than_the_model_can_spare_are_refused_with_the_limit(make_co
 
 def test_services_of_a_device_say_that_a_cpu_gains_nothing(make_config, caplog):
     train(make_config(train__steps=1, memory={"checkpointing": "block", "offload_activations": "sync"}))
-    assert "memory.offload_activations saves nothing on a CPU" in caplog.text
+    assert "memory.offload_activations saves nothing on a device of type cpu" in caplog.text

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from tuner.core.config import RunConfig
     from tuner.core.types import ModelFacts
 
-DEVICE_KEYS = {"empty_cache_every", "offload_activations", "swap_blocks"}
-"""Keys about a device with memory of its own."""
+WITHOUT_EFFECT = {
+    "cpu": {"empty_cache_every", "offload_activations", "swap_blocks"},
+    "mps": {"offload_activations", "swap_blocks"},
+}
+"""Keys about memory that is not the host's, by kinds of device whose memory is."""
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +35,8 @@ def prepare_blocks(
     """
     memory, denoiser = config.memory, models.denoiser
     assert denoiser is not None
-    if device.type == "cpu":
-        for key in sorted(changed_keys(memory) & DEVICE_KEYS):
-            log.warning("memory.%s saves nothing on a CPU", key)
+    for key in sorted(changed_keys(memory) & WITHOUT_EFFECT.get(device.type, set())):
+        log.warning("memory.%s saves nothing on a device of type %s", key, device.type)
     streaming = None
     if memory.swap_blocks:
         streaming = stream_blocks(denoiser, facts.block_lists, memory.swap_blocks, device)
