@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.models import FULL, build, forward_loss, make_inputs, saved_bytes
-from tuner.core.memory.checkpointing import apply_checkpointing
+from benchmarks.models import FULL, build, forward_loss, make_inputs
+from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 
 SMALL = 64
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
@@ -55,14 +56,23 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 class Counting(TorchDispatchMode):
-    """Adds every operation that runs inside to ``traffic``."""
+    """Adds every operation that runs inside to ``traffic``, and watches the memory that they make."""
 
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def alive(self) -> int:
+        """Bytes that were made inside and that something still holds."""
+        return sum(size for reference, size in self._made.values() if not reference.expired())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
+        for storage in (each.untyped_storage() for each in _tensors(out)):
+            if storage._cdata not in given:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         name = func._schema.name.removeprefix("aten::")
         if not (name in ALLOCATIONS or name in FREE_RESHAPES or _is_view(func)):
             self._count(name, func, args, kwargs or {}, out)
@@ -104,17 +114,19 @@ def _is_small(inputs: list[Tensor], name: str) -> bool:
     return min(left.shape[-2], left.shape[-1], right.shape[-1]) <= SMALL
 
 
-def trace(*, checkpointed: bool, size: int = 1024, batch: int = 1) -> Traffic:
-    """Traffic of forward, loss and backward of the full-size model on ``batch`` square images of ``size`` pixels."""
+def trace(*, level: str = "off", size: int = 1024, batch: int = 1) -> Traffic:
+    """Traffic of forward, loss and backward of the full-size model on ``batch`` square images of ``size`` pixels.
+
+    level: a value of ``memory.checkpointing``.
+    """
     with FakeTensorMode():
         denoiser, _ = build(FULL, torch.bfloat16, "cpu")
-        apply_checkpointing(denoiser.blocks, "block" if checkpointed else "off")
+        apply_checkpointing(denoiser.blocks, level)
         inputs = make_inputs(FULL, batch, size // 8, size // 8, torch.bfloat16, "cpu")
         with Counting() as counting:
-            with saved_bytes(denoiser) as saved:
-                loss = forward_loss(denoiser, inputs)
+            loss = forward_loss(denoiser, inputs)
+            counting.traffic.saved = counting.alive()
             loss.backward()
-    counting.traffic.saved = saved["bytes"]
     return counting.traffic
 
 
@@ -124,17 +136,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="pixels per side (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (default: %(default)s)")
     arguments = parser.parse_args()
-    arms = {
-        name: trace(checkpointed=name == "checkpointed", size=arguments.size, batch=arguments.batch)
-        for name in ("plain", "checkpointed")
-    }
+    arms = {level: trace(level=level, size=arguments.size, batch=arguments.batch) for level in LEVELS}
     if arguments.json:
         print(json.dumps({name: asdict(traffic) for name, traffic in arms.items()}, indent=2))
         return
-    print(f"{'arm':<14}{'operations':>11}{'elementwise GB':>16}{'small GEMM GB':>15}{'big GEMM GB':>13}"
+    print(f"{'level':<16}{'operations':>11}{'elementwise GB':>16}{'small GEMM GB':>15}{'big GEMM GB':>13}"
           f"{'attention GB':>14}{'saved GiB':>11}")  # fmt: skip
     for name, traffic in arms.items():
-        print(f"{name:<14}{traffic.operations:>11}{traffic.elementwise / 1e9:>16.1f}"
+        print(f"{name:<16}{traffic.operations:>11}{traffic.elementwise / 1e9:>16.1f}"
               f"{traffic.small_products / 1e9:>15.1f}{traffic.big_products / 1e9:>13.1f}"
               f"{traffic.attention / 1e9:>14.1f}{traffic.saved / 2**30:>11.2f}")  # fmt: skip
 

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.models import REDUCED, build, make_inputs, saved_bytes
 from benchmarks.trace import Counting, Traffic, tensor_bytes, trace
+from tuner.core.memory.checkpointing import LEVELS
 
-REFERENCE_OPERATIONS = {"plain": 11_046, "checkpointed": 16_305}
+REFERENCE_OPERATIONS = {"off": 11_046, "block": 16_305}
 """Operations of kohya-ss/sd-scripts' full-size step at 1024 px, rank-16 LoRA."""
 REFERENCE_SAVED_GIB = 14.0
 """What autograd keeps of that step without recomputation."""
@@ -22,22 +23,32 @@ REFERENCE_SAVED_REDUCED_MIB = {(1, 64, 64): 177, (2, 96, 64): 509}
 
 @pytest.fixture(scope="module")
 def full() -> dict[str, Traffic]:
-    return {"plain": trace(checkpointed=False), "checkpointed": trace(checkpointed=True)}
+    return {level: trace(level=level) for level in LEVELS}
 
 
 def test_elementwise_traffic_of_the_full_step_stays_below_the_goal(full: dict[str, Traffic]) -> None:
-    assert full["checkpointed"].elementwise <= 150e9
-    assert full["plain"].elementwise <= 107e9
+    assert full["block"].elementwise <= 150e9
+    assert full["off"].elementwise <= 107e9
 
 
-@pytest.mark.parametrize("arm", ["plain", "checkpointed"])
+@pytest.mark.parametrize("arm", ["off", "block"])
 def test_the_full_step_takes_two_thirds_of_the_reference_operations(full: dict[str, Traffic], arm: str) -> None:
     assert full[arm].operations <= 0.67 * REFERENCE_OPERATIONS[arm]
 
 
 def test_the_full_step_keeps_three_quarters_of_the_reference_activations(full: dict[str, Traffic]) -> None:
-    assert full["plain"].saved <= 0.75 * REFERENCE_SAVED_GIB * 2**30
-    assert full["checkpointed"].saved <= 0.5 * 2**30
+    assert full["off"].saved <= 0.75 * REFERENCE_SAVED_GIB * 2**30
+    assert full["block"].saved <= 0.5 * 2**30
+
+
+def test_levels_between_keep_and_repeat_what_they_say(full: dict[str, Traffic]) -> None:
+    assert full["keep_attention"].saved <= 1.4 * 2**30
+    assert full["selective"].saved <= 6.4 * 2**30
+    attention = {
+        level: traffic.counts["_scaled_dot_product_flash_attention_for_cpu"] for level, traffic in full.items()
+    }
+    assert attention == {"off": 56, "block": 112, "keep_attention": 56, "selective": 56}
+    assert full["selective"].counts["mm"] == full["off"].counts["mm"] < full["keep_attention"].counts["mm"]
 
 
 @pytest.mark.parametrize("shape", REFERENCE_SAVED_REDUCED_MIB)

@@ -284,6 +284,10 @@ class KeyMaps:
         return next((each for each in self.formats if each.name == name), None)
 
 
+OUTER_LAYERS = (r"(\w*embed\w*|\w+_in|final\w*|norm_out|proj_out|text_projection|lm_head)(\..*)?",)
+"""Modules directly in a component that make its input and output: few weights, and every error passes through them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """Everything the core's services need to know about a model; sizes come from the weights.
@@ -298,6 +302,9 @@ class ModelFacts:
     where the headers tell them; patterns are then checked before anything is loaded. modulation: full-match regular
     expressions on paths of linears inside the blocks that read one vector per sample, known before the first block;
     the denoiser's forward opens ``compute.modulation_cache.modulations`` around its blocks.
+    no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
+    what this model cannot do, and why: the text of the refusal. Names: a component (training it), or ``quantize.`` with
+    a method.
     """
 
     family: str
@@ -326,6 +333,7 @@ class ModelFacts:
     zero_padding: bool = False
     architecture: str = ""
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    no_quantize: tuple[str, ...] = OUTER_LAYERS
     capabilities: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -59,6 +59,17 @@ def a_set(**settings: Any) -> dict[str, Any]:
             {"cache": {"latents": "off", "text": "off", "dtype": "fp32"}},
             "cache.dtype: has no effect when nothing is cached",
         ),
+        ({"memory": {"checkpoint_every": 2}}, "memory.checkpoint_every: has no effect without memory.checkpointing"),
+        ({"memory": {"offload_activations": "sync"}}, "memory.offload_activations: needs memory.checkpointing 'block'"),
+        (
+            {"memory": {"offload_activations": "async", "checkpointing": "selective"}},
+            "memory.offload_activations: needs memory.checkpointing 'block'",
+        ),
+        (
+            {"memory": {"offload_activations": "sync", "checkpointing": "block", "swap_blocks": 4}},
+            "memory.offload_activations: does not work with memory.swap_blocks: weights and activations would",
+        ),
+        ({"memory": {"swap_blocks": 1}}, "memory.swap_blocks: at 1 frees nothing"),
         ({"ema": {"decay": 0.9}}, "ema.decay: has no effect while ema.enabled is off"),
         ({"sample": {"prompts": ["x"], "weights": "both"}}, "sample.weights: 'both' needs an average"),
         ({"ema": {"enabled": True}, "sample": {"weights": "ema"}}, "sample.weights: has no effect without"),

@@ -64,7 +64,10 @@ def test_all_problems_of_a_file_are_listed_with_their_lines(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"memory": {"checkpointing": True}}, 'memory.checkpointing: expected "off" or "block", got true'),
+        (
+            {"memory": {"checkpointing": True}},
+            'memory.checkpointing: expected "off", "block", "keep_attention" or "selective", got true',
+        ),
         ({"network": {"rank": 1.5}}, 'network.rank: expected a whole number or "from_file", got 1.5'),
         (
             {"network": {"blocks": {"main": [0, "4-x"]}}},

@@ -10,7 +10,7 @@ import pytest
 from tests.core.config.samples import build, minimal, toy_facts
 from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
 from tuner.core.config.defaults import separable
-from tuner.core.types import Field, LoraRules, NoiseDefaults
+from tuner.core.types import Blocks, Field, LoraRules, NoiseDefaults
 
 FORMATS = ("native", "other")
 SOURCE = {"id": "a", "path": "a"}
@@ -101,6 +101,13 @@ def test_a_noise_key_that_the_default_of_the_model_does_not_use_is_refused(noise
     [problem] = facts_problems(build(noise=noise), facts)
     assert problem.what == f"noise.{next(iter(noise))}: is not used by timesteps 'sigmoid', the default of this model"
     assert problem.fix == fix
+
+
+@pytest.mark.parametrize(("count", "expected"), [(55, None), (56, "at most 55 blocks of this model")])
+def test_streamed_blocks_have_a_limit_over_all_lists(count: int, expected: str | None) -> None:
+    facts = toy_facts(block_lists=(Blocks(path="a", count=19), Blocks(path="b", count=38)))
+    problems = facts_problems(build(memory={"swap_blocks": count}), facts)
+    assert [expected in problem.what for problem in problems] == ([] if expected is None else [True])
 
 
 def test_a_size_that_does_not_fit_names_the_nearest_ones() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.core.memory.toy import Model, batch, made_inside, train
+from benchmarks.trace import Counting
+from tests.core.memory.toy import Model, batch, train
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 
@@ -130,10 +130,10 @@ def kept(level: str, tokens: int = 64) -> int:
     block = model.pairs[0]
     apply_checkpointing([block], level)
     x, condition = (each.requires_grad_() for each in batch(0, tokens))
-    with made_inside() as alive:
+    with Counting() as counting:
         result = block(x, condition)
-        unit = result.numel() * result.element_size()
-        return round((alive() - unit) / unit)
+    unit = result.numel() * result.element_size()
+    return round((counting.alive() - unit) / unit)
 
 
 def test_levels_keep_what_they_say() -> None:
@@ -152,18 +152,11 @@ def test_what_is_kept_does_not_run_again(level: str, attention: int, products: i
     parameters = model.adapt(("q",))
     block = model.pairs[0]
     apply_checkpointing([block], level)
-    counts: dict[str, int] = {}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            counts[func.name()] = counts.get(func.name(), 0) + 1
-            return func(*args, **(kwargs or {}))
-
-    with Count():
+    with Counting() as forward:
         result = block(*(each.requires_grad_() for each in batch(0)))
-    forward = dict(counts)
-    with Count():
+    with Counting() as backward:
         torch.autograd.grad(result.sum(), parameters[:2])
-    name = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    assert counts[name] == attention
-    assert (counts["aten::addmm"] > forward["aten::addmm"]) == (products == 2)
+    first, second = forward.traffic.counts, backward.traffic.counts
+    assert second["_scaled_dot_product_flash_attention_for_cpu"] == attention - 1
+    # The last product of a block is needed by nothing inside it.
+    assert second["addmm"] == (products - 1) * (first["addmm"] - 1)

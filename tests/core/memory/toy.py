@@ -1,17 +1,13 @@
-"""A small transformer of two kinds of blocks, adapted like a real one, and what its computation keeps in memory."""
+"""A small transformer of two kinds of blocks, adapted like a real one."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, inject
 from tuner.core.compute.attention import attention
@@ -112,23 +108,3 @@ def train(
         *(p.detach().clone() for p in parameters),
         *(p.grad.clone() for p in parameters if p.grad is not None),
     ]
-
-
-@contextlib.contextmanager
-def made_inside() -> Iterator[Callable[[], int]]:
-    """Counts bytes of tensors that were made inside and are still alive when asked."""
-    alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-            result = func(*args, **(kwargs or {}))
-            for each in tree_leaves(result):
-                storage = each.untyped_storage() if isinstance(each, Tensor) else None
-                # Not of views: their memory was there before.
-                if storage is not None and storage._cdata not in given:
-                    alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            return result
-
-    with Watch():
-        yield lambda: sum(size for reference, size in alive.values() if not reference.expired())

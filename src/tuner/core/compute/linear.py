@@ -315,6 +315,20 @@ def share_storage(linears: Sequence[nn.Linear]) -> None:
         linear.__dict__["_apply"] = MethodType(_apply_and_relink, linear)
 
 
+def give_up_sharing(linear: nn.Linear) -> None:
+    """Take a linear's group apart, so that each member's weight can be freed or replaced by itself."""
+    group: StorageGroup | None = linear.__dict__.get("storage_group")
+    if group is None:
+        return
+    group.unlink()
+    for member in group.members:
+        for name in ("storage_group", "_apply"):
+            member.__dict__.pop(name, None)
+        for parameter in member.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
+    group.members = ()
+
+
 def _apply_and_relink(linear: nn.Linear, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Linear:
     type(linear)._apply(linear, fn, recurse)  # type: ignore[no-untyped-call]
     linear.__dict__["storage_group"].moved(linear)

@@ -34,6 +34,7 @@ from tuner.core.config.objective import (
 )
 from tuner.core.config.optimizer import LoraPlus, LrRule, OptimizerConfig, ScheduleConfig, SchedulePiece
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, MetadataConfig, SampleConfig, ValidateConfig
+from tuner.core.config.quantize import ParityConfig, QuantizeConfig
 from tuner.core.config.run import RunConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
 from tuner.core.config.train import AttentionConfig, ClipGrad, MemoryConfig, PrecisionConfig, TrainConfig
@@ -72,7 +73,9 @@ __all__ = [
     "NoiseConfig",
     "NoiseOffset",
     "OptimizerConfig",
+    "ParityConfig",
     "PrecisionConfig",
+    "QuantizeConfig",
     "RawConfig",
     "Replacement",
     "RunConfig",

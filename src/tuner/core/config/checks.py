@@ -12,6 +12,7 @@ from tuner.core.config.base import changed_keys
 from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
+from tuner.core.config.quantize import quantize_problems
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
 
@@ -19,6 +20,8 @@ from tuner.core.errors import UsageError
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
     found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_ema(config), *_extensions(config)]
+    found.extend(_memory(config))
+    found.extend(quantize_problems(config))
     return as_errors(found, raw)
 
 
@@ -166,6 +169,23 @@ def _ema(config: RunConfig) -> Iterator[Problem]:
     if not (config.checkpoint.save_ema or config.ema.feedback or seen):
         fix = "set checkpoint.save_ema, or take ema out"
         yield ("ema", "enabled"), "has no effect: the average is neither saved nor looked at", fix
+
+
+def _memory(config: RunConfig) -> Iterator[Problem]:
+    memory = config.memory
+    if memory.checkpoint_every > 1 and memory.checkpointing == "off":
+        fix = "set memory.checkpointing, or take it out"
+        yield ("memory", "checkpoint_every"), "has no effect without memory.checkpointing", fix
+    if memory.offload_activations != "off":
+        if memory.checkpointing != "block":
+            why = "needs memory.checkpointing 'block': it moves the inputs of blocks, and nothing else may be kept"
+            yield ("memory", "offload_activations"), why, "set that"
+        if memory.swap_blocks:
+            why = "does not work with memory.swap_blocks: weights and activations would wait for each other on the bus"
+            yield ("memory", "offload_activations"), why, "use one of the two"
+    if memory.swap_blocks == 1:
+        why = "at 1 frees nothing: the block would need as much room on the device as it leaves"
+        yield ("memory", "swap_blocks"), why, "use 2 or more"
 
 
 def _extensions(config: RunConfig) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
 from tuner.core.config.network import NetworkConfig
+from tuner.core.config.quantize import unknown_quantized
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
 
@@ -110,6 +111,7 @@ def facts_problems(
     """Every problem of the configuration that needs the model's facts to be seen."""
     document = raw if raw is not None else RawConfig()
     found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
+    found += [*_blocks(config, facts), *unknown_quantized(config, facts)]
     return as_errors(found, document)
 
 
@@ -176,6 +178,13 @@ def separable(facts: ModelFacts) -> list[str]:
         if any(name in field.of for field in fields)
         and all(name in field.parts or field.of == (name,) for field in fields if name in field.of)
     ]  # fmt: skip
+
+
+def _blocks(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
+    limit = sum(each.count for each in facts.block_lists) - 2
+    if config.memory.swap_blocks > max(limit, 0):
+        why = f"at most {limit} blocks of this model" if limit > 1 else "no blocks of this model"
+        yield ("memory", "swap_blocks"), f"{why} can be in host memory: two stay on the device", "lower it"
 
 
 def _noise(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:

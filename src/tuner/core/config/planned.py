@@ -15,7 +15,6 @@ from tuner.core.errors import UsageError
 
 PLANNED: Mapping[str, str] = {
     # whole sections
-    "quantize": "quantized base weights",
     "compile": "compiled blocks",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",
@@ -78,12 +77,8 @@ PLANNED: Mapping[str, str] = {
     "precision.gradients": "a dtype for gradients",
     "precision.tf32": "a switch for TF32",
     "precision.weights": "dtypes of fully trained weights",
-    "memory.checkpoint_every": "checkpointing every n-th block",
-    "memory.empty_cache_every": "emptying the allocator's cache",
     "memory.group_offload": "grouped offload",
-    "memory.offload_activations": "activations in host memory",
     "memory.stream_linear": "streamed linear layers",
-    "memory.swap_blocks": "blocks in host memory",
     "attention.args": "arguments of attention kernels",
     "attention.fuse_qkv": "fused projections",
     "attention.sample_backend": "a kernel of their own for samples",
@@ -129,7 +124,6 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
     "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
-    "memory.checkpointing": dict.fromkeys(("selective", "keep_attention"), "partial checkpointing"),
     "network.type": dict.fromkeys(
         ("loha", "lokr", "oft", "dora", "full_rank", "controlnet", "singlora"), "other adapter types"
     ),

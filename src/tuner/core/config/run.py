@@ -12,6 +12,7 @@ from tuner.core.config.network import NetworkConfig
 from tuner.core.config.objective import GuidanceConfig, LossConfig, NoiseConfig
 from tuner.core.config.optimizer import OptimizerConfig, ScheduleConfig
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, SampleConfig, ValidateConfig
+from tuner.core.config.quantize import QuantizeConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
 from tuner.core.config.train import AttentionConfig, MemoryConfig, PrecisionConfig, TrainConfig
 
@@ -45,6 +46,8 @@ class RunConfig(Section):
     """What trains and for how long."""
     precision: PrecisionConfig = PrecisionConfig()
     """Dtypes."""
+    quantize: QuantizeConfig = QuantizeConfig()
+    """Frozen weights in few bits."""
     memory: MemoryConfig = MemoryConfig()
     """Trading time for memory."""
     attention: AttentionConfig = AttentionConfig()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tuner.core.config.base import Count, Dtype, Positive, Section
+from tuner.core.config.base import Count, CountOrZero, Dtype, Positive, Section
 
 
 class ClipGrad(Section):
@@ -69,8 +69,20 @@ class PrecisionConfig(Section):
 class MemoryConfig(Section):
     """Trading time for memory."""
 
-    checkpointing: Literal["off", "block"] = "off"
-    """``block``: keep only the inputs of each block and compute the rest again in the backward pass."""
+    checkpointing: Literal["off", "block", "keep_attention", "selective"] = "off"
+    """What blocks compute again in the backward pass instead of keeping it. ``block``: everything but their inputs.
+    ``keep_attention``: that, with the results of attention kept. ``selective``: with those of all matrix products kept
+    too, so that only norms, rotations, activations and the like run again."""
+    checkpoint_every: Count = 1
+    """Recompute every n-th block only, from the first on."""
+    offload_activations: Literal["off", "sync", "async"] = "off"
+    """Hold the inputs of recomputed blocks in host memory; ``async`` copies them while the device computes."""
+    swap_blocks: CountOrZero = 0
+    """Blocks whose frozen weights live in host memory and are brought to the device for each pass, up to all but two.
+    Three of them have room on the device at a time."""
+    empty_cache_every: Count | None = None
+    """Give unused memory of the allocator back to the device every n updates. Costs time; it can help where another
+    program needs the memory, or where sizes vary much."""
 
 
 class AttentionConfig(Section):

@@ -204,11 +204,20 @@ def _encoders(
     precision, rule = config.precision.text_encoder, facts.dtypes.text
     return {
         "family": facts.family,
-        "components": {name: [identities.get(name, ""), precision.get(name) or rule] for name in components},
+        "components": {
+            name: [identities.get(name, ""), precision.get(name) or rule, *_quantized(config, name)]
+            for name in components
+        },
         "fields": {name: [list(field.shape), field.dtype, field.trim] for name, field in fields.items()},
         "max_tokens": dict(facts.max_tokens),
         "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens", "dropout"}),
     }
+
+
+def _quantized(config: RunConfig, name: str) -> list[Any]:
+    """What is stored in few bits; nothing for a component as loaded, whose entries stay valid."""
+    method = config.quantize.text_encoder.get(name)
+    return [] if method is None else [method, sorted(config.quantize.exclude)]
 
 
 def _mask_of(name: str, fields: Mapping[str, Field]) -> str | None:

@@ -114,7 +114,7 @@ def apply_checkpointing(
 
 def _keeping(operations: list[Any]) -> Any:
     # Results that are changed in place are kept as they are in the end; see PRODUCTS.
-    return create_selective_checkpoint_contexts(operations, allow_cache_entry_mutation=True)
+    return create_selective_checkpoint_contexts(operations, allow_cache_entry_mutation=True)  # type: ignore[no-untyped-call]
 
 
 def _draws(block: nn.Module) -> bool:

@@ -69,7 +69,7 @@ class AsyncOffload(ActivationOffload):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last: weakref.ref[_Held] | None = None
 
     def put(self, tensor: Tensor) -> _Held:
@@ -111,4 +111,4 @@ def open_offload(mode: str, device: torch.device) -> ActivationOffload:
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

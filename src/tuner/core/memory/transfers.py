@@ -55,7 +55,7 @@ class CudaTransfers(Transfers):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ready: dict[Slot, torch.cuda.Event] = {}
 
     def host_buffer(self, size: int) -> Tensor:
@@ -66,7 +66,7 @@ class CudaTransfers(Transfers):
     def load(self, slot: Slot, host: Tensor) -> None:
         # Everything that reads the slot's old content was queued before this call.
         unused = torch.cuda.current_stream(self.device).record_event()
-        ready = self._ready.setdefault(slot, torch.cuda.Event())
+        ready = self._ready.setdefault(slot, torch.cuda.Event())  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(unused)
             slot.flat[: host.numel()].copy_(host, non_blocking=True)

@@ -11,9 +11,9 @@ import torch
 
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
-from tuner.core.registry.facade import default_placement
 from tuner.core.track.progress import Progress
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
+from tuner.core.train.quantizing import load_components
 from tuner.core.types import Models, TextEmbeds
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class Caches:
 
     def load(self, components: Collection[str]) -> Models:
         """Load frozen components onto the run's device; they live as long as the caller keeps them."""
-        placement = default_placement(self.run.config, self.run.facts, str(self.device))
-        return self.run.model.load_models(tuple(components), placement)
+        return load_components(self.run, components, self.device)
 
     def _stage(self, name: str, unit: str, missing: int, fill: Callable[[Tick], int]) -> None:
         if self.events is not None:

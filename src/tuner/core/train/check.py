@@ -23,8 +23,10 @@ from tuner.core.optim import check_optimizer
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, family_of, model_schema, open_facts
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.averaging import check_ema
+from tuner.core.train.device import pick_device
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.prompts import resolve_prompts
+from tuner.core.train.quantizing import check_quantize
 from tuner.core.types import ModelFacts
 
 T = TypeVar("T")
@@ -66,6 +68,7 @@ def check(
     opened = _collected(problems, lambda: open_facts(config, catalog, document))
     _collected(problems, lambda: check_optimizer(config.optimizer))
     _collected(problems, lambda: check_ema(config))
+    _collected(problems, lambda: check_quantize(config, pick_device()))
     _collected(problems, lambda: check_trackers(config.log))
     for name in config.extensions:
         _collected(problems, lambda name=name: catalog.entry(EXTENSIONS, name))  # type: ignore[misc]

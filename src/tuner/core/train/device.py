@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Which device a run uses, and its allocator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import os
 import torch
 
 from tuner.core.errors import UsageError
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that torch's allocator holds unused back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def pick_device() -> torch.device:

@@ -28,6 +28,7 @@ from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, not_writable, open_folder, require_writable
+from tuner.core.train.quantizing import check_quantize
 from tuner.core.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     check_trackers(config.log)
     check_optimizer(config.optimizer)
     check_ema(config)
+    device = pick_device()
+    check_quantize(config, device)
     set_threads(config)
     with FolderLock(folder), EventLog(folder.events) as events:
         found = None if wanted == "none" else find_state(folder, wanted)
@@ -77,7 +80,6 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         show_plan(report, folder)
         write_records(folder, run)
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
-        device = pick_device()
         require_cache_folder(config)
         caches = Caches(run, plan, device, events)
         caches.fill()
@@ -112,7 +114,9 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     set_threads(run.config)
     plan = plan_data(run.config, run.facts)
     require_cache_folder(run.config)
-    Caches(run, plan, pick_device(), None).fill()
+    device = pick_device()
+    check_quantize(run.config, device)
+    Caches(run, plan, device, None).fill()
     return report_plan(plan, run.config.train)
 
 

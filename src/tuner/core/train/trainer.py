@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
-from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.data.ledger import Ledger, changes_since
 from tuner.core.errors import UsageError
-from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.optim import (
     Ema,
     LrSchedule,
@@ -30,13 +28,16 @@ from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
 from tuner.core.train.averaging import ema_path, start_average
+from tuner.core.train.blocks import prepare_blocks
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
+from tuner.core.train.device import empty_cache
 from tuner.core.train.due import Due
 from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
+from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.step import TrainStep
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
@@ -70,9 +71,9 @@ class Trainer:
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
         self.models = caches.load(self._components())
-        # The order is fixed: adapters before recompute, so that recomputation runs the adapted blocks.
+        # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
-        self._prepare_blocks()
+        prepare_blocks(self.models, self.network, self.config, self.facts, device)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer, self.network.param_groups, device, self.facts.text_components
@@ -95,6 +96,7 @@ class Trainer:
 
     def train(self, state: State | None) -> tuple[str, list[Path]]:
         """Train to the end or to an interrupt. Returns why it stopped, and the exported files."""
+        self._check_arithmetic()
         if state is not None:
             self._restore(state)
         elif self.ema is not None and self.config.ema.init_from is not None:
@@ -172,6 +174,8 @@ class Trainer:
         return self.loader.batches(epoch, start=start, step=step)
 
     def _on_step(self, step: int, metrics: dict[str, float], batches: Sequence[Batch]) -> None:
+        if self.config.memory.empty_cache_every and step % self.config.memory.empty_cache_every == 0:
+            empty_cache(self.device)
         for batch in batches:
             self.ledger.add(batch.items)
         everything = {**metrics, **self.run.extensions.extra_metrics(step, metrics)}
@@ -184,14 +188,6 @@ class Trainer:
         """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
         wanted = {"denoiser", *self.config.train.components, *self.facts.step_components, *self.caches.live_text}
         return [name for name in self.facts.components if name in wanted]
-
-    def _prepare_blocks(self) -> None:
-        level = self.config.memory.checkpointing
-        denoiser = self.models.denoiser
-        assert denoiser is not None
-        cache_modulations(denoiser, self.facts.modulation, [blocks.path for blocks in self.facts.block_lists])
-        for blocks in self.facts.block_lists:
-            apply_checkpointing(denoiser.get_submodule(blocks.path).children(), level)
 
     def _validator(self) -> Validator | None:
         if not self.plan.validation:
@@ -229,6 +225,30 @@ class Trainer:
         if not self.caches.live_text:
             return TextEmbeds(tensors={})
         return self.run.model.encode_text(self.models, list(texts), self.caches.live_text)
+
+    def _check_arithmetic(self) -> None:
+        """Quantized arithmetic is used when it agrees with the weights as loaded; before a state comes back, so that a
+        resumed run decides as the first one did."""
+        quantize = self.config.quantize
+        if quantize.activations is None:
+            return
+        result = check_parity(
+            self.run.model,
+            self.models,
+            self.network,
+            list(islice(self.loader.batches(0), quantize.parity.batches)),
+            text=lambda batch: self._text([item.caption for item in batch.items]),
+            device=self.device,
+            seed=self.config.train.seed,
+            arithmetic=quantize.activations,
+            limits=quantize.parity,
+        )
+        self.events.emit("parity", **asdict(result))
+        told = f"{difference_text(result)}; {result.linears} linears, {result.others} more from read-back weights"
+        if result.passed:
+            log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
+        else:
+            self._warn(f"{result.arithmetic} arithmetic is not used, weights are read back instead: {told}")
 
     def _announce(self) -> None:
         for row in adapter_summary(self.network):

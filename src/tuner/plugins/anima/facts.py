@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tuner.core.errors import Problems, UsageError
 from tuner.core.types import (
+    OUTER_LAYERS,
     Blocks,
     DtypeRules,
     Field,
@@ -59,6 +60,11 @@ LORA = LoraRules(
     groups={"blocks": "blocks"},
 )
 
+
+NO_QUANTIZE = (r"blocks\.\d+\.adaln_modulation_.*", r"(in|out)_proj")
+"""The AdaLN matrices of all blocks are one product per step, which codes would take apart; they see one row per image.
+The adapter's ends are its input and output."""
+UNSCALED = "a cast without a scale loses small weights; this model is offered the scaled form alone"
 
 FLAVOURS = {(2048, 28): "preview", (5120, 36): "large", (1280, 20): "small"}
 """Public sizes by width and depth."""
@@ -119,7 +125,9 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
+        no_quantize=(*OUTER_LAYERS, *NO_QUANTIZE),
         architecture=f"anima-{flavour}",
+        capabilities={"quantize.fp8_unscaled": UNSCALED},
         modules={
             "denoiser": denoiser_modules(denoiser.blocks),
             "llm_adapter": adapter_modules(adapter.layers),
