@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tuner.core.adapters.network import load_network_tensors
+from tuner.core.errors import UsageError
 from tuner.core.testing.bench import STEPS, Bench, assert_near, losses
 from tuner.core.track.events import read_events
 from tuner.core.train.checkpoint import STATE_TENSORS, list_checkpoints
@@ -34,6 +35,15 @@ class RunChecks:
     def test_a_checkpointed_run_trains_the_same(self, bench: Bench) -> None:
         folder = bench.train("recomputed", memory={"checkpointing": "block"})
         assert losses(folder) == pytest.approx(losses(bench.trained), rel=NEAR)
+
+    def test_a_streamed_run_trains_the_same(self, bench: Bench) -> None:
+        """Blocks in host memory, as many as may be; more than that are refused."""
+        limit = max(0, sum(each.count for each in bench.facts.block_lists) - 2)
+        with pytest.raises(UsageError, match="swap_blocks"):
+            bench.train("too-many", memory={"checkpointing": "block", "swap_blocks": max(2, limit + 1)})
+        if limit >= 2:
+            folder = bench.train("streamed", memory={"checkpointing": "block", "swap_blocks": limit})
+            assert losses(folder) == pytest.approx(losses(bench.trained), rel=NEAR)
 
     def test_a_run_in_two_parts_is_one_run(self, bench: Bench) -> None:
         """Stopped inside an epoch and resumed: the same losses and the same bytes."""
