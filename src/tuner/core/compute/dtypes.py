@@ -27,6 +27,16 @@ def dtype_by_name(name: str, *, where: str | None = None) -> torch.dtype:
     return DTYPES[name]
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a linear computes in: that of its weight, which a quantized one need not read back to tell."""
+    own = getattr(module, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
+
+
 def cast_parameters(module: nn.Module, dtype: torch.dtype, *, keep_float32: Sequence[str] = ()) -> None:
     """Cast the floating-point parameters and buffers of ``module`` to ``dtype``, in place.
 
