@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.config.samples import build
+from tests.core.config.samples import build, minimal, refusal
 from tuner.core.config import build_config
 from tuner.core.errors import UsageError
 
@@ -128,3 +128,35 @@ def test_random_crops_and_colour_are_fine_without_cached_latents() -> None:
 def test_a_document_that_spells_out_every_default_is_accepted() -> None:
     config = build()
     assert build_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("fp8_scaled", "that is 'fp8' here"), ("int8-quanto", "use 'int8'"), ("int4-quanto", "use 'int4'"),
+        ("int2-quanto", "a third of the output"), ("int4-torchao", "has no backward"), ("nf4-bnb", "use 'nf4'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["denoiser", "text_encoder"])
+def test_quantization_under_other_names_is_answered_with_ours(tmp_path, key: str, name: str, advice: str) -> None:
+    quantize = {"denoiser": name} if key == "denoiser" else {"text_encoder": {"text": name}}
+    assert advice in refusal(minimal(quantize=quantize), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"activations": "int8"}, "quantize.activations: 'int8' needs weights in int8"),
+        ({"denoiser": "fp8", "activations": "int8"}, "quantize.activations: 'int8' needs weights in int8"),
+        ({"exclude": ["a"]}, "quantize.exclude: has no effect: nothing is quantized"),
+        ({"denoiser": "int8", "exclude": ["("]}, "is no regular expression"),
+        ({"denoiser": "int8", "parity": {"loss": 0.1}}, "quantize.parity.loss: has no effect without"),
+    ],
+)
+def test_quantization_that_makes_no_sense_is_refused(tmp_path, quantize, message: str) -> None:
+    assert message in refusal(minimal(quantize=quantize), tmp_path)
+
+
+def test_fp8_products_need_bfloat16(tmp_path) -> None:
+    quantize = {"denoiser": "fp8", "activations": "fp8"}
+    assert "bfloat16 results only" in refusal(minimal(quantize=quantize, precision={"compute": "fp32"}), tmp_path)

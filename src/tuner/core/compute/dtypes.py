@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from tuner.core.errors import UsageError
 
@@ -21,3 +22,13 @@ def dtype_by_name(name: str, *, where: str | None = None) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"Unknown dtype {name!r}.", where=where, fix=f"Use one of: {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a linear computes in: that of its weight, which a quantized one need not read back to tell."""
+    own = getattr(module, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype

@@ -100,7 +100,9 @@ class QuantizedLinear(nn.Linear):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in kept.items():
             if parameter is not None:
-                parameter.data = parameter.data.to(fn(parameter.data).device)
+                moved = fn(parameter.data)
+                same = moved.dtype == parameter.dtype
+                parameter.data = moved if same else parameter.data.to(moved.device)
             self._parameters[name] = parameter
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self

@@ -15,6 +15,7 @@ from tuner.core.errors import UsageError
 
 PLANNED: Mapping[str, str] = {
     # whole sections
+    "quantize.args": "arguments of quantization libraries",
     "compile": "compiled blocks",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",
@@ -115,6 +116,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "noise.zero_terminal_snr": "it belongs to models with a beta schedule; a flow ends in pure noise anyway",
     "loss.v_pred_like_loss": "it belongs to noise-prediction models",
     "latents.feature_cache": "single images need no feature cache; there is none to switch off",
+    "quantize.on": "weights are quantized one at a time on the device where they stay",
     "network.conv_rank": "trained blocks have no 3x3 convolutions",
     "sample.watermark": "it belongs to another model family",
 }

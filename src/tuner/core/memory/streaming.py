@@ -142,7 +142,10 @@ class Streaming:
         return tensor.untyped_storage().data_ptr() in self._bases
 
     def remove(self) -> None:
-        """Give the blocks their former ``forward`` back. Their weights stay in host memory."""
+        """Give the blocks their former ``forward`` back. Their weights stay in host memory.
+
+        What was put around the streamed ``forward`` later (recomputation) goes first.
+        """
         for block, layout, flat in zip(self.blocks, self.layouts, self.host, strict=True):
             streamed = block.__dict__.pop("forward")
             if streamed.inner != block.forward:

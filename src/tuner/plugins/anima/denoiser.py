@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.core.compute.attention import attention, check_backend
+from tuner.core.compute.dtypes import weight_dtype
 from tuner.core.compute.linear import project, share_storage
 from tuner.core.compute.modulation import gated_residual, modulated_norm
 from tuner.core.compute.norm_rope import rms_norm_rope
@@ -245,9 +246,7 @@ class Denoiser(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the blocks' matrices, and so of the activations."""
-        weight = self.blocks[0].get_submodule("mlp.layer1").weight
-        assert isinstance(weight, Tensor)
-        return weight.dtype
+        return weight_dtype(self.blocks[0].get_submodule("mlp.layer1"))
 
     def set_attention(self, backend: str, split: bool) -> None:
         """Choose how attention is computed; UsageError for a backend that does not exist."""
