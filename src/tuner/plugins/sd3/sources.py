@@ -78,9 +78,9 @@ class Sources:
 def resolve(config: RunConfig) -> Sources:
     """Find every file of a run, fetching from the hub what is not here. UsageError for the first that is absent."""
     model: SD3Config = config.model  # type: ignore[assignment]
-    wanted = (*HUB_FILES, f"{model.subfolder}/*") if model.subfolder else HUB_FILES
+    patterns = (*HUB_FILES, f"{model.subfolder}/*") if model.subfolder else HUB_FILES
     root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir,
-                    patterns=wanted, ignore=() if model.variant else HUB_VARIANTS)  # fmt: skip
+                    patterns=patterns, ignore=() if model.variant else HUB_VARIANTS)  # fmt: skip
     denoiser = root.weights(FOLDERS["denoiser"], subfolder=model.subfolder, variant=model.variant)
     inside = list(weight_header(denoiser))
     encoders: dict[str, Part] = {}
