@@ -298,6 +298,9 @@ def test_contradictions_are_refused(opened, tiny, flavour, sections, words):
         ("schnell", {"sample": {"embedded_guidance": 2.0}}, "no embedded guidance"),
         ("dev", {"text_encoder": {"mask_padding": {"clip": True}}}, "this model has no 'clip'"),
         ("chroma", {"train": {"components": ["clip_l"]}}, "no 'clip_l'"),
+        ("chroma", {"text_encoder": {"max_tokens": {"clip_l": 77}}}, "no 'clip_l'"),
+        ("dev", {"text_encoder": {"max_tokens": {"t5xxl": 512}}}, "no 't5xxl'"),
+        ("dev", {"latents": {"chunk_size": 32}}, "cannot work in bands"),
     ],
 )
 def test_options_that_the_flavour_has_no_use_for_are_refused(opened, flavour, sections, words):

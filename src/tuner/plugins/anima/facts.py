@@ -119,6 +119,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
+        banded_latents=True,
         architecture=f"anima-{flavour}",
         modules={
             "denoiser": denoiser_modules(denoiser.blocks),
