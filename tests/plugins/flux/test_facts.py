@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures.tiny_flux import full_sizes, original_shapes, sizes_of
-from tests.helpers import golden, golden_path
+from tests.helpers import golden, golden_path, no_network
 from tuner.core.config import facts_problems
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, safetensors_header
@@ -148,6 +148,12 @@ def test_every_layout_loads_to_the_same_model(layout, tiny, run_config, request)
     wanted, found = state(tiny("dev"), run_config), state(request.getfixturevalue(layout), run_config)
     assert set(wanted) == set(found)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("layout", ["all_in_one", "folder"])
+def test_loading_opens_no_connection(layout, run_config, request, monkeypatch):
+    no_network(monkeypatch)
+    assert state(request.getfixturevalue(layout), run_config)
 
 
 def test_every_file_that_makes_a_component_is_named(folder, tiny, run_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.helpers import delta_weight
 from tuner.core.adapters.convert import convert_adapter
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import modules_of
+from tuner.core.config import load_config
 from tuner.core.registry import open_run
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
@@ -36,6 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EXAMPLE = Path(__file__).parents[3] / "examples/flux/lora.json"
 Document = Callable[..., dict[str, Any]]
 Calls = list[dict[str, Any]]
 
@@ -231,10 +234,6 @@ def open_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def test_the_example_trains_on_a_tiny_model_in_its_layout(tiny, pictures, tmp_path):
     """examples/flux/lora.json beside files of the same names, made shorter and smaller."""
-    import shutil
-
-    from tuner.core.config import load_config
-
     for folder, source in (("models/clip_tokenizer", "clip_l"), ("models/t5_tokenizer", "t5")):
         shutil.copytree(tiny()["tokenizers"][source]["path"], tmp_path / "examples/flux" / folder)
     models = tmp_path / "examples/flux/models"
@@ -246,8 +245,7 @@ def test_the_example_trains_on_a_tiny_model_in_its_layout(tiny, pictures, tmp_pa
     ):
         shutil.copy(path, models / f"{name}.safetensors")
     shutil.copytree(pictures, tmp_path / "examples/flux/images")
-    example = Path(__file__).parents[3] / "examples/flux/lora.json"
-    shutil.copy(example, tmp_path / "examples/flux/lora.json")
+    shutil.copy(EXAMPLE, tmp_path / "examples/flux/lora.json")
     raw = load_config(
         tmp_path / "examples/flux/lora.json",
         model="flux",
@@ -257,3 +255,14 @@ def test_the_example_trains_on_a_tiny_model_in_its_layout(tiny, pictures, tmp_pa
     train(raw)
     assert trained_parts(tmp_path / "out/flux/flux.safetensors") == {"unet"}
     assert (tmp_path / "out/flux/samples/step-000002/sheet.png").is_file()
+
+
+@pytest.mark.parametrize("flavour", ["dev", "schnell", "chroma"])
+def test_the_example_fits_every_flavour_as_its_comments_say(tiny, flavour):
+    raw = load_config(EXAMPLE, model="flux")
+    raw = {**raw, "model": tiny(flavour)}
+    if flavour == "chroma":
+        raw["network"] = {**raw["network"], "rules": []}
+    run = open_run(raw)
+    assert run.facts.flavour == flavour
+    run.model.build_network(run.model.load_models(["denoiser"]))
