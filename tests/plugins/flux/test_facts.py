@@ -59,6 +59,15 @@ def test_public_sizes_are_read_back(flavour):
     assert denoiser_sizes(diffusers_shapes(found)) == full_sizes(flavour)
 
 
+@pytest.mark.parametrize(("flavour", "parameters"), [("dev", 11.90e9), ("schnell", 11.89e9), ("chroma", 8.90e9)])
+def test_the_public_sizes_have_the_published_numbers_of_parameters(flavour, parameters):
+    from tuner.plugins.flux.denoiser import build
+
+    with torch.device("meta"):
+        model = build(full_sizes(flavour))
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(parameters, rel=1e-3)
+
+
 def test_pruned_models_have_the_depth_of_their_file():
     sizes = denoiser_sizes(diffusers_shapes(header(original_shapes(sizes_of("dev", blocks=3, singles=1)))))
     assert (sizes.blocks, sizes.singles) == (3, 1)
