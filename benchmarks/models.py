@@ -94,7 +94,7 @@ def step(denoiser: Denoiser, inputs: Inputs) -> None:
 
 
 @contextmanager
-def saved_bytes(denoiser: Denoiser) -> Iterator[dict[str, int]]:
+def saved_bytes(denoiser: nn.Module) -> Iterator[dict[str, int]]:
     """Counts what autograd keeps while the context is open: unique storages, parameters excluded.
 
     The result's ``bytes`` is final when the context closes.

@@ -1,11 +1,11 @@
 """Counts what one training step makes the device do, without doing it.
 
-The full-size denoiser (28 blocks, 1024 px, rank-16 adapters, bf16) runs under fake tensors while every operation is
-counted. Views and allocations cost nothing; any other operation adds the bytes of its inputs and outputs, broadcast
-axes once. Matrix products are counted apart (``small`` when an inner or outer size is at most 64: adapters and
-matrix-vector products), and so is attention, which fake CPU tensors send to one fused kernel as a GPU would.
+A denoiser of public size (1024 px, rank-16 adapters on attention and MLPs, bf16) runs under fake tensors while every
+operation is counted. Views and allocations cost nothing; any other operation adds the bytes of its inputs and outputs,
+broadcast axes once. Matrix products are counted apart (``small`` when an inner or outer size is at most 64: adapters
+and matrix-vector products), and so is attention, which fake CPU tensors send to one fused kernel as a GPU would.
 
-    python -m benchmarks.trace [--json] [--size 1024] [--batch 1]
+    python -m benchmarks.trace [--family anima] [--json] [--size 1024] [--batch 1]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.families import FAMILIES, fake_step
 from benchmarks.models import FULL, build, forward_loss, make_inputs
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 
@@ -114,29 +115,42 @@ def _is_small(inputs: list[Tensor], name: str) -> bool:
     return min(left.shape[-2], left.shape[-1], right.shape[-1]) <= SMALL
 
 
-def trace(*, level: str = "off", size: int = 1024, batch: int = 1) -> Traffic:
+def trace(*, level: str = "off", size: int = 1024, batch: int = 1, family: str = "anima") -> Traffic:
     """Traffic of forward, loss and backward of the full-size model on ``batch`` square images of ``size`` pixels.
 
     level: a value of ``memory.checkpointing``.
     """
     with FakeTensorMode():
-        denoiser, _ = build(FULL, torch.bfloat16, "cpu")
-        apply_checkpointing(denoiser.blocks, level)
-        inputs = make_inputs(FULL, batch, size // 8, size // 8, torch.bfloat16, "cpu")
+        loss_of = _anima(level, size, batch) if family == "anima" else _other(family, level, size, batch)
         with Counting() as counting:
-            loss = forward_loss(denoiser, inputs)
+            loss = loss_of()
             counting.traffic.saved = counting.alive()
             loss.backward()
     return counting.traffic
 
 
+def _anima(level: str, size: int, batch: int) -> Callable[[], Tensor]:
+    denoiser, _ = build(FULL, torch.bfloat16, "cpu")
+    apply_checkpointing(denoiser.blocks, level)
+    inputs = make_inputs(FULL, batch, size // 8, size // 8, torch.bfloat16, "cpu")
+    return lambda: forward_loss(denoiser, inputs)
+
+
+def _other(family: str, level: str, size: int, batch: int) -> Callable[[], Tensor]:
+    return fake_step(family, level=level, size=size, batch=batch).loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=["anima", *FAMILIES], default="anima", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--size", type=int, default=1024, help="pixels per side (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (default: %(default)s)")
     arguments = parser.parse_args()
-    arms = {level: trace(level=level, size=arguments.size, batch=arguments.batch) for level in LEVELS}
+    arms = {
+        level: trace(level=level, size=arguments.size, batch=arguments.batch, family=arguments.family)
+        for level in LEVELS
+    }
     if arguments.json:
         print(json.dumps({name: asdict(traffic) for name, traffic in arms.items()}, indent=2))
         return

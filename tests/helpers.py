@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -32,3 +35,15 @@ def delta_weight(tensors: Any, key: str) -> Any:
 
     down, up = tensors[f"{key}.down"], tensors[f"{key}.up"]
     return merged_weight(torch.zeros(up.shape[0], down[0].numel()), down, up, float(tensors[f"{key}.alpha"]))
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every connection an error, and let the hub's client try: its offline switch would hide an attempt."""
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError(f"a connection was opened: {arguments[1:]}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -298,10 +298,11 @@ class ModelFacts:
     an empty tuple for one that is code alone.
     posterior: how pixels are encoded unless ``latents.posterior`` says otherwise. loss_target: what is compared unless
     ``loss.target`` says otherwise. padding_masks: names that ``text_encoder.mask_padding`` may use. zero_padding:
-    whether ``text_encoder.zero_padding`` is honoured. modules: paths of the linears of each component that may train,
-    where the headers tell them; patterns are then checked before anything is loaded. modulation: full-match regular
-    expressions on paths of linears inside the blocks that read one vector per sample, known before the first block;
-    the denoiser's forward opens ``compute.modulation_cache.modulations`` around its blocks.
+    whether ``text_encoder.zero_padding`` is honoured. banded_latents: whether ``latents.chunk_size`` is. modules: paths
+    of the linears of each component that may train, where the headers tell them; patterns are then checked before
+    anything is loaded. modulation: full-match regular expressions on paths of linears inside the blocks that read one
+    vector per sample, known before the first block; the denoiser's forward opens
+    ``compute.modulation_cache.modulations`` around its blocks.
     no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
     what this model cannot do, and why: the text of the refusal. Names: a component (training it), or ``quantize.`` with
     a method.
@@ -331,6 +332,7 @@ class ModelFacts:
     loss_target: Literal["velocity", "clean"] = "velocity"
     padding_masks: tuple[str, ...] = ()
     zero_padding: bool = False
+    banded_latents: bool = False
     architecture: str = ""
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     no_quantize: tuple[str, ...] = OUTER_LAYERS

@@ -9,6 +9,8 @@ from torch import Tensor
 from tuner.core.compute.norm_rope import rms_norm_rope
 
 HEADS, DIM, TOKENS = 3, 16, 5
+NEIGHBOURS = torch.arange(DIM).view(2, -1).t().flatten()
+"""The channels j and j + d/2 side by side."""
 
 
 def rotation() -> Tensor:
@@ -24,6 +26,23 @@ def plain(x: Tensor, weight: Tensor, rope: Tensor | None) -> Tensor:
         return y
     cos, sin = rope[:, :, None].to(x.dtype)
     return y * cos + torch.cat((-y[..., DIM // 2 :], y[..., : DIM // 2]), dim=-1) * sin
+
+
+@pytest.mark.parametrize("train_weight", [True, False])
+def test_neighbouring_pairs_are_the_halves_in_another_order(train_weight: bool) -> None:
+    order = NEIGHBOURS
+    rope = rotation()
+    x, weight = inputs(torch.float32)
+    weight.requires_grad_(train_weight)
+    leaves = [x, weight] if train_weight else [x]
+    halves = rms_norm_rope(x, weight, rope)[..., order]
+    pairs = rms_norm_rope(x[..., order], weight[order], rope[..., order], neighbours=True)
+    torch.testing.assert_close(pairs, halves, atol=1e-6, rtol=0)
+    grad = torch.randn(pairs.shape, generator=torch.Generator().manual_seed(2))
+    for one, other in zip(
+        torch.autograd.grad(pairs, leaves, grad), torch.autograd.grad(halves, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def inputs(dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -92,8 +111,11 @@ def test_a_zero_row_gives_zeros_and_finite_gradients() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_it_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_it_compiles_without_a_graph_break(neighbours: bool) -> None:
     torch._dynamo.reset()
     x, weight = inputs(torch.float32)
     compiled = torch.compile(rms_norm_rope, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, weight, rotation()), rms_norm_rope(x, weight, rotation()))
+    rope = rotation()[..., NEIGHBOURS] if neighbours else rotation()
+    out = compiled(x, weight, rope, neighbours=neighbours)
+    torch.testing.assert_close(out, rms_norm_rope(x, weight, rope, neighbours=neighbours))

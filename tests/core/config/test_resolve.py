@@ -32,6 +32,13 @@ def test_every_default_of_the_model_is_filled_in() -> None:
     assert config.latents.posterior == "mode"
 
 
+def test_bands_of_the_autoencoder_are_refused_where_they_would_do_nothing() -> None:
+    config = build(latents={"chunk_size": 64})
+    [problem] = map(str, facts_problems(config, toy_facts(), formats=FORMATS))
+    assert "latents.chunk_size" in problem and "bands" in problem
+    assert facts_problems(config, toy_facts(banded_latents=True), formats=FORMATS) == []
+
+
 def test_what_the_user_says_wins_over_the_model() -> None:
     config = build(
         noise={"timesteps": "uniform"},

@@ -9,7 +9,8 @@ from tests.helpers import golden
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.files import safetensors_header
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.core.types import Placement
+from tuner.core.registry import open_run
+from tuner.core.types import Placement, TextEmbeds
 from tuner.plugins.flux.denoiser import blocks_of, pack, sinusoid, unpack
 from tuner.plugins.flux.load import load_denoiser, original_tensors
 
@@ -126,6 +127,22 @@ def test_in_bfloat16_the_time_is_embedded_from_the_exact_value():
     assert (features[0] - features[1]).abs().max() < 1e-3
     rounded = sinusoid((time.bfloat16() * 1000).float() / 1000, 256)
     assert (rounded - sinusoid(time, 256)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_bfloat16_run_hands_the_exact_time_and_guidance_to_the_embedding(tiny, run_config):
+    seen = {}
+    for compute in ("fp32", "bf16"):
+        run = open_run(run_config(tiny(), precision={"compute": compute}))
+        models = run.model.load_models(["denoiser"])
+        found = seen[compute] = []
+        for name in ("timestep_embedder", "guidance_embedder"):
+            module = models.denoiser.get_submodule(f"time_text_embed.{name}")
+            module.register_forward_hook(lambda module, given, out, found=found: found.append(out))
+        text = TextEmbeds(tensors={"t5": torch.zeros(1, 3, 28), "clip_pooled": torch.zeros(1, 20)})
+        run.model.predict(models, torch.zeros(1, 16, 4, 4), torch.tensor([0.7313]), text, torch.tensor([3.507]))
+    for exact, rough in zip(seen["fp32"], seen["bf16"], strict=True):
+        assert (exact - rough).abs().max() < 1e-3
 
 
 def test_bfloat16_is_near_float32():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures.tiny_flux import full_sizes, original_shapes, sizes_of
-from tests.helpers import golden, golden_path
+from tests.helpers import golden, golden_path, no_network
 from tuner.core.config import facts_problems
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, safetensors_header
@@ -57,6 +57,15 @@ def test_public_sizes_are_read_back(flavour):
     found = header(original_shapes(full_sizes(flavour)))
     assert detect(found) == flavour
     assert denoiser_sizes(diffusers_shapes(found)) == full_sizes(flavour)
+
+
+@pytest.mark.parametrize(("flavour", "parameters"), [("dev", 11.90e9), ("schnell", 11.89e9), ("chroma", 8.90e9)])
+def test_the_public_sizes_have_the_published_numbers_of_parameters(flavour, parameters):
+    from tuner.plugins.flux.denoiser import build
+
+    with torch.device("meta"):
+        model = build(full_sizes(flavour))
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(parameters, rel=1e-3)
 
 
 def test_pruned_models_have_the_depth_of_their_file():
@@ -148,6 +157,12 @@ def test_every_layout_loads_to_the_same_model(layout, tiny, run_config, request)
     wanted, found = state(tiny("dev"), run_config), state(request.getfixturevalue(layout), run_config)
     assert set(wanted) == set(found)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("layout", ["all_in_one", "folder"])
+def test_loading_opens_no_connection(layout, run_config, request, monkeypatch):
+    no_network(monkeypatch)
+    assert state(request.getfixturevalue(layout), run_config)
 
 
 def test_every_file_that_makes_a_component_is_named(folder, tiny, run_config):
@@ -298,6 +313,9 @@ def test_contradictions_are_refused(opened, tiny, flavour, sections, words):
         ("schnell", {"sample": {"embedded_guidance": 2.0}}, "no embedded guidance"),
         ("dev", {"text_encoder": {"mask_padding": {"clip": True}}}, "this model has no 'clip'"),
         ("chroma", {"train": {"components": ["clip_l"]}}, "no 'clip_l'"),
+        ("chroma", {"text_encoder": {"max_tokens": {"clip_l": 77}}}, "no 'clip_l'"),
+        ("dev", {"text_encoder": {"max_tokens": {"t5xxl": 512}}}, "no 't5xxl'"),
+        ("dev", {"latents": {"chunk_size": 32}}, "cannot work in bands"),
     ],
 )
 def test_options_that_the_flavour_has_no_use_for_are_refused(opened, flavour, sections, words):

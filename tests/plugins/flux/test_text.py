@@ -9,6 +9,7 @@ import torch
 
 from tuner.core.compute.encoders import t5_states
 from tuner.core.data.text_cache import join_text, split_text
+from tuner.core.registry import open_run
 from tuner.core.types import Placement
 from tuner.plugins.flux import hooks
 
@@ -90,6 +91,22 @@ def test_what_is_stored_comes_back_as_it_was(encoded, flavour, sections):
     rows = split_text(TextEmbeds(tensors=fields), found.text_fields)
     back = join_text(rows, found.text_fields).tensors
     assert all(torch.equal(back[name], value) for name, value in fields.items())
+
+
+@pytest.mark.parametrize("flavour", ["dev", "chroma"])
+def test_an_empty_caption_whose_text_is_zeros_and_hidden_can_be_predicted_from_the_cache(opened, flavour):
+    """Nothing of it is stored, yet the denoiser gets a row to hide."""
+    sections = {"mask_padding": {"t5": True}, "unconditional": {"t5": "zero"}}
+    config, _ = opened(flavour, text_encoder=sections)
+    run = open_run(config)
+    models = run.model.load_models(run.facts.components)
+    noisy, sigmas = torch.ones(1, 16, 4, 4), torch.tensor([0.5])
+    with torch.no_grad():
+        live = run.model.encode_text(models, [""], run.facts.text_components)
+        stored = join_text(split_text(live, run.facts.text_fields), run.facts.text_fields)
+        assert stored.tensors["t5"].shape == (1, 1, 28) and not stored.tensors["t5_mask"].any()
+        expected = run.model.predict(models, noisy, sigmas, live)
+        torch.testing.assert_close(run.model.predict(models, noisy, sigmas, stored), expected)
 
 
 def test_clip_is_pooled_at_the_first_end_token_without_the_projection(encoded):

@@ -13,7 +13,8 @@ from tests.helpers import golden
 from tests.plugins.sd3.golden_models import golden_case, golden_sources
 from tuner.core.files import weight_header
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.core.types import Placement
+from tuner.core.registry import open_run
+from tuner.core.types import Placement, TextEmbeds
 from tuner.plugins.sd3.denoiser import time_features
 from tuner.plugins.sd3.load import denoiser_tensors, load_denoiser
 from tuner.plugins.sd3.sizes import denoiser_sizes
@@ -84,6 +85,19 @@ def test_the_time_embedding_keeps_float32_in_a_bfloat16_model():
     assert embedded[1].dtype == torch.float32
     assert (embedded[0] - embedded[1]).abs().max() < 1e-3
     assert rough.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_bfloat16_run_hands_the_exact_time_to_the_embedding(tiny, run_config):
+    seen = []
+    for compute in ("fp32", "bf16"):
+        run = open_run(run_config(tiny(), precision={"compute": compute}))
+        models = run.model.load_models(["denoiser"])
+        module = models.denoiser.time_text_embed.timestep_embedder
+        module.register_forward_hook(lambda module, given, out: seen.append(out))
+        text = {"clip_lg": torch.zeros(1, 77, 112), "pooled": torch.zeros(1, 96), "t5": torch.zeros(1, 4, 112)}
+        run.model.predict(models, torch.zeros(1, 16, 4, 4), torch.tensor([0.7313]), TextEmbeds(tensors=text))
+    assert (seen[0] - seen[1]).abs().max() < 1e-3
 
 
 def test_the_state_dict_is_that_of_diffusers(golden_model):

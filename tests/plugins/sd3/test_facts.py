@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import no_network
 from tests.plugins.sd3.golden_models import golden_file
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, weight_header
@@ -42,6 +43,14 @@ def test_every_flavour_opens_from_every_layout(tiny, run_config, flavour, name, 
     assert run.facts.components == ("denoiser", "clip_l", "clip_g", "t5", "vae")
     assert run.config.loss.target == "clean" and run.config.noise.timesteps == "logit_normal"
     assert run.config.noise.truncate is True and run.config.latents.posterior == "sample"
+
+
+@pytest.mark.parametrize("layout", ("all-in-one", "separate"))
+def test_loading_opens_no_connection(tiny, run_config, monkeypatch, layout):
+    no_network(monkeypatch)
+    run = open_run(run_config(tiny("sd35m", layout)))
+    models = run.model.load_models(run.facts.components)
+    assert set(models.text_encoders) == set(models.tokenizers) == {"clip_l", "clip_g", "t5"}
 
 
 def test_a_folder_in_the_layout_of_diffusers_serves_everything(tiny, run_config, tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,6 @@ from tuner.core.errors import UsageError
 from tuner.core.files import WeightHeader
 
 if TYPE_CHECKING:
-    from tuner.core.files import TensorInfo
     from tuner.core.rng import Rng
 
 PREFIXES = ("first_stage_model.", "vae.")
@@ -47,11 +45,6 @@ def autoencoder_names(names: Iterable[str]) -> dict[str, str]:
     levels = [int(match[1]) for name in bare if (match := re.match(r"decoder\.up\.(\d+)\.", name))]
     top = max(levels, default=0)
     return {_renamed(name, top): old for name, old in bare.items()}
-
-
-def autoencoder_shapes(header: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """Shapes by diffusers' names, for checks before anything is loaded."""
-    return {name: header[old].shape for name, old in autoencoder_names(header).items()}
 
 
 def load_autoencoder(
@@ -118,14 +111,6 @@ def decode_image(vae: nn.Module, latents: Tensor, *, scale: float, shift: float)
     values = latents.to(weight.device, torch.float32) / scale + shift
     pixels: Tensor = vae.decode(values.to(weight.dtype)).sample  # type: ignore[operator]
     return pixels.float().clamp(-1.0, 1.0)
-
-
-def folder_setting(weights: Path, name: str) -> float | None:
-    """A number of the ``config.json`` beside the weights, such as ``scaling_factor``; None when it is not there."""
-    from tuner.core.compute.encoders import read_settings
-
-    value = read_settings(weights).get(name)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _renamed(name: str, top: int) -> str:

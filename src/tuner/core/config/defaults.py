@@ -144,6 +144,8 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
         yield from _known(("text_encoder", "mask_padding", name), name, facts.padding_masks)
     if config.text_encoder.zero_padding and not facts.zero_padding:
         yield ("text_encoder", "zero_padding"), "this model has no padding that could be zeros", "take it out"
+    if config.latents.chunk_size is not None and not facts.banded_latents:
+        yield ("latents", "chunk_size"), "this model's autoencoder cannot work in bands", "take it out"
     for key in ("dropout", "unconditional"):
         for name in getattr(config.text_encoder, key):
             yield from _known(("text_encoder", key, name), name, separable(facts))

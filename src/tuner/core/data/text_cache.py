@@ -231,7 +231,8 @@ def _joint_length(name: str, rows: Sequence[Mapping[str, Tensor]], fields: Mappi
     mask = _mask_of(name, fields)
     family = [name] if mask is None else [each for each in fields if _mask_of(each, fields) == mask]
     floors = [fields[each].floor or 0 for each in family]
-    return max(*floors, *(row[each].shape[_token_axis(fields[each])] for row in rows for each in family))
+    # Never none at all: attention over a text of no tokens is nothing that a model need be able to do.
+    return max(1, *floors, *(row[each].shape[_token_axis(fields[each])] for row in rows for each in family))
 
 
 def _token_axis(field: Field) -> int:

@@ -126,6 +126,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
         no_quantize=(*OUTER_LAYERS, *NO_QUANTIZE),
+        banded_latents=True,
         architecture=f"anima-{flavour}",
         capabilities={"quantize.fp8_unscaled": UNSCALED},
         modules={

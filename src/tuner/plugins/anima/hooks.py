@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.adapters.saving import adapter_strings, save_configured
 from tuner.core.hooks import hookimpl
 from tuner.core.types import Models, TextEmbeds
 
@@ -121,48 +120,19 @@ def save(
     metadata: Mapping[str, str],
 ) -> list[Path]:
     """One safetensors file in ``checkpoint.format``."""
-    from tuner.core.adapters.files import save_adapter
-    from tuner.core.adapters.formats import format_by_name, key_maps
-
-    fmt = format_by_name(key_maps(facts), config.checkpoint.format)
-    dtype = dtype_by_name(config.checkpoint.dtype or config.precision.adapter)
-    strings = {**metadata, **own_metadata(config, facts)} if config.checkpoint.metadata.embed else {}
-    return [save_adapter(tensors, fmt, path, strings, dtype)]
+    return save_configured(tensors, config, facts, path, metadata, own_metadata(config, facts))
 
 
-def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
+def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, object]:
     """What other programs expect in the header of an adapter of this family, beside the core's strings."""
-    network, noise = config.network, config.noise.resolved(facts.noise)
-    sizes = [size for each in config.data.sets for size in each.resolution]
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    scheme: str = config.loss.weighting
-    if noise.timesteps == "sigma" and noise.density != "uniform" and scheme in ("none", "uniform"):
-        # One option of sd-scripts names either a weight or, for this sampler, a density.
-        scheme = noise.density
-    values: dict[str, object] = {
-        "modelspec.architecture": f"{facts.architecture}/lora",
+    noise = config.noise.resolved(facts.noise)
+    return adapter_strings(config, facts) | {
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.resolution": f"{width}x{height}",
         "ss_network_module": "networks.lora_anima",
         "ss_timestep_sampling": noise.timesteps,
         "ss_sigmoid_scale": noise.sigmoid_scale,
         "ss_discrete_flow_shift": facts.noise.shift if noise.shift is None else noise.shift,
-        "ss_logit_mean": noise.logit_mean,
-        "ss_logit_std": noise.logit_std,
-        "ss_mode_scale": noise.mode_scale,
-        "ss_weighting_scheme": scheme,
-        "ss_network_args": json.dumps(network_args(config)),
     }
-    if network.rank != "from_file":
-        values |= {"ss_network_dim": network.rank, "ss_network_alpha": network.alpha or network.rank}
-    return {key: str(value) for key, value in values.items()}
-
-
-def network_args(config: RunConfig) -> dict[str, object]:
-    """What was adapted, beside rank and alpha: the components and every setting of the network that was changed."""
-    kept = {"type", "rank", "alpha", "init_from"}
-    changed = config.network.model_dump(mode="json", exclude=kept, exclude_defaults=True)
-    return {"components": list(config.train.components), **changed}
 
 
 def _tokens(models: Models, facts: ModelFacts, name: str, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

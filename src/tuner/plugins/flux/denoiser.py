@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tuner.core.compute.attention import attention, check_backend
 from tuner.core.compute.linear import project, share_storage
 from tuner.core.compute.modulation_cache import modulations
+from tuner.core.compute.norm_rope import rms_norm_rope
 
 from .sizes import PATCH, DenoiserSizes
 
@@ -126,10 +127,9 @@ def flux_forward(
     condition = condition.to(dtype)
     rope = rope_table(grid, text.shape[1], self.pos_embed.axes_dim, tokens.device)
     extra = {"attention_mask": None if text_mask is None else key_mask(text_mask, tokens.shape[1])}
-    inputs = {"temb": condition, "image_rotary_emb": rope, "joint_attention_kwargs": extra}
     with modulations(self, F.silu(condition)):
         for block in blocks_of(self):
-            context, hidden = block(hidden_states=hidden, encoder_hidden_states=context, **inputs)
+            context, hidden = block(hidden, context, condition, rope, extra)
     out: Tensor = self.proj_out(self.norm_out(hidden, condition))
     return out
 
@@ -192,10 +192,8 @@ def _dtype(module: nn.Module) -> torch.dtype:
 # --- positions, masks, packing ----------------------------------------------------------------------------------------
 
 
-def rope_table(
-    grid: tuple[int, int], text_tokens: int, axes: tuple[int, int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [T + N, head width] float32, each angle twice in a row; text tokens stand at position 0.
+def rope_table(grid: tuple[int, int], text_tokens: int, axes: tuple[int, int, int], device: torch.device) -> Tensor:
+    """cos and sin [2, T + N, head width] float32, each angle twice in a row; text tokens stand at position 0.
 
     Axes: an unused one, row, column. Angles are computed in float64, since float32 ones are off in the fourth digit.
     """
@@ -209,15 +207,7 @@ def rope_table(
         angles.append(position[:, None] / ROPE_BASE**exponents)
     image = torch.cat(angles, dim=1)
     joint = torch.cat((image.new_zeros(text_tokens, image.shape[1]), image)).repeat_interleave(2, dim=1)
-    return joint.cos().float(), joint.sin().float()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate neighbouring pairs of x [B, L, heads, d] by the table's angles, in float32, back in the dtype of x."""
-    cos, sin = (table[:, None] for table in rope)
-    real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack((-imaginary, real), dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    return torch.stack((joint.cos(), joint.sin())).float()
 
 
 def key_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
@@ -254,17 +244,23 @@ class JointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens of the image [B,N,H] with those of the text [B,T,H], or all in one [B,T+N,H], to the same shapes.
+
+        image_rotary_emb: cos and sin, each [T + N, head width].
+        """
+        rope = torch.stack(image_rotary_emb) if isinstance(image_rotary_emb, tuple) else image_rotary_emb
+        count = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        own = None if rope is None else rope[:, count:]
         q, k, v = (_heads(x, attn.head_dim) for x in project(hidden_states, (attn.to_q, attn.to_k, attn.to_v)))
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k = _turned(q, attn.norm_q, own), _turned(k, attn.norm_k, own)
         if encoder_hidden_states is not None:
+            side = None if rope is None else rope[:, :count]
             sides = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             text = [_heads(x, attn.head_dim) for x in project(encoder_hidden_states, sides)]
-            text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
+            text[:2] = _turned(text[0], attn.norm_added_q, side), _turned(text[1], attn.norm_added_k, side)
             q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, (q, k, v), strict=True))
-        if image_rotary_emb is not None:
-            q, k = rotate(q, image_rotary_emb), rotate(k, image_rotary_emb)
         if attention_mask is not None and attention_mask.shape[-2] > 1:
             # All real queries see the same keys, and what a hidden query computes is never read.
             attention_mask = attention_mask[:, :, -1:]
@@ -274,8 +270,12 @@ class JointAttention:
         ).transpose(1, 2).flatten(2)  # fmt: skip
         if encoder_hidden_states is None:
             return out
-        count = encoder_hidden_states.shape[1]
         return attn.to_out[0](out[:, count:]), attn.to_add_out(out[:, :count])
+
+
+def _turned(x: Tensor, norm: Any, rope: Tensor | None) -> Tensor:
+    """x [B, L, heads, width], normed and rotated by neighbouring pairs."""
+    return rms_norm_rope(x, norm.weight, rope, norm.eps, neighbours=True)
 
 
 def _heads(x: Tensor, width: int) -> Tensor:

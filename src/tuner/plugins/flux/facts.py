@@ -118,7 +118,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
     encoders = tuple(name for name in ("clip_l", "t5") if name in found.weights)
     _check_encoders(found, sizes)
     limits = {name: CLIP_TOKENS if name == "clip_l" else T5_TOKENS[sizes.flavour] for name in encoders}
-    limits |= config.text_encoder.max_tokens
+    limits |= {name: count for name, count in config.text_encoder.max_tokens.items() if name in limits}
     return ModelFacts(
         family="flux",
         flavour=sizes.flavour,

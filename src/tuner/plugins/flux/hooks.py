@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.adapters.saving import adapter_strings, save_configured
 from tuner.core.hooks import hookimpl
 from tuner.core.types import Models, TextEmbeds
 
@@ -126,24 +126,14 @@ def save(
     metadata: Mapping[str, str],
 ) -> list[Path]:
     """One safetensors file in ``checkpoint.format``."""
-    from tuner.core.adapters.files import save_adapter
-    from tuner.core.adapters.formats import format_by_name, key_maps
-
-    fmt = format_by_name(key_maps(facts), config.checkpoint.format)
-    dtype = dtype_by_name(config.checkpoint.dtype or config.precision.adapter)
-    strings = {**metadata, **own_metadata(config, facts)} if config.checkpoint.metadata.embed else {}
-    return [save_adapter(tensors, fmt, path, strings, dtype)]
+    return save_configured(tensors, config, facts, path, metadata, own_metadata(config, facts))
 
 
-def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
+def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, object]:
     """What other programs expect in the header of an adapter of this family, beside the core's strings."""
-    network, noise, loss = config.network, config.noise.resolved(facts.noise), config.loss
-    sizes = [size for each in config.data.sets for size in each.resolution]
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    values: dict[str, object] = {
-        "modelspec.architecture": f"{facts.architecture}/lora",
+    noise, loss = config.noise.resolved(facts.noise), config.loss
+    values = adapter_strings(config, facts) | {
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.resolution": f"{width}x{height}",
         "ss_base_model_version": BASE_VERSIONS[facts.flavour],
         "ss_model_type": "chroma" if facts.flavour == "chroma" else "flux",
         "ss_network_module": "networks.lora_flux",
@@ -151,14 +141,8 @@ def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
         "ss_timestep_sampling": noise.timesteps,
         "ss_sigmoid_scale": noise.sigmoid_scale,
         "ss_discrete_flow_shift": facts.noise.shift if noise.shift is None else noise.shift,
-        "ss_logit_mean": noise.logit_mean,
-        "ss_logit_std": noise.logit_std,
-        "ss_mode_scale": noise.mode_scale,
-        "ss_weighting_scheme": loss.weighting,
         "ss_model_prediction_type": "sigma_scaled" if loss.target == "clean" else loss.prediction,
     }
     if facts.guidance_input:
         values["ss_guidance_scale"] = config.guidance.embedded
-    if network.rank != "from_file":
-        values |= {"ss_network_dim": network.rank, "ss_network_alpha": network.alpha or network.rank}
-    return {key: str(value) for key, value in values.items()}
+    return values

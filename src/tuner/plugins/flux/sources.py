@@ -65,9 +65,9 @@ class Sources:
 def resolve(config: RunConfig) -> Sources:
     """Find every file of a run. UsageError for the first that is absent, naming the key that would bring it."""
     model: FluxConfig = config.model  # type: ignore[assignment]
-    wanted = (*HUB_FILES, f"{model.subfolder}/*") if model.subfolder else HUB_FILES
+    patterns = (*HUB_FILES, f"{model.subfolder}/*") if model.subfolder else HUB_FILES
     root = Place.of(model.path, where="model.path", revision=model.revision, download_dir=model.download_dir,
-                    patterns=wanted)  # fmt: skip
+                    patterns=patterns)  # fmt: skip
     denoiser = root.weights(*FOLDERS["denoiser"], subfolder=model.subfolder, variant=model.variant)
     header = weight_header(denoiser)
     chroma = CHROMA_PROBE in diffusers_shapes(header, str(denoiser))

@@ -66,7 +66,7 @@ def sd3_forward(self: Any, latents: Tensor, context: Tensor, pooled: Tensor, tim
     text = self.context_embedder(context)
     with modulations(self, F.silu(condition)):
         for block in self.transformer_blocks:
-            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=condition)
+            text, hidden = block(hidden, text, condition)
     tokens: Tensor = self.proj_out(self.norm_out(hidden, condition))
     patch = self.config.patch_size
     rows, columns = latents.shape[-2] // patch, latents.shape[-1] // patch

@@ -168,8 +168,6 @@ def _check_options(config: RunConfig, flavour: str) -> None:
             raise UsageError(f"model.{name} is for 3.5 medium", where=f"model.{name}",
                              why=f"these weights are {flavour}, which was trained with the centre of its table",
                              fix="take it out")  # fmt: skip
-    if config.latents.chunk_size is not None:
-        raise UsageError("this autoencoder cannot work in bands", where="latents.chunk_size", fix="take it out")
 
 
 def _or(names: Collection[str]) -> str:

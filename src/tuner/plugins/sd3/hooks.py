@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tuner.core.adapters.saving import adapter_strings, save_configured
 from tuner.core.compute.autoencoder import decode_image, encode_image
-from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.hooks import hookimpl
 from tuner.core.types import Models, TextEmbeds
 
@@ -122,41 +122,23 @@ def save(
     metadata: Mapping[str, str],
 ) -> list[Path]:
     """One safetensors file in ``checkpoint.format``."""
-    from tuner.core.adapters.files import save_adapter
-    from tuner.core.adapters.formats import format_by_name, key_maps
-
-    fmt = format_by_name(key_maps(facts), config.checkpoint.format)
-    dtype = dtype_by_name(config.checkpoint.dtype or config.precision.adapter)
-    strings = {**metadata, **own_metadata(config, facts)} if config.checkpoint.metadata.embed else {}
-    return [save_adapter(tensors, fmt, path, strings, dtype)]
+    return save_configured(tensors, config, facts, path, metadata, own_metadata(config, facts))
 
 
 VERSIONS = {"medium": "sd3_medium", "3.5-medium": "sd3_5-medium", "3.5-large": "sd3_5-large"}
 
 
-def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, str]:
+def own_metadata(config: RunConfig, facts: ModelFacts) -> dict[str, object]:
     """What other programs expect in the header of an adapter of this family, beside the core's strings."""
-    network, noise, encoder = config.network, config.noise.resolved(facts.noise), config.text_encoder
-    sizes = [size for each in config.data.sets for size in each.resolution]
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    density = noise.timesteps if noise.timesteps in ("logit_normal", "mode") else config.loss.weighting
-    values: dict[str, object] = {
-        "modelspec.architecture": f"{facts.architecture}/lora",
+    noise, encoder = config.noise.resolved(facts.noise), config.text_encoder
+    return adapter_strings(config, facts) | {
         "modelspec.implementation": IMPLEMENTATION,
-        "modelspec.resolution": f"{width}x{height}",
         "ss_base_model_version": VERSIONS[facts.flavour],
         "ss_network_module": "networks.lora_sd3",
         "ss_apply_lg_attn_mask": encoder.mask_padding.get("clip", False),
         "ss_apply_t5_attn_mask": encoder.mask_padding.get("t5", False),
-        "ss_weighting_scheme": density,
-        "ss_logit_mean": noise.logit_mean,
-        "ss_logit_std": noise.logit_std,
-        "ss_mode_scale": noise.mode_scale,
         "ss_training_shift": 1.0 if noise.shift is None else noise.shift,
     }
-    if network.rank != "from_file":
-        values |= {"ss_network_dim": network.rank, "ss_network_alpha": network.alpha or network.rank}
-    return {key: str(value) for key, value in values.items()}
 
 
 def _patch_embed(denoiser: Any) -> PatchEmbed:

@@ -30,7 +30,8 @@ def load_models(config: Any, components: Collection[str], placement: Placement) 
             module: nn.Module = Denoiser(width, blocks) if name == "denoiser" else Bytes(width)
         own = header.renamed({key.removeprefix(f"{name}."): key for key in header if key.startswith(f"{name}.")})
         dtype = dtype_by_name(placement.dtype(name))
-        assign(module, read_tensors(own), dtype=dtype, device=placement.device, where=config.model.path)
+        tensors = read_tensors(own, mmap=config.model.mmap)
+        assign(module, tensors, dtype=dtype, device=placement.device, where=config.model.path)
         if name == "denoiser":
             models.denoiser = module.eval()
         else:
@@ -82,4 +83,5 @@ def predict(models: Models, config: Any, noisy: Tensor, timesteps: Tensor, text:
 def save(config: Any, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> list[Path]:
     fmt = format_by_name(MAPS, config.checkpoint.format)
     dtype = dtype_by_name(config.checkpoint.dtype or config.precision.adapter)
-    return [save_adapter(tensors, fmt, path, {**metadata, "modelspec.architecture": "mosaic/lora"}, dtype)]
+    own = {"modelspec.architecture": "mosaic/lora"} if config.checkpoint.metadata.embed else {}
+    return [save_adapter(tensors, fmt, path, {**metadata, **own}, dtype)]
