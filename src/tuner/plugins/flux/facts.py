@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 from tuner.core.compute.encoder_sizes import clip_names, clip_sizes, t5_names, t5_sizes
 from tuner.core.errors import UsageError
-from tuner.core.types import Blocks, DtypeRules, Field, LoraRules, ModelFacts, NoiseDefaults, SampleDefaults
+from tuner.core.types import (
+    OUTER_LAYERS,
+    Blocks,
+    DtypeRules,
+    Field,
+    LoraRules,
+    ModelFacts,
+    NoiseDefaults,
+    SampleDefaults,
+)
 
 from . import sources
 from .names import CLASSES, EMBEDDERS, FUSED
@@ -133,6 +142,8 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
             Blocks(path="single_transformer_blocks", count=sizes.singles),
         ),
         modulation=() if sizes.flavour == "chroma" else (_MODULATIONS,),
+        # Chroma's approximator makes every modulation of the model: few weights, and all errors pass through them.
+        no_quantize=(*OUTER_LAYERS, r"distilled_guidance_layer\..*") if sizes.flavour == "chroma" else OUTER_LAYERS,
         lora=lora_rules(sizes),
         key_maps="tuner.plugins.flux.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
