@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import tuner
 from tests.core.config.samples import build
-from tuner.core.config import EveryFields, RunConfig, steps_of
+from tuner.core.config import EveryFields, ModelConfigBase, RunConfig, steps_of
 from tuner.core.config.data import DefaultsConfig
 from tuner.core.config.messages import _models
 
@@ -90,3 +90,12 @@ def test_the_configuration_is_frozen() -> None:
 def test_importing_the_configuration_imports_no_torch() -> None:
     code = "import sys, tuner.core.config; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_keys_that_a_model_has_no_use_for_are_refused() -> None:
+    class OneFile(ModelConfigBase):
+        unused = ("variant", "vae")
+
+    assert OneFile(family="toy", path="a", variant=None).variant is None
+    with pytest.raises(ValidationError, match="variant and vae: of no use to this model"):
+        OneFile(family="toy", path="a", variant="fp16", vae={"path": "b"})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import ClassVar
 
-from tuner.core.config.base import Section
+from pydantic import Field, model_validator
+
+from tuner.core.config.base import Section, changed_keys
 
 
 class ComponentSource(Section):
@@ -20,6 +22,9 @@ class ComponentSource(Section):
 
 class ModelConfigBase(Section):
     """Keys that every model has."""
+
+    unused: ClassVar[tuple[str, ...]] = ()
+    # Keys below that a subclass does nothing with. Giving one is then an error instead of an option without effect.
 
     family: str
     """Name of the model plugin; ``--model`` on the command line must agree with it."""
@@ -43,3 +48,10 @@ class ModelConfigBase(Section):
     """Map weight files into memory. Off reads them as plain files: faster on network disks and under WSL."""
     download_dir: str | None = None
     """Folder for downloads from the hub; the hub's own cache when left out."""
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> ModelConfigBase:
+        given = [name for name in self.unused if name in changed_keys(self)]
+        if given:
+            raise ValueError(f"{' and '.join(given)}: of no use to this model, take it out")
+        return self

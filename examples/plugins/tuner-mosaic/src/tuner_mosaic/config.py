@@ -11,6 +11,7 @@ from tuner import ModelConfigBase
 class MosaicConfig(ModelConfigBase):
     """One file holds the denoiser and the text encoder."""
 
+    unused = ("subfolder", "revision", "variant", "text_encoders", "tokenizers", "vae", "download_dir")
     family: Literal["mosaic"] = "mosaic"
     """Name of this plugin."""
     lowest_sigma: float = Field(0.05, gt=0, lt=1)
