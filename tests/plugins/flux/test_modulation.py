@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.adapters.lora import inject_lora
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.types import Models
+from tuner.plugins.flux.denoiser import blocks_of
 
 
 @pytest.fixture
@@ -111,6 +113,24 @@ def test_previews_between_forward_and_backward_change_nothing(prepared):
     with torch.no_grad():
         run(denoiser, *golden_case("forward_1"))
     assert all(map(torch.equal, torch.autograd.grad(out.square().mean(), parameters), plain[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at its inputs
+def test_compiled_blocks_stay_one_graph_each(prepared):
+    denoiser, parameters, facts, runs = prepared(rank=2, preset="all+ffs")
+    plain = step(denoiser, parameters)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks_of(denoiser):
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+    prepare(denoiser, facts, "block")
+    step(denoiser, parameters)
+    graphs = counter.frame_count
+    runs.clear()
+    for one, other in zip(step(denoiser, parameters), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == graphs
+    assert set(runs.values()) == {1}
 
 
 def test_chroma_has_none_in_its_blocks(opened):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,29 @@ def test_encoders_train_at_their_own_rates_while_the_others_are_cached(document,
 def test_encoders_can_train_without_the_denoiser(document, tmp_path):
     train(document(train={"steps": 2, "components": ["clip_l"]}))
     assert trained_parts(tmp_path / "out" / "out.safetensors") == {"te1"}
+
+
+def test_frozen_modulations_run_once_per_step_of_a_training_that_recomputes(document, monkeypatch):
+    runs: Counter[str] = Counter()
+    original = hooks.load_denoiser
+
+    def load(*args: Any, **kwargs: Any):
+        denoiser = original(*args, **kwargs)
+        for path, linear in denoiser.named_modules():
+            if path.endswith((".norm.linear", ".norm1.linear", ".norm1_context.linear")):
+                linear.forward = counting(path, linear.forward)
+        return denoiser
+
+    def counting(path: str, inner: Callable[[torch.Tensor], torch.Tensor]):
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            runs[path] += 1
+            return inner(x)
+
+        return forward
+
+    monkeypatch.setattr(hooks, "load_denoiser", load)
+    train(document(network={"rank": 2, "preset": "all+ffs"}, memory={"checkpointing": "block"}, train={"steps": 3}))
+    assert len(runs) == 6 and set(runs.values()) == {3}
 
 
 def test_training_guidance_is_drawn_per_sample_and_the_file_says_what_it_is(document, given, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.plugins.sd3.golden_models import golden_case
 from tuner.core.adapters.lora import inject_lora
@@ -91,3 +92,23 @@ def test_adapters_on_them_or_in_front_of_them_train_as_before(prepared, flavour,
     for one, other in zip(step(denoiser, flavour, parameters), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert list(denoiser.state_dict()) == names
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at its inputs
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_compiled_blocks_stay_one_graph_each(prepared, flavour):
+    denoiser, parameters, found, runs = prepared(flavour, preset="attention")
+    plain = step(denoiser, flavour, parameters)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in denoiser.transformer_blocks:
+        block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
+    cache_modulations(denoiser, found.modulation, ["transformer_blocks"])
+    apply_checkpointing(denoiser.transformer_blocks.children(), "block")
+    step(denoiser, flavour, parameters)
+    graphs = counter.frame_count
+    runs.clear()
+    for one, other in zip(step(denoiser, flavour, parameters), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == graphs
+    assert set(runs.values()) == {1}
