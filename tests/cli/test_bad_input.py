@@ -106,8 +106,8 @@ def test_the_wrong_model_is_told(write: Write, capsys: pytest.CaptureFixture[str
     config = json.loads(Path(write()).read_text())
     del config["model"]["family"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "there is no model plugin 'flux'" in refusal(
-        capsys, "train", str(tmp_path / "config.json"), "--model", "flux"
+    assert "there is no model plugin 'fluxx'" in refusal(
+        capsys, "train", str(tmp_path / "config.json"), "--model", "fluxx"
     )
     assert "add --model NAME" in refusal(capsys, "train", str(tmp_path / "config.json"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.plugins.anima.test_denoiser import SIZES, adapt, random_denoiser
-from tuner.core.compute.dtypes import cast_parameters
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 from tuner.core.memory.offload import open_offload
 from tuner.core.memory.streaming import stream_blocks
@@ -24,7 +24,10 @@ STEPS = 20
 
 def build(dtype: torch.dtype) -> tuple[Denoiser, list[torch.nn.Parameter], tuple[Blocks, ...]]:
     denoiser = random_denoiser(LARGER)
-    cast_parameters(denoiser, dtype, keep_float32=(r".*adaln.*", r"t_embedder.*"))
+    denoiser.to(dtype)
+    for name, module in denoiser.named_modules():
+        if re.fullmatch(r".*adaln_\w+|t_embedder", name):
+            module.float()
     parameters = adapt(denoiser.blocks)
     return denoiser, parameters, (Blocks(path="blocks", count=LARGER.blocks, outside=(r"adaln_modulation_.*",)),)
 
