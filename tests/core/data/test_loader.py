@@ -256,7 +256,8 @@ def test_the_ledger_goes_on_counting_after_a_resume(tmp_path: Path):
     for batch in loader.batches(0):
         ledger.add(batch.items)
     ledger.write(tmp_path / "data.json")
-    resumed = Ledger(rig.plan, ledger.state())
+    resumed = Ledger(rig.plan)
+    resumed.load(ledger.state())
     for batch in loader.batches(1):
         resumed.add(batch.items)
     assert {row["used"] for row in resumed.as_dict()["images"]} == {2}

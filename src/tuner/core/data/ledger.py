@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Ledger:
     """Counts the uses of every planned image over the whole run, resumed or not."""
 
-    def __init__(self, plan: DataPlan, counts: Mapping[str, int] | None = None) -> None:
+    def __init__(self, plan: DataPlan) -> None:
         self.plan = plan
-        self.counts: Counter[str] = Counter(counts or {})
+        self.counts: Counter[str] = Counter()
 
     def add(self, items: Iterable[Item]) -> None:
         """Count the items of a batch that was trained on."""
@@ -31,6 +31,10 @@ class Ledger:
     def state(self) -> dict[str, int]:
         """The counts, for a checkpoint: uses between it and a crash must not be counted twice."""
         return dict(self.counts)
+
+    def load(self, counts: Mapping[str, int]) -> None:
+        """Go on from the counts of a checkpoint."""
+        self.counts = Counter(counts)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values: one row per image and resolution, then what was left out."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.adapters.network import adapter_summary, count_parameters, load_network_tensors, network_tensors
-from tuner.core.data.ledger import Ledger, changes_since
+from tuner.core.adapters.network import adapter_summary, count_parameters
+from tuner.core.data.ledger import Ledger
 from tuner.core.errors import UsageError
 from tuner.core.optim import (
     Ema,
@@ -21,8 +21,6 @@ from tuner.core.optim import (
     build_optimizer,
     eval_weights,
     learning_rates,
-    load_optimizer_state,
-    optimizer_state_tensors,
 )
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
@@ -38,13 +36,12 @@ from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.quantizing import check_parity, difference_text
+from tuner.core.train.state import RunState, check_continues, next_position
 from tuner.core.train.step import TrainStep
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from tuner.core.data.plan import DataPlan
     from tuner.core.registry import Run
     from tuner.core.track.events import EventLog
@@ -84,6 +81,14 @@ class Trainer:
         self.position = Position(step=0, epoch=0, batch=0, seed=self.config.train.seed, fingerprint=plan.fingerprint)
         self.average = LossAverage()
         self.ledger = Ledger(plan)
+        self.state = RunState(
+            network=self.network,
+            optimizer=self.optimizer,
+            names=self.names,
+            ema=self.ema,
+            average=self.average,
+            ledger=self.ledger,
+        )
         self.loader = caches.data.loader()
         self.bar: Progress | None = None
         self.writer = CheckpointWriter(
@@ -339,7 +344,7 @@ class Trainer:
             name = self.folder.checkpoint_file(position.step).name
             self._export(building / name, step=position.step)
             if self.config.checkpoint.state != "none":
-                write_state(building, self._state(position))
+                write_state(building, self.state.capture(position))
         except BaseException:
             self.writer.abandon(building)
             raise
@@ -413,67 +418,15 @@ class Trainer:
 
     # --- state --------------------------------------------------------------------------------------------------------
 
-    def _state(self, position: Position) -> State:
-        tensors = {f"network/{name}": value for name, value in network_tensors(self.network).items()}
-        optimizer_tensors, optimizer_scalars = optimizer_state_tensors(self.optimizer, self._parameters())
-        tensors.update({f"optimizer/{name}": value for name, value in optimizer_tensors.items()})
-        if self.ema is not None:
-            tensors.update({f"ema/{name}": value for name, value in self.ema.state().items()})
-        scalars: dict[str, Any] = {
-            "optimizer": optimizer_scalars,
-            "loss_average": self.average.values,
-            "ledger": self.ledger.state(),
-        }
-        return State(position=position, tensors=tensors, scalars=scalars)
-
     def _restore(self, state: State) -> None:
         """Take up a saved state; UsageError when it belongs to another network or optimizer."""
-        if state.position.step >= self.total and self.folder.final.exists():
-            raise UsageError(
-                f"this run is already at step {state.position.step} of {self.total}",
-                where=str(self.folder.path),
-                fix="raise train.steps or train.epochs to train on",
-            )
-        if state.position.seed != self.config.train.seed:
-            raise UsageError(
-                f"the checkpoint was made with seed {state.position.seed}, not {self.config.train.seed}",
-                where="train.seed",
-                why="the order of the data and all noise follow from it, so this would be another run",
-                fix=f"set train.seed to {state.position.seed}, or start from its adapter with network.init_from",
-            )
-        load_network_tensors(self.network, _below(state.tensors, "network/"))
-        load_optimizer_state(
-            self.optimizer, self._parameters(), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
-        )
-        if self.ema is not None:
-            self.ema.load(_below(state.tensors, "ema/"))
-        self.average.values = list(state.scalars["loss_average"])
-        self.ledger = Ledger(self.plan, state.scalars["ledger"])
-        self.position = self._placed(state.position)
+        check_continues(state, self.folder, total=self.total, seed=self.config.train.seed)
+        self.state.restore(state)
+        strict = self.config.checkpoint.strict_data
+        self.position, changes = next_position(state.position, self.plan, self.folder, strict=strict)
+        if changes:
+            self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
+            # Losses of another epoch's steps would stay in the average where the new one is shorter.
+            self.average.values = []
         self.events.emit("resume", step=state.position.step)
         log.info("resumed at step %d", state.position.step)
-
-    def _placed(self, position: Position) -> Position:
-        """Where to go on. Changed data has another order: a started epoch cannot be finished, the next one begins."""
-        if position.fingerprint == self.plan.fingerprint:
-            return position
-        changes = "; ".join(changes_since(self.folder.ledger, self.plan)) or "settings of the sources differ"
-        if self.config.checkpoint.strict_data:
-            raise UsageError(
-                "the data changed since the checkpoint was written",
-                where=str(self.folder.path),
-                why=changes,
-                fix="restore the data, or set checkpoint.strict_data to false to go on at the next epoch",
-            )
-        self._warn(f"the data changed since the checkpoint ({changes}); going on with the next epoch")
-        # Losses of another epoch's steps would stay in the average where the new one is shorter.
-        self.average.values = []
-        epoch = position.epoch + 1 if position.batch > 0 else position.epoch
-        return replace(position, epoch=epoch, batch=0, fingerprint=self.plan.fingerprint)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return self.names
-
-
-def _below(tensors: Any, prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
