@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.runs import small_config
 from tests.fixtures.tiny_flux import make_tiny_flux
-from tuner.core.config import RunConfig, build_config, resolve_defaults
+from tuner.core.config import RunConfig, resolve_defaults
 from tuner.core.types import ModelFacts
 from tuner.plugins.flux.config import FluxConfig
 from tuner.plugins.flux.facts import facts
@@ -34,16 +35,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunCon
     out: Path = tmp_path_factory.mktemp("out")
 
     def build(model: dict[str, Any], **sections: Any) -> RunConfig:
-        raw = {
-            "model": model,
-            "data": {"sets": [{"resolution": 64, "sources": [{"id": "pictures", "path": "pictures"}]}]},
-            "precision": {"compute": "fp32"},
-            "checkpoint": {"dir": str(out)},
-            "optimizer": {"lr": 1e-3},
-            **sections,
-            "train": {"steps": 10, **sections.get("train", {})},
-        }
-        return build_config(raw, FluxConfig)
+        return small_config(model, out, FluxConfig, **sections)
 
     return build
 

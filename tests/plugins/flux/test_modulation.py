@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.fixtures.runs import adapted, counted
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-from tuner.core.adapters.lora import inject_lora
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.core.types import Models
 from tuner.plugins.flux.denoiser import blocks_of
+
+MODULATIONS = r".*\.(norm|norm1|norm1_context)\.linear"
 
 
 @pytest.fixture
@@ -25,32 +25,10 @@ def prepared(opened):
     def make(**network: Any):
         config, facts = opened(network=network)
         denoiser = golden_denoiser()
-        runs = counted(denoiser)
-        adapter = inject_lora(Models(denoiser=denoiser), config, facts).module
-        generator = torch.Generator().manual_seed(5)
-        for parameter in adapter.parameters():
-            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return denoiser, list(adapter.parameters()), facts, runs
+        runs = counted(denoiser, MODULATIONS)
+        return denoiser, adapted(denoiser, config, facts), facts, runs
 
     return make
-
-
-def counted(denoiser: nn.Module) -> Counter[str]:
-    """Counts the products of the modulation linears, whoever asks for them."""
-    runs: Counter[str] = Counter()
-    for path, linear in denoiser.named_modules():
-        if path.endswith((".norm.linear", ".norm1.linear", ".norm1_context.linear")):
-            linear.forward = _Counted(linear, path, runs)
-    return runs
-
-
-class _Counted:
-    def __init__(self, linear: nn.Linear, path: str, runs: Counter[str]) -> None:
-        self.linear, self.path, self.runs = linear, path, runs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.runs[self.path] += 1
-        return nn.Linear.forward(self.linear, x)
 
 
 def step(denoiser: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.fixtures.runs import counted, make_pictures, run_document
 from tests.helpers import delta_weight
+from tests.plugins.flux.test_modulation import MODULATIONS
 from tuner.core.adapters.convert import convert_adapter
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import modules_of
@@ -30,13 +30,7 @@ from tuner.plugins.flux.names import MAPS
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of two aspect ratios with captions."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(4):
-        size = (96, 96) if number % 2 else (128, 72)
-        Image.effect_noise(size, 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a red dog, number {number}", encoding="utf-8")
-    return folder
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 EXAMPLE = Path(__file__).parents[3] / "examples/flux/lora.json"
@@ -55,26 +49,7 @@ def documents(tiny, pictures, cache) -> Callable[[Path], Document]:
 
     def inside(folder: Path) -> Document:
         def make(flavour: str = "dev", name: str = "out", **sections: Any) -> dict[str, Any]:
-            source = {"id": "dogs", "path": str(pictures)}
-            return copy.deepcopy(
-                {
-                    "model": tiny(flavour),
-                    "data": {
-                        "sets": [
-                            {"resolution": 64, "batch_size": 2, "buckets": {"min": 32, "step": 16}, "sources": [source]}
-                        ],
-                        "workers": {"scan": 0, "cache": 0, "load": 0},
-                    },
-                    "cache": {"dir": str(cache)},
-                    "network": {"rank": 2},
-                    "optimizer": {"lr": 1e-3},
-                    "train": {"steps": 2, "seed": 3},
-                    "precision": {"compute": "fp32"},
-                    "checkpoint": {"dir": str(folder / name)},
-                    "log": {"plain": True},
-                    **sections,
-                }
-            )
+            return run_document(tiny(flavour), pictures, cache=cache, out=folder / name, steps=2, **sections)
 
         return make
 
@@ -154,26 +129,17 @@ def test_encoders_can_train_without_the_denoiser(document, tmp_path):
 
 
 def test_frozen_modulations_run_once_per_step_of_a_training_that_recomputes(document, monkeypatch):
-    runs: Counter[str] = Counter()
+    runs: list[Counter[str]] = []
     original = hooks.load_denoiser
 
     def load(*args: Any, **kwargs: Any):
         denoiser = original(*args, **kwargs)
-        for path, linear in denoiser.named_modules():
-            if path.endswith((".norm.linear", ".norm1.linear", ".norm1_context.linear")):
-                linear.forward = counting(path, linear.forward)
+        runs.append(counted(denoiser, MODULATIONS))
         return denoiser
-
-    def counting(path: str, inner: Callable[[torch.Tensor], torch.Tensor]):
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            runs[path] += 1
-            return inner(x)
-
-        return forward
 
     monkeypatch.setattr(hooks, "load_denoiser", load)
     train(document(network={"rank": 2, "preset": "all+ffs"}, memory={"checkpointing": "block"}, train={"steps": 3}))
-    assert len(runs) == 6 and set(runs.values()) == {3}
+    assert len(runs[0]) == 6 and set(runs[0].values()) == {3}
 
 
 def test_training_guidance_is_drawn_per_sample_and_the_file_says_what_it_is(document, given, tmp_path):

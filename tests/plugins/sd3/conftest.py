@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.fixtures.runs import small_config
 from tests.fixtures.tiny_sd3 import make_tiny_sd3
 from tests.plugins.sd3.golden_models import golden_sources
-from tuner.core.config import RunConfig, build_config
+from tuner.core.config import RunConfig
 from tuner.core.types import Placement
 from tuner.plugins.sd3.config import SD3Config
 from tuner.plugins.sd3.load import load_denoiser
@@ -38,16 +39,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunCon
     out: Path = tmp_path_factory.mktemp("out")
 
     def build(model: dict[str, Any], **sections: Any) -> RunConfig:
-        raw = {
-            "model": model,
-            "data": {"sets": [{"resolution": 64, "sources": [{"id": "pictures", "path": "pictures"}]}]},
-            "precision": {"compute": "fp32"},
-            "checkpoint": {"dir": str(out)},
-            "optimizer": {"lr": 1e-3},
-            **sections,
-            "train": {"steps": 10, **sections.get("train", {})},
-        }
-        return build_config(raw, SD3Config)
+        return small_config(model, out, SD3Config, **sections)
 
     return build
 

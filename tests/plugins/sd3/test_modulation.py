@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.fixtures.runs import adapted, counted
 from tests.plugins.sd3.golden_models import golden_case
-from tuner.core.adapters.lora import inject_lora
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.core.types import Models
 from tuner.plugins.sd3.facts import facts
 
 FLAVOURS = ("sd3m", "sd35m")
@@ -28,32 +25,10 @@ def prepared(golden_model, tiny, run_config):
     def make(flavour: str, **network: Any):
         config = run_config(tiny(flavour), network={"rank": 2, **network})
         denoiser, found = golden_model(flavour), facts(config)
-        runs = counted(denoiser)
-        adapter = inject_lora(Models(denoiser=denoiser), config, found).module
-        generator = torch.Generator().manual_seed(5)
-        for parameter in adapter.parameters():
-            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return denoiser, list(adapter.parameters()), found, runs
+        runs = counted(denoiser, r".*\.norm1(_context)?\.linear")
+        return denoiser, adapted(denoiser, config, found), found, runs
 
     return make
-
-
-def counted(denoiser: nn.Module) -> Counter[str]:
-    """Counts the products of the modulation linears, whoever asks for them."""
-    runs: Counter[str] = Counter()
-    for path, linear in denoiser.named_modules():
-        if re.fullmatch(r".*\.norm1(_context)?\.linear", path):
-            linear.forward = _Counted(linear, path, runs)
-    return runs
-
-
-class _Counted:
-    def __init__(self, linear: nn.Linear, path: str, runs: Counter[str]) -> None:
-        self.linear, self.path, self.runs = linear, path, runs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.runs[self.path] += 1
-        return nn.Linear.forward(self.linear, x)
 
 
 def step(denoiser: nn.Module, flavour: str, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.fixtures.runs import make_pictures, run_document
 from tuner.core.config import load_config
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
@@ -20,13 +19,7 @@ from tuner.core.train.run import train
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of two aspect ratios with captions."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(4):
-        size = (96, 96) if number % 2 else (128, 72)
-        Image.effect_noise(size, 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a red dog, number {number}", encoding="utf-8")
-    return folder
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -34,26 +27,8 @@ def document(tiny, pictures, tmp_path):
     """(flavour, folder of the run, sections) -> a configuration that trains in seconds."""
 
     def make(flavour: str, name: str = "out", **sections: Any) -> dict[str, Any]:
-        source = {"id": "dogs", "path": str(pictures)}
-        return copy.deepcopy(
-            {
-                "model": tiny(flavour),
-                "data": {
-                    "sets": [
-                        {"resolution": 64, "batch_size": 2, "buckets": {"min": 32, "step": 16}, "sources": [source]}
-                    ],
-                    "workers": {"scan": 0, "cache": 0, "load": 0},
-                },
-                "cache": {"dir": str(tmp_path / "cache")},
-                "network": {"rank": 2},
-                "optimizer": {"lr": 1e-3},
-                "train": {"steps": 3, "seed": 3},
-                "precision": {"compute": "fp32"},
-                "checkpoint": {"dir": str(tmp_path / name)},
-                "log": {"plain": True},
-                **sections,
-            }
-        )
+        cache, out = tmp_path / "cache", tmp_path / name
+        return run_document(tiny(flavour), pictures, cache=cache, out=out, steps=3, **sections)
 
     return make
 
