@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuner.core.errors import UsageError
 from tuner.core.files import INDEX_SUFFIX, find_weights, weight_header
+
+if TYPE_CHECKING:
+    from tuner.core.config import ComponentSource
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inside>(/[\w. -]+)*)")
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
@@ -89,6 +94,44 @@ class Place:
                                  fix="set model.variant to a variant that exists, or name the file")  # fmt: skip
             return named[0]
         return find_weights(base)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerPlaces:
+    """Where the files of a tokenizer may be: ``tokenizer.json``, or ``pieces``, which serve as well taken together.
+
+    name: as in ``model.tokenizers``. hub: the public repository with the files that the model was trained with.
+    """
+
+    name: str
+    hub: str
+    pieces: tuple[str, ...]
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The tokenizer's files that there are at ``path``, a folder or one of the files; () for no tokenizer."""
+        names = ("tokenizer.json", *self.pieces)
+        if path.is_file():
+            return (path,) if path.suffix == ".json" or path.name in self.pieces else ()
+        found = tuple(file for name in names if (file := path / name).is_file())
+        complete = path / names[0] in found or len(found) == len(self.pieces)
+        return found if complete else ()
+
+    def find(self, source: ComponentSource | None, near: Iterable[Path], *, download_dir: str | None) -> Path:
+        """What ``source`` names, else the first tokenizer of ``near``, else that of the hub, fetched once.
+
+        UsageError when ``source`` holds no such tokenizer, or when the hub's is needed and cannot be had.
+        """
+        where, names = f"model.tokenizers.{self.name}.path", ("tokenizer.json", *self.pieces)
+        if source is None:
+            beside = next((path for path in near if self.files(path)), None)
+            return beside or fetch(self.hub, revision=None, download_dir=download_dir, patterns=names, where=where)
+        place = Place.of(source.path, where=where, revision=source.revision, download_dir=download_dir, patterns=names)
+        path = place.local / source.subfolder if source.subfolder else place.local
+        if not self.files(path):
+            raise UsageError(f"no {self.name} tokenizer here", where=str(path),
+                             why=f"it needs tokenizer.json, or {' and '.join(self.pieces)}",
+                             fix=f"set {where} to the folder of its files")  # fmt: skip
+        return path
 
 
 def _no_effect(where: str, key: str, why: str) -> UsageError:

@@ -198,15 +198,16 @@ def test_tokens_are_counted_before_any_cutting(tiny, run_config):
     [
         (("text_encoders", "t5"), r"t5 weights are not named.*model\.text_encoders\.t5\.path"),
         (("text_encoders", "clip_l"), r"clip_l weights are not named"),
-        (("tokenizers", "clip_l"), r"clip_l tokenizer is not named.*openai/clip-vit-large-patch14"),
+        (("tokenizers", "clip_l"), r"cannot fetch openai/clip-vit-large-patch14.*model\.tokenizers\.clip_l\.path"),
         (("vae",), r"vae weights are not named"),
     ],
 )
-def test_what_is_absent_is_named_with_the_key_that_brings_it(tiny, run_config, tmp_path, missing, words):
+def test_what_is_absent_is_named_with_the_key_that_brings_it(tiny, run_config, tmp_path, monkeypatch, missing, words):
     import copy
     import shutil
 
-    model = copy.deepcopy(tiny("dev"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = copy.deepcopy(tiny("dev")) | {"download_dir": str(tmp_path)}
     # Away from the folders that lie beside the tiny model's files.
     for name in ("clip_l", "t5"):
         place = tmp_path / name

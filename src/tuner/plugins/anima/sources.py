@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tuner.core.errors import UsageError
 from tuner.core.files import WeightHeader, find_weights, weight_header
-from tuner.core.places import Place, fetch, with_shards
+from tuner.core.places import Place, TokenizerPlaces, with_shards
 
 from .sizes import check_family, original_names
 
@@ -31,9 +31,13 @@ FOLDERS = {
     "t5_tokenizer": ("t5_tokenizer",),
 }
 """Names of the components' folders in the diffusers layout."""
-TOKENIZER_FILES = {"qwen3": ("tokenizer.json", "vocab.json", "merges.txt"), "t5": ("tokenizer.json", "spiece.model")}
-TOKENIZER_HUB = {"qwen3": "Qwen/Qwen3-0.6B", "t5": "google-t5/t5-base"}
-"""Public repositories whose tokenizer files are the ones that the model was trained with."""
+TOKENIZERS = {
+    each.name: each
+    for each in (
+        TokenizerPlaces(name="qwen3", hub="Qwen/Qwen3-0.6B", pieces=("vocab.json", "merges.txt")),
+        TokenizerPlaces(name="t5", hub="google-t5/t5-base", pieces=("spiece.model",)),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +107,7 @@ def _settings_file(weights: Path) -> tuple[Path, ...]:
 
 
 def _tokenizer_files(sources: Sources, name: str) -> tuple[Path, ...]:
-    path = sources.tokenizers[name]
-    if path.is_file():
-        return (path,)
-    return tuple(file for name in TOKENIZER_FILES[name] if (file := path / name).is_file())
+    return TOKENIZERS[name].files(sources.tokenizers[name])
 
 
 # --- components -------------------------------------------------------------------------------------------------------
@@ -133,35 +134,8 @@ def _adapter(model: AnimaConfig, root: Place) -> Path | None:
 
 
 def _tokenizer(name: str, model: AnimaConfig, root: Place, qwen3: Path) -> Path:
-    source = model.tokenizers.get(name)  # type: ignore[call-overload]
-    where = f"model.tokenizers.{name}.path"
-    if source is not None:
-        place = Place.of(source.path, where=where, revision=source.revision, download_dir=model.download_dir,
-                         patterns=TOKENIZER_FILES[name])  # fmt: skip
-        path = place.local / source.subfolder if source.subfolder else place.local
-        if not _is_tokenizer(path, name):
-            raise UsageError(f"no {name} tokenizer here", where=str(path), why=_wanted(name),
-                             fix=f"set {where} to the folder of its files")  # fmt: skip
-        return path
-    beside = [qwen3.parent, qwen3.parent.parent / "tokenizer"] if name == "qwen3" else [
-        qwen3.parent / "t5_tokenizer", qwen3.parent.parent / "t5_tokenizer"]  # fmt: skip
-    in_root = root.folder(*FOLDERS[f"{name}_tokenizer"])
-    for path in (*([in_root] if in_root else []), *beside):
-        if _is_tokenizer(path, name):
-            return path
-    return fetch(TOKENIZER_HUB[name], revision=None, download_dir=model.download_dir,
-                 patterns=TOKENIZER_FILES[name], where=where)  # fmt: skip
-
-
-ALTERNATIVES = {"qwen3": ("vocab.json", "merges.txt"), "t5": ("spiece.model",)}
-"""What serves as well as a ``tokenizer.json``, taken together."""
-
-
-def _is_tokenizer(path: Path, name: str) -> bool:
-    if path.is_file():
-        return path.suffix == ".json" or path.name in ALTERNATIVES[name]
-    return (path / "tokenizer.json").is_file() or all((path / file).is_file() for file in ALTERNATIVES[name])
-
-
-def _wanted(name: str) -> str:
-    return f"it needs tokenizer.json, or {' and '.join(ALTERNATIVES[name])}"
+    folders = {"qwen3": (qwen3.parent, qwen3.parent.parent / "tokenizer"),
+               "t5": (qwen3.parent / "t5_tokenizer", qwen3.parent.parent / "t5_tokenizer")}  # fmt: skip
+    inside = root.folder(*FOLDERS[f"{name}_tokenizer"])
+    near = (*([inside] if inside else []), *folders[name])
+    return TOKENIZERS[name].find(model.tokenizers.get(name), near, download_dir=model.download_dir)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tuner.core.compute.encoder_sizes import under_prefix
 from tuner.core.errors import UsageError
 from tuner.core.files import WeightHeader, weight_header
-from tuner.core.places import Place, with_shards
+from tuner.core.places import Place, TokenizerPlaces, with_shards
 
 from .sizes import diffusers_shapes
 
@@ -41,11 +41,13 @@ EMBEDDED = {
     "vae": ("vae.", "first_stage_model."),
 }
 """Prefixes of the parts of an all-in-one file."""
-TOKENIZER_FILES = {"clip_l": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-                   "t5": (("tokenizer.json",), ("spiece.model",))}  # fmt: skip
-"""Files that make a tokenizer, in alternatives."""
-TOKENIZER_HUB = {"clip_l": "openai/clip-vit-large-patch14", "t5": "google/t5-v1_1-xxl"}
-"""Public repositories of the tokenizers, for the error message."""
+TOKENIZERS = {
+    each.name: each
+    for each in (
+        TokenizerPlaces(name="clip_l", hub="openai/clip-vit-large-patch14", pieces=("vocab.json", "merges.txt")),
+        TokenizerPlaces(name="t5", hub="google/t5-v1_1-xxl", pieces=("spiece.model",)),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ def files(config: RunConfig) -> dict[str, tuple[Path, ...]]:
         if (settings := path.parent / "config.json").is_file():
             extra = (settings,)
         if name in sources.tokenizers:
-            extra += tokenizer_files(name, sources.tokenizers[name])
+            extra += TOKENIZERS[name].files(sources.tokenizers[name])
         found[name] = (*with_shards(path), *extra)
     return found
 
@@ -105,16 +107,6 @@ def count_tokens(config: RunConfig) -> dict[str, Callable[[Sequence[str]], list[
     from .text import load_tokenizers
 
     return {name: tokenizer.lengths for name, tokenizer in load_tokenizers(resolve(config)).items()}
-
-
-def tokenizer_files(name: str, path: Path) -> tuple[Path, ...]:
-    """The files of the first alternative that is complete; () when there is none."""
-    if path.is_file():
-        return (path,)
-    for names in TOKENIZER_FILES[name]:
-        if all((path / file).is_file() for file in names):
-            return tuple(path / file for file in names)
-    return ()
 
 
 def _folders(name: str, chroma: bool) -> tuple[str, ...]:
@@ -141,24 +133,8 @@ def _weights(
 
 
 def _tokenizer(name: str, model: FluxConfig, root: Place, weights: Path, chroma: bool) -> Path:
-    where = f"model.tokenizers.{name}.path"
-    source = model.tokenizers.get(name)  # type: ignore[call-overload]
     folders = _folders(f"{name} tokenizer", chroma)
-    if source is not None:
-        place = Place.of(source.path, where=where, revision=source.revision, download_dir=model.download_dir)
-        path = place.local / source.subfolder if source.subfolder else place.local
-        if not tokenizer_files(name, path):
-            raise UsageError(f"no {name} tokenizer here", where=str(path), why=_wanted(name),
-                             fix=f"set {where} to the folder of its files")  # fmt: skip
-        return path
     inside = root.folder(*folders)
     beside = (weights.parent, *(weights.parent.parent / folder for folder in folders))
-    for path in (*([inside] if inside else []), *beside):
-        if tokenizer_files(name, path):
-            return path
-    raise UsageError(f"the {name} tokenizer is not named", where=where, why="no weight file contains it",
-                     fix=f"set {where} to a folder with it, or to the hub id {TOKENIZER_HUB[name]}")  # fmt: skip
-
-
-def _wanted(name: str) -> str:
-    return "it needs " + ", or ".join(" and ".join(names) for names in TOKENIZER_FILES[name])
+    near = (*([inside] if inside else []), *beside)
+    return TOKENIZERS[name].find(model.tokenizers.get(name), near, download_dir=model.download_dir)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tuner.core.compute.encoder_sizes import under_prefix
 from tuner.core.errors import UsageError
 from tuner.core.files import WeightHeader, weight_header
-from tuner.core.places import Place, fetch, with_shards
+from tuner.core.places import Place, TokenizerPlaces, with_shards
 
 from .sizes import denoiser_sizes
 
@@ -42,11 +42,13 @@ PREFIXES = {
 }
 """What stands before the keys of a component in an all-in-one file."""
 TOKENIZER_FOLDERS = {"clip": ("tokenizer", "tokenizer_2"), "t5": ("tokenizer_3", "t5_tokenizer")}
-TOKENIZER_FILES = {"clip": ("tokenizer.json", "vocab.json", "merges.txt"), "t5": ("tokenizer.json", "spiece.model")}
-TOKENIZER_HUB = {"clip": "openai/clip-vit-large-patch14", "t5": "google-t5/t5-base"}
-"""Public repositories whose tokenizer files are the ones that the model was trained with."""
-ALTERNATIVES = {"clip": ("vocab.json", "merges.txt"), "t5": ("spiece.model",)}
-"""What serves as well as a ``tokenizer.json``, taken together."""
+TOKENIZERS = {
+    each.name: each
+    for each in (
+        TokenizerPlaces(name="clip", hub="openai/clip-vit-large-patch14", pieces=("vocab.json", "merges.txt")),
+        TokenizerPlaces(name="t5", hub="google-t5/t5-base", pieces=("spiece.model",)),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,8 @@ def files(config: RunConfig) -> dict[str, tuple[Path, ...]]:
     denoiser_sizes(found.denoiser.header(), str(found.denoiser.path))
     made: dict[str, tuple[Path, ...]] = {"denoiser": with_shards(found.denoiser.path)}
     for name, part in found.encoders.items():
-        tokenizer = _tokenizer_files(found.tokenizers["t5" if name == "t5" else "clip"], name)
+        kind = "t5" if name == "t5" else "clip"
+        tokenizer = TOKENIZERS[kind].files(found.tokenizers[kind])
         made[name] = (*with_shards(part.path), *_settings_file(part), *tokenizer)
     return {**made, "vae": with_shards(found.vae.path)}
 
@@ -171,35 +174,8 @@ def _settings_file(part: Part) -> tuple[Path, ...]:
 
 
 def _tokenizer(name: str, model: SD3Config, root: Place, encoders: Mapping[str, Part]) -> Path:
-    where = f"model.tokenizers.{name}.path"
-    source = model.tokenizers.get(name)  # type: ignore[call-overload]
-    if source is not None:
-        place = Place.of(source.path, where=where, revision=source.revision, download_dir=model.download_dir,
-                         patterns=TOKENIZER_FILES[name])  # fmt: skip
-        path = place.local / source.subfolder if source.subfolder else place.local
-        if not _is_tokenizer(path, name):
-            raise UsageError(f"no {name} tokenizer here", where=str(path),
-                             why=f"it needs tokenizer.json, or {' and '.join(ALTERNATIVES[name])}",
-                             fix=f"set {where} to the folder of its files")  # fmt: skip
-        return path
     weights = encoders["t5" if name == "t5" else "clip_l"].path.parent
-    in_root = root.folder(*TOKENIZER_FOLDERS[name])
+    inside = root.folder(*TOKENIZER_FOLDERS[name])
     beside = [folder / inner for folder in (weights, weights.parent) for inner in TOKENIZER_FOLDERS[name]]
-    for path in (*([in_root] if in_root else []), weights, *beside):
-        if _is_tokenizer(path, name):
-            return path
-    return fetch(TOKENIZER_HUB[name], revision=None, download_dir=model.download_dir,
-                 patterns=TOKENIZER_FILES[name], where=where)  # fmt: skip
-
-
-def _is_tokenizer(path: Path, name: str) -> bool:
-    if path.is_file():
-        return path.suffix == ".json" or path.name in ALTERNATIVES[name]
-    return (path / "tokenizer.json").is_file() or all((path / file).is_file() for file in ALTERNATIVES[name])
-
-
-def _tokenizer_files(path: Path, component: str) -> tuple[Path, ...]:
-    if path.is_file():
-        return (path,)
-    names = TOKENIZER_FILES["t5" if component == "t5" else "clip"]
-    return tuple(file for name in names if (file := path / name).is_file())
+    near = (*([inside] if inside else []), weights, *beside)
+    return TOKENIZERS[name].find(model.tokenizers.get(name), near, download_dir=model.download_dir)  # type: ignore[call-overload]
