@@ -12,7 +12,7 @@ from tuner.core.config import ComponentSource, ModelConfigBase
 class FluxConfig(ModelConfigBase):
     """Which FLUX.1 (dev, schnell) or Chroma weights to use.
 
-    One folder in the diffusers layout is enough, or one all-in-one file plus tokenizers; other single files need
+    One folder in the diffusers layout is enough, or one all-in-one file; other single files need
     ``text_encoders`` and ``vae`` too. Chroma has no CLIP.
     """
 
@@ -23,4 +23,5 @@ class FluxConfig(ModelConfigBase):
     text_encoders: dict[Literal["clip_l", "t5"], ComponentSource] = Field(default_factory=dict)  # type: ignore[assignment]
     """``clip_l``: CLIP ViT-L's text encoder; ``t5``: the T5 v1.1 XXL encoder. A file or a folder each."""
     tokenizers: dict[Literal["clip_l", "t5"], ComponentSource] = Field(default_factory=dict)  # type: ignore[assignment]
-    """``clip_l``, ``t5``: tokenizer folders, where they are not beside the text encoders."""
+    """``clip_l``, ``t5``: tokenizer folders. Left out: beside the text encoders, else fetched from the hub
+    once."""
