@@ -63,6 +63,22 @@ class Caches:
         embeds = self.data.text.collate(texts)
         return TextEmbeds(tensors={name: tensor.to(self.device) for name, tensor in embeds.tensors.items()})
 
+    def text(self, models: Models, texts: Sequence[str]) -> TextEmbeds:
+        """All text fields [B, ...] that a step needs: the cached ones, and those of ``models`` encoded now."""
+        return TextEmbeds(tensors={**self.cached_text(texts).tensors, **self.encode_live(models, texts).tensors})
+
+    def encode_live(self, models: Models, texts: Sequence[str]) -> TextEmbeds:
+        """The fields of the encoders that run in every step; no field when there is no such encoder."""
+        if not self.live_text:
+            return TextEmbeds(tensors={})
+        return self.run.model.encode_text(models, list(texts), self.live_text)
+
+    def load_for_steps(self) -> Models:
+        """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
+        config, facts = self.run.config, self.run.facts
+        wanted = {"denoiser", *config.train.components, *facts.step_components, *self.live_text}
+        return self.load([name for name in facts.components if name in wanted])
+
     def load(self, components: Collection[str]) -> Models:
         """Load frozen components onto the run's device; they live as long as the caller keeps them."""
         return load_components(self.run, components, self.device)

@@ -15,7 +15,7 @@ from tuner.core.compute.quantized import Arithmetic, multiplying, quantized_line
 from tuner.core.errors import UsageError
 from tuner.core.memory.quantize import Quantized, quantize_component
 from tuner.core.registry.facade import default_placement
-from tuner.core.rng import Rng
+from tuner.core.train.measure import losses_and_gradient
 from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def check_parity(
 
     def measure(kind: Arithmetic) -> tuple[list[float], Tensor]:
         with adapter_eval(network), multiplying(denoiser, kind):
-            return _losses_and_gradient(facade, models, batches, parameters, text=text, device=device, seed=seed)
+            return losses_and_gradient(facade, models, batches, parameters, text=text, device=device, seed=seed)
 
     losses, gradient = measure("original")
     losses_now, gradient_now = measure(arithmetic)
@@ -183,38 +183,3 @@ def check_parity(
 
 def difference_text(result: Parity) -> str:
     return f"the loss differs by {result.loss:.2%}, the adapter's gradient by {result.gradient:.2%}"
-
-
-def _losses_and_gradient(
-    facade: ModelFacade,
-    models: Models,
-    batches: Sequence[Batch],
-    parameters: Sequence[Tensor],
-    *,
-    text: Callable[[Batch], TextEmbeds],
-    device: torch.device,
-    seed: int,
-) -> tuple[list[float], Tensor]:
-    """Mean squared errors of the batches and the summed gradient, one float32 vector. The noise is always the same."""
-    total = sum(len(batch.items) for batch in batches)
-    losses: list[float] = []
-    gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=device)
-    first = 0
-    for number, batch in enumerate(batches):
-        count = len(batch.items)
-        rng = Rng(seed, "parity", number)
-        latents = batch.latents.to(device)
-        sigmas = ((torch.arange(first, first + count) + 0.5) / total).to(device)
-        target = facade.noise_target(latents, rng.normal(tuple(latents.shape)).to(device), sigmas)
-        prediction = facade.predict(models, target.noisy, target.timesteps, text(batch), rng=rng.child("model"))
-        loss = (prediction.float() - target.target.float()).square().mean()
-        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradient += torch.cat(
-            [
-                (torch.zeros_like(parameter) if part is None else part).flatten().float().to(device)
-                for part, parameter in zip(parts, parameters, strict=True)
-            ]
-        )
-        losses.append(float(loss.detach()))
-        first += count
-    return losses, gradient

@@ -67,7 +67,7 @@ class Trainer:
         self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
-        self.models = caches.load(self._components())
+        self.models = caches.load_for_steps()
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         prepare_blocks(self.models, self.network, self.config, self.facts, device)
@@ -189,11 +189,6 @@ class Trainer:
 
     # --- putting together ---------------------------------------------------------------------------------------------
 
-    def _components(self) -> list[str]:
-        """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
-        wanted = {"denoiser", *self.config.train.components, *self.facts.step_components, *self.caches.live_text}
-        return [name for name in self.facts.components if name in wanted]
-
     def _validator(self) -> Validator | None:
         if not self.plan.validation:
             return None
@@ -223,13 +218,10 @@ class Trainer:
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:
-        return TextEmbeds(tensors={**self.caches.cached_text(texts).tensors, **self._live_text(texts).tensors})
+        return self.caches.text(self.models, texts)
 
     def _live_text(self, texts: Sequence[str]) -> TextEmbeds:
-        """The fields of the encoders that run in every step, encoded now."""
-        if not self.caches.live_text:
-            return TextEmbeds(tensors={})
-        return self.run.model.encode_text(self.models, list(texts), self.caches.live_text)
+        return self.caches.encode_live(self.models, texts)
 
     def _check_arithmetic(self) -> None:
         """Quantized arithmetic is used when it agrees with the weights as loaded; before a state comes back, so that a
