@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train an adapter",
     "check": "check everything a training needs, without a GPU",
     "cache": "encode and store images and captions ahead",
+    "verify": "compare what saves time or memory with plain execution, here",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema, or a configuration with every default",
     "plugins": "list, install, check and write models and extensions",

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.fixtures.tiny_anima import make_tiny_anima
+from tests.fixtures.tiny_anima import DENOISER, make_tiny_anima
 
 
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"family": "anima", **make_tiny_anima(tmp_path_factory.mktemp("models"))}
+
+
+@pytest.fixture(scope="session")
+def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model with enough blocks to stream some of them."""
+    return {"family": "anima", **make_tiny_anima(tmp_path_factory.mktemp("six"), denoiser=replace(DENOISER, blocks=6))}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.tiny_anima import DENOISER, make_tiny_anima
 from tuner.core.errors import UsageError
 from tuner.core.memory.streaming import Streaming
 from tuner.core.track.events import read_events
@@ -35,12 +33,6 @@ BUSY: dict[str, Any] = {
     "sample": {"prompts": ["a red dog --w 64 --h 64 --s 2 --n grass"], "every": 1},
 }
 """Every kind of pass: with gradients, without, guided, several per update."""
-
-
-@pytest.fixture(scope="module")
-def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("six")
-    return {"family": "anima", **make_tiny_anima(folder, denoiser=replace(DENOISER, blocks=6))}
 
 
 def outcome(folder: Path) -> tuple[Any, ...]:

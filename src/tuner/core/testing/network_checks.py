@@ -9,9 +9,8 @@ from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.network import load_network_tensors, network_tensors
 from tuner.core.compute.modulation_cache import cache_modulations
-from tuner.core.rng import Rng
 from tuner.core.testing.bench import Bench, assert_near
-from tuner.core.types import Network
+from tuner.core.train.measure import shake
 
 
 class NetworkChecks:
@@ -69,7 +68,7 @@ class NetworkChecks:
         maps = key_maps(bench.facts)
         batch = bench.batch()
         models, network = bench.adapted(bench.run)
-        shake(network)
+        shake(network, seed=7)
         expected = bench.predict(bench.run, models, batch)
         base = bench.predict(bench.run, bench.models, batch)
         assert float((expected - base).abs().max()) > 1e-5, "the adapter has no effect"
@@ -86,11 +85,3 @@ class NetworkChecks:
             others, loaded = bench.adapted(run)
             load_network_tensors(loaded, read)
             assert_near(bench.predict(run, others, batch), expected, fmt.name)
-
-
-def shake(network: Network) -> None:
-    """Give a fresh network values that act; ups start at zero."""
-    with torch.no_grad():
-        for group in network.param_groups:
-            for name, value in group.params.items():
-                value.add_(0.05 * Rng(5, name).normal(tuple(value.shape)).to(value.device, value.dtype))

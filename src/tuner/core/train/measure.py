@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.rng import Rng
-from tuner.core.types import Batch, Models, TextEmbeds
+from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
     from tuner.core.registry.facade import ModelFacade
@@ -56,3 +56,12 @@ def losses_and_gradient(
         losses.append(float(loss.detach()))
         first += count
     return losses, gradient
+
+
+def shake(network: Network, seed: int) -> None:
+    """Give a fresh network values that act: some of its factors start at zero, and hide mistakes in the others."""
+    with torch.no_grad():
+        for group in network.param_groups:
+            for name, value in group.params.items():
+                noise = Rng(seed, "shake", name).normal(tuple(value.shape))
+                value.add_(0.05 * noise.to(value.device, value.dtype))
