@@ -194,9 +194,9 @@ def test_a_rate_of_zero_freezes() -> None:
 def test_the_summary_counts_modules_of_a_kind() -> None:
     _, network = build({"targets": [r".*\.q", r".*mlp\.0"], "rules": [{"match": ".*mlp.*", "rank": 3}]})
     rows = adapter_summary(network)
-    assert [(row.kind, row.modules, row.rank, row.parameters) for row in rows] == [
-        ("blocks.*.q", 3, 2, 3 * 2 * 2 * WIDTH),
-        ("blocks.*.mlp.*", 3, 3, 3 * 3 * (WIDTH + 8)),
+    assert [(row.kind, row.modules, row.settings, row.parameters) for row in rows] == [
+        ("blocks.*.q", 3, "rank 2, alpha 2", 3 * 2 * 2 * WIDTH),
+        ("blocks.*.mlp.*", 3, "rank 3, alpha 3", 3 * 3 * (WIDTH + 8)),
     ]
     assert count_parameters(network) == sum(row.parameters for row in rows)
 
@@ -244,7 +244,7 @@ def test_the_file_decides_modules_ranks_and_alphas(saved: tuple[Path, Tensor]) -
     path, want = saved
     models, network = build({"rank": "from_file", "init_from": str(path), "rules": [{"match": ".*mlp.*", "lr": 1e-5}]})
     assert torch.equal(run(models), want)
-    assert {(row.rank, row.alpha) for row in adapter_summary(network)} == {(2, 1.0), (3, 6.0)}
+    assert {row.settings for row in adapter_summary(network)} == {"rank 2, alpha 1", "rank 3, alpha 6"}
     assert [group.lr for group in network.param_groups] == [1e-5, None]
 
 

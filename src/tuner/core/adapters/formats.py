@@ -66,6 +66,12 @@ def modules_of(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return [(component, path) for component, _, path in (key.partition(":") for key in keys)]
 
 
+def parts_of(tensors: Mapping[str, Tensor], component: str, path: str) -> dict[str, Tensor]:
+    """The tensors of one module by part, from internal tensors."""
+    key = f"{component}:{path}."
+    return {name.removeprefix(key): value for name, value in tensors.items() if name.startswith(key)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
     """One module of a file: the linears it means, in the order of its rows, and how its values differ from ours."""

@@ -1,23 +1,25 @@
-"""The low-rank layer, its reproducible dropout, and putting it into a module in place.
+"""What every adapter layer shares, the low-rank layer, and putting a layer into a module in place.
 
-A layer stands for `up(mask * down(x)) * strength * alpha / rank` beside the frozen module it belongs to; that module
-computes the sum (`tuner.core.compute.linear`), so only parameters live here. Formula: Hu et al. 2021, LoRA.
+A low-rank layer stands for `up(mask * down(x)) * strength * alpha / rank` beside the frozen module it belongs to; that
+module computes the sum (`tuner.core.compute.linear`), so only parameters live here. Formula: Hu et al. 2021, LoRA.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.core.compute.linear import adapted_forward
+from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 
 ELEMENT, COMPONENT, MODULE = 1, 2, 3
@@ -48,14 +50,116 @@ class DropoutKeys:
     samples: Tensor | None = None
 
 
-class LoraLayer(nn.Module):
+class AdapterLayer(nn.Module, ABC):
+    """What is trained beside one module, or beside several linears of one input. Its parameters are named as its parts.
+
+    strength: 1 is the adapter as trained, 0 is exactly the base model. alpha: the fixed number that files keep, None
+    where the kind has none.
+    """
+
+    kind: ClassVar[str]
+    faster: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that the LoRA+ ratio speeds up."""
+    factors: ClassVar[tuple[str, ...]] = ()
+    """Parts of which the first that is present may carry a factor on the whole update."""
+    dropout_key: Tensor
+    strength: float = 1.0
+    alpha: float | None = None
+    rows: tuple[int, ...]
+
+    def __init__(self, dropout: Dropout, keys: DropoutKeys, rng: Rng, device: torch.device) -> None:
+        super().__init__()
+        self.dropout, self.keys = dropout, keys
+        if dropout:
+            key = torch.tensor(rng.child("dropout").key(), dtype=torch.int64, device=device)
+            self.register_buffer("dropout_key", key, persistent=False)
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+
+    @property
+    @abstractmethod
+    def settings(self) -> str:
+        """What distinguishes this layer from another of its kind, for a line of the log."""
+
+    def parts(self) -> Sequence[object]:
+        """What each module computes with (the attribute ``adapter``): the layer itself, or its share of the rows."""
+        return [self]
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The parts of each module, detached and live, or copies where modules share them."""
+        found = {name: value.detach() for name, value in self.named_parameters()}
+        return [found | self.fixed()]
+
+    def load(self, members: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+        """Set the values of `tensors`. names: what errors call the modules. UsageError: another shape."""
+        for name, parameter in self.named_parameters():
+            copy_into(parameter, members[0][name], f"{names[0]}.{name}")
+
+    def start(self, stored: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> None:
+        """Take up what a file holds for some of the modules, by name; the update stays that of the file.
+
+        names: what errors call the modules. UsageError: other shapes, or a number that is fixed otherwise.
+        """
+        for name, parts in stored.items():
+            parts = self.rescaled(parts, name)
+            for part, value in self.tensors()[0].items():
+                if part not in parts or parts[part].shape != value.shape:
+                    shapes = f"{[*parts[part].shape]}" if part in parts else "nothing"
+                    raise UsageError(
+                        f"the file has {shapes} as {name}.{part}, the configuration {[*value.shape]}",
+                        where="network.init_from",
+                        fix='set network.rank to "from_file"',
+                    )
+            self.load([parts], [name])
+
+    def rescaled(self, parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The parts of one module with this layer's alpha and the same update."""
+        if self.alpha is None or float(parts["alpha"]) == self.alpha:
+            return dict(parts)
+        factor = next((part for part in self.factors if part in parts), None)
+        if factor is None:
+            raise UsageError(f"{name} has alpha {float(parts['alpha']):g}, this network {self.alpha:g}")
+        value = parts[factor].float() * (float(parts["alpha"]) / self.alpha)
+        return {**parts, factor: value, **self.fixed()}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Parts that are numbers of the configuration."""
+        return {} if self.alpha is None else {"alpha": torch.tensor(self.alpha, dtype=torch.float32)}
+
+    def samples(self, x: Tensor) -> Tensor | None:
+        """The key of each row of the batch ``x`` [B, ...], [B, 1], or None where nothing is dropped.
+
+        Row b belongs to sample b modulo the number of samples (guidance stacks batches).
+        """
+        if not self.dropout or not self.training:
+            return None
+        if self.keys.samples is None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("an adapter with dropout trains outside adapter_rng")
+            return None
+        samples = self.keys.samples[torch.arange(x.shape[0], device=x.device) % self.keys.samples.shape[0]]
+        return (samples ^ self.dropout_key).reshape(-1, 1)
+
+    def module_mask(self, x: Tensor) -> Tensor | None:
+        """1 for the samples of ``x`` [B, ...] that keep this adapter, 0 for the others, [B, 1, ...]; None: all do."""
+        key = self.samples(x)
+        if key is None or self.dropout.module == 0:
+            return None
+        return keep(key, 1, self.dropout.module, MODULE).reshape(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
+
+
+class LoraLayer(AdapterLayer):
     """down [rank, in, *kernel] drawn uniformly within 1/sqrt(fan in), up [out, rank, *ones] zero; so it starts neutral.
 
     The draw is Kaiming's with a = sqrt(5), from a stream of its own: order of creation and device do not matter.
     others: further linears on the same input; the rows of up are then those of all of them, one below the other.
     """
 
-    dropout_key: Tensor
+    kind = "lora"
+    faster = frozenset({"up"})
+    factors = ("up",)
+    alpha: float
 
     def __init__(
         self,
@@ -69,40 +173,68 @@ class LoraLayer(nn.Module):
         rng: Rng,
         others: Sequence[nn.Module] = (),
     ) -> None:
-        super().__init__()
+        device = base_device(base)
+        super().__init__(dropout, keys, rng, device)
         down_shape, up_shape = factor_shapes(base, rank)
         self.rows = (up_shape[0], *(factor_shapes(each, rank)[1][0] for each in others))
         up_shape = (sum(self.rows), *up_shape[1:])
-        device = base_device(base)
         bound = 1 / math.sqrt(math.prod(down_shape[1:]))
         drawn = rng.uniform(down_shape).mul_(2 * bound).sub_(bound)
         self.down = nn.Parameter(drawn.to(device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(up_shape, device=device, dtype=dtype))
-        self.rank, self.alpha, self.dropout, self.keys = rank, float(alpha), dropout, keys
+        self.rank, self.alpha = rank, float(alpha)
         self.scale = self.alpha / rank
-        if dropout:
-            key = torch.tensor(rng.child("dropout").key(), dtype=torch.int64, device=device)
-            self.register_buffer("dropout_key", key, persistent=False)
 
     def set_strength(self, strength: float) -> None:
-        """1 is the adapter as trained, 0 is exactly the base model."""
+        super().set_strength(strength)
         self.scale = strength * self.alpha / self.rank
+
+    @property
+    def settings(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}"
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        down, ups = self.down.detach(), torch.split(self.up.detach(), list(self.rows))
+        if len(ups) == 1:
+            return [{"down": down, "up": ups[0], **self.fixed()}]
+        return [{"down": down.clone(), "up": up.clone(), **self.fixed()} for up in ups]
+
+    def load(self, members: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+        for parts, name, rows in zip(members, names, torch.split(self.up.data, list(self.rows)), strict=True):
+            if not torch.equal(parts["down"], members[0]["down"]):
+                raise UsageError(f"{name} has an adapter of its own, this network one for {', '.join(names)}")
+            copy_into(rows, parts["up"], f"{name}.up")
+        copy_into(self.down, members[0]["down"], f"{names[0]}.down")
+
+    def start(self, stored: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> None:
+        first, down = next((name, parts["down"].float()) for name, parts in stored.items())
+        if down.shape[0] != self.rank:
+            raise UsageError(
+                f"the file has rank {down.shape[0]} at {first}, the configuration {self.rank}",
+                where="network.init_from",
+                fix='set network.rank to "from_file"',
+            )
+        if not all(torch.equal(parts["down"].float(), down) for parts in stored.values()):
+            raise UsageError(
+                f"the file has separate adapters inside {', '.join(names)}, the configuration has one for all",
+                where="network.init_from",
+                fix="set network.split_fused to true",
+            )
+        copy_into(self.down, down, f"{first}.down")
+        for name, rows in zip(names, torch.split(self.up.data, list(self.rows)), strict=True):
+            if name in stored:
+                copy_into(rows, self.rescaled(stored[name], name)["up"], f"{name}.up")
 
     def mid_mask(self, x: Tensor) -> Tensor | None:
         """Factor on the down activation of `x` [B, ..., in]: broadcastable to [B, ..., rank]; None without dropout.
 
         A draw depends on the layer, the sample, the step and the position alone: recomputation, another batch size and
-        a resumed run see the same. Row b belongs to sample b modulo the number of samples (guidance stacks batches).
+        a resumed run see the same.
         """
-        if not self.dropout or not self.training:
-            return None
-        if self.keys.samples is None:
-            if torch.is_grad_enabled():
-                raise RuntimeError("an adapter with dropout trains outside adapter_rng")
+        key = self.samples(x)
+        if key is None:
             return None
         middle = x.shape[1:-1]
-        samples = self.keys.samples[torch.arange(x.shape[0], device=x.device) % self.keys.samples.shape[0]]
-        key = (samples ^ self.dropout_key).reshape(-1, 1)
         ones = (1,) * len(middle)
         mask: Tensor | None = None
         for rate, salt, shape, rescale in (
@@ -116,8 +248,7 @@ class LoraLayer(nn.Module):
                 mask = factor if mask is None else mask * factor
         return mask
 
-    def parts(self) -> list[LoraLayer | LoraPart]:
-        """What each linear computes with: the layer itself, or its share of the rows."""
+    def parts(self) -> Sequence[LoraLayer | LoraPart]:
         if len(self.rows) == 1:
             return [self]
         starts = accumulate(self.rows, initial=0)
@@ -162,6 +293,16 @@ def _mix(value: Tensor) -> Tensor:
     value = (value ^ (value >> 15)) * 0x2C1B3C6D & LOW32
     value = (value ^ (value >> 12)) * 0x297A2D39 & LOW32
     return value ^ (value >> 15)
+
+
+def copy_into(parameter: Tensor, value: Tensor, name: str) -> None:
+    """Set a parameter's value, or that of some of its rows, in place. UsageError: other numbers of rows or columns."""
+    if value.numel() != parameter.numel() or value.shape[:2] != parameter.shape[:2]:
+        raise UsageError(
+            f"{name} has shape {list(value.shape)}, the model wants {list(parameter.shape)}",
+            why="the adapter was trained for another model",
+        )
+    parameter.data.copy_(value.reshape(parameter.shape))
 
 
 # --- base modules -----------------------------------------------------------------------------------------------------

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, modules_of
-from tuner.core.adapters.layers import Dropout, DropoutKeys, Injection, LoraLayer, eject, inject, is_adaptable
+from tuner.core.adapters.formats import key_maps, modules_of, parts_of
+from tuner.core.adapters.layers import (
+    AdapterLayer,
+    Dropout,
+    DropoutKeys,
+    Injection,
+    LoraLayer,
+    eject,
+    inject,
+    is_adaptable,
+)
+from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.adapters.targets import Target, join_fused, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.errors import UsageError
@@ -26,20 +36,67 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class LoraNetwork(nn.Module):
+class AdapterNetwork(TrainedNetwork):
     """The layers of a network by `component:module path`, in the order of the modules."""
 
-    def __init__(self, targets: Sequence[Target], layers: Sequence[LoraLayer], keys: DropoutKeys) -> None:
+    def __init__(self, targets: Sequence[Target], layers: Sequence[AdapterLayer], keys: DropoutKeys) -> None:
         super().__init__()
         self.targets = tuple(targets)
         self.layers = nn.ModuleList(layers)
         self.dropout_keys = keys
         self.injections: list[Injection] = []
 
-    def items(self) -> Iterator[tuple[Target, LoraLayer]]:
+    def items(self) -> Iterator[tuple[Target, AdapterLayer]]:
         for target, layer in zip(self.targets, self.layers, strict=True):
-            assert isinstance(layer, LoraLayer)
+            assert isinstance(layer, AdapterLayer)
             yield target, layer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`component:path.part` of every module; live, except for linears that share an adapter: copies of shares."""
+        return {
+            f"{target.component}:{path}.{part}": value
+            for target, layer in self.items()
+            for path, parts in zip(target.paths, layer.tensors(), strict=True)
+            for part, value in parts.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        wanted = set(self.tensors())
+        for names, what in ((wanted - set(tensors), "lack"), (set(tensors) - wanted, "do not belong:")):
+            if names:
+                listed = ", ".join(sorted(names)[:3])
+                raise UsageError(f"the tensors {what} {listed}", why=f"{len(names)} names differ from this network")
+        for target, layer in self.items():
+            keys = [f"{target.component}:{path}" for path in target.paths]
+            members = [
+                {part: tensors[f"{key}.{part}"] for part in own} for key, own in zip(keys, layer.tensors(), strict=True)
+            ]
+            for key, parts in zip(keys, members, strict=True):
+                for part, value in layer.fixed().items():
+                    if not torch.equal(parts[part].float().cpu(), value):
+                        raise UsageError(f"{key} has {part} {float(parts[part]):g}, this network {float(value):g}")
+            layer.load(members, keys)
+
+    def rows(self) -> Iterator[AdapterRow]:
+        for target, layer in self.items():
+            sizes = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
+            settings = layer.settings
+            yield AdapterRow(
+                component=target.component, kind=target.path, modules=1, settings=settings, parameters=sizes
+            )
+
+    def set_strength(self, strength: float) -> None:
+        super().set_strength(strength)
+        for _, layer in self.items():
+            layer.set_strength(strength)
+
+    def draw(self, keys: Tensor | None) -> Tensor | None:
+        before, self.dropout_keys.samples = self.dropout_keys.samples, keys
+        return before
+
+    @property
+    def draws(self) -> bool:
+        return any(layer.dropout for _, layer in self.items())
 
 
 def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
@@ -75,7 +132,7 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
         )
         for target in targets
     ]
-    module = LoraNetwork(targets, layers, keys)
+    module = AdapterNetwork(targets, layers, keys)
     module.injections = [
         inject(modules[target.component][path], part)
         for target, layer in zip(targets, layers, strict=True)
@@ -95,13 +152,13 @@ def adaptable_modules(component: nn.Module) -> dict[str, nn.Module]:
 def detach(network: Network) -> None:
     """Take the adapter out of the model, which then computes as before `inject_lora`."""
     module = network.module
-    assert isinstance(module, LoraNetwork)
+    assert isinstance(module, AdapterNetwork)
     for record in reversed(module.injections):
         eject(record)
     module.injections = []
 
 
-def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
+def param_groups(module: AdapterNetwork, *, split_up: bool) -> list[ParamGroup]:
     """Groups by component in order; inside it those of the learning-rate rules first, then the rest.
 
     `split_up` separates down from up matrices, so that the latter can learn faster (LoRA+, Hayou et al. 2024). The
@@ -115,14 +172,22 @@ def param_groups(module: LoraNetwork, *, split_up: bool) -> list[ParamGroup]:
             members = [(target, layer) for target, layer in inside if target.group == rule]
             lr = members[0][0].lr
             name = component if rule is None else f"{component} {rule}"
-            downs = {f"{target.key}.down": layer.down for target, layer in members}
-            ups = {f"{target.key}.up": layer.up for target, layer in members}
+            down, up = _params(members, faster=False), _params(members, faster=True)
             if split_up:
-                groups.append(ParamGroup(name=name, component=component, params=downs, lr=lr, role="down"))
-                groups.append(ParamGroup(name=f"{name} up", component=component, params=ups, lr=lr, role="up"))
+                groups.append(ParamGroup(name=name, component=component, params=down, lr=lr, role="down"))
+                groups.append(ParamGroup(name=f"{name} up", component=component, params=up, lr=lr, role="up"))
             else:
-                groups.append(ParamGroup(name=name, component=component, params=downs | ups, lr=lr))
+                groups.append(ParamGroup(name=name, component=component, params=down | up, lr=lr))
     return groups
+
+
+def _params(members: Sequence[tuple[Target, AdapterLayer]], *, faster: bool) -> dict[str, nn.Parameter]:
+    return {
+        f"{target.key}.{part}": value
+        for target, layer in members
+        for part, value in layer.named_parameters()
+        if (part in layer.faster) == faster
+    }
 
 
 def _component(models: Models, name: str) -> nn.Module:
@@ -197,36 +262,19 @@ def _require_training(stored: Sequence[tuple[str, str]], modules: Mapping[str, M
             raise UsageError(f"the model has no module {path} in {component}", where="network.init_from")
 
 
-def _fill(module: LoraNetwork, start: Mapping[str, Tensor]) -> None:
+def _fill(module: AdapterNetwork, start: Mapping[str, Tensor]) -> None:
     """Copy the file's matrices in; ups are rescaled where the alphas differ, so that the start acts as the file."""
     stored = set(modules_of(start))
     used: set[tuple[str, str]] = set()
     fresh = 0
     for target, layer in module.items():
-        keys = {path: f"{target.component}:{path}" for path in target.paths if (target.component, path) in stored}
-        used |= {(target.component, path) for path in keys}
-        if not keys:
+        found = [path for path in target.paths if (target.component, path) in stored]
+        used |= {(target.component, path) for path in found}
+        if not found:
             fresh += 1
             continue
-        first = next(iter(keys.values()))
-        down = start[f"{first}.down"].float()
-        if down.shape[0] != layer.rank:
-            raise UsageError(
-                f"the file has rank {down.shape[0]} at {first}, the configuration {layer.rank}",
-                where="network.init_from",
-                fix='set network.rank to "from_file"',
-            )
-        if not all(torch.equal(start[f"{key}.down"].float(), down) for key in keys.values()):
-            raise UsageError(
-                f"the file has separate adapters inside {target.key}, the configuration has one for all",
-                where="network.init_from",
-                fix="set network.split_fused to true",
-            )
-        copy_into(layer.down, down, f"{target.key}.down")
-        for path, rows in zip(target.paths, torch.split(layer.up.data, list(layer.rows)), strict=True):
-            if path in keys:
-                up = start[f"{keys[path]}.up"].float() * (float(start[f"{keys[path]}.alpha"]) / layer.alpha)
-                copy_into(rows, up, f"{keys[path]}.up")
+        members = {f"{target.component}:{path}": parts_of(start, target.component, path) for path in found}
+        layer.start(members, [f"{target.component}:{path}" for path in target.paths])
     for component, path in stored - used:
         raise UsageError(
             f"the file adapts {component}:{path}, the configuration does not",
@@ -241,13 +289,3 @@ def _same_down(start: Mapping[str, Tensor], first: Target, other: Target) -> boo
     """Whether a file gives two linears the same down matrix, as it does for the members of one adapter."""
     downs = [start[f"{target.component}:{target.path}.down"] for target in (first, other)]
     return torch.equal(*downs)
-
-
-def copy_into(parameter: Tensor, value: Tensor, name: str) -> None:
-    """Set a parameter's value, or that of some of its rows, in place. UsageError: other numbers of rows or columns."""
-    if value.numel() != parameter.numel() or value.shape[:2] != parameter.shape[:2]:
-        raise UsageError(
-            f"{name} has shape {list(value.shape)}, the model wants {list(parameter.shape)}",
-            why="the adapter was trained for another model",
-        )
-    parameter.data.copy_(value.reshape(parameter.shape))

@@ -250,8 +250,8 @@ class Trainer:
     def _announce(self) -> None:
         for row in adapter_summary(self.network):
             log.info(
-                "%s %s: %d modules, rank %d, alpha %g, %s parameters",
-                row.component, row.kind, row.modules, row.rank, row.alpha, f"{row.parameters:,}",
+                "%s %s: %d modules, %s, %s parameters",
+                row.component, row.kind, row.modules, row.settings, f"{row.parameters:,}",
             )  # fmt: skip
         log.info("trainable parameters: %s", f"{count_parameters(self.network):,}")
         for message in self._doubts():
