@@ -31,10 +31,10 @@ def delta_weight(tensors: Any, key: str) -> Any:
     """alpha / rank * up down of one module of an adapter's internal tensors, [out, in] float32."""
     import torch
 
-    from tuner.core.adapters.convert import merged_weight
+    from tuner.core.adapters.deltas import merged_weight
 
-    down, up = tensors[f"{key}.down"], tensors[f"{key}.up"]
-    return merged_weight(torch.zeros(up.shape[0], down[0].numel()), down, up, float(tensors[f"{key}.alpha"]))
+    parts = {part: tensors[f"{key}.{part}"] for part in ("down", "up", "alpha")}
+    return merged_weight(torch.zeros(parts["up"].shape[0], parts["down"][0].numel()), parts)
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.core.adapters.toy import FACTS, MAPS, PATHS
-from tuner.core.adapters.convert import convert_adapter, merged_weight
+from tuner.core.adapters.convert import convert_adapter
+from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import decode_adapter, encode_adapter, format_by_name, key_maps, module_name
@@ -44,7 +45,7 @@ def same_effect(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 def update(tensors: dict[str, Tensor], key: str) -> Tensor:
     """What the adapter adds to the weights of one module."""
     down, up, alpha = (tensors[f"{key}.{part}"] for part in ("down", "up", "alpha"))
-    return merged_weight(torch.zeros(len(up), down.shape[1]), down, up, float(alpha))
+    return merged_weight(torch.zeros(len(up), down.shape[1]), {"down": down, "up": up, "alpha": alpha})
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
-from tuner.core.adapters.convert import merged_weight
+from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.files import save_adapter
+from tuner.core.adapters.formats import parts_of
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import (
     adapter_rng,
@@ -67,9 +68,8 @@ def test_the_adapted_model_equals_the_merged_model() -> None:
     tensors = network_tensors(network)
     for key in {name.rpartition(".")[0] for name in tensors}:
         module = merged.denoiser.get_submodule(key.partition(":")[2])
-        module.weight.data = merged_weight(
-            module.weight, tensors[f"{key}.down"], tensors[f"{key}.up"], float(tensors[f"{key}.alpha"])
-        )
+        parts = parts_of(tensors, *key.split(":"))
+        module.weight.data = merged_weight(module.weight, parts)
     torch.testing.assert_close(run(models), run(merged), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(run(models), run(toy_models()), atol=1e-2)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tests.helpers import golden, golden_path
 from tests.plugins.anima.golden_models import golden_models, place, predict
-from tuner.core.adapters.convert import convert_adapter, merged_weight
+from tuner.core.adapters.convert import convert_adapter
+from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import format_by_name
@@ -126,7 +127,7 @@ def test_merged_weights_equal_the_reference(models: Models) -> None:
         component, path = place(match[2])
         weight = models.component(component).get_submodule(path).weight
         down, up, alpha = (tensors[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
-        close(merged_weight(weight, down, up, float(alpha), float(match[1])), want, 1e-6)
+        close(merged_weight(weight, {"down": down, "up": up, "alpha": alpha}, float(match[1])), want, 1e-6)
 
 
 def test_the_default_format_folds_alpha_and_starts_another_run_with_the_same_prediction(

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tests.fixtures.tiny_flux import full_sizes, sizes_of
 from tests.helpers import delta_weight, golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
-from tuner.core.adapters.convert import convert_adapter, merged_weight
+from tuner.core.adapters.convert import convert_adapter
+from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
@@ -91,7 +92,9 @@ def test_merging_changes_the_weights_as_recorded():
     weights = dict(golden_denoiser().named_parameters())
     for component, path in modules_of(adapter):
         down, up, alpha = (adapter[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
-        weights[f"{path}.weight"] = merged_weight(weights[f"{path}.weight"].data, down, up, float(alpha), 0.8)
+        weights[f"{path}.weight"] = merged_weight(
+            weights[f"{path}.weight"].data, {"down": down, "up": up, "alpha": alpha}, 0.8
+        )
     merged = original_tensors(weights)
     for name, wanted in golden("flux/lora_merged_bfl.safetensors").items():
         assert (merged[name] - wanted).abs().max() < PARITY, name

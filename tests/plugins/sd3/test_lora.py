@@ -12,7 +12,8 @@ import torch
 from tests.fixtures.tiny_parts import clip_shapes, t5_shapes
 from tests.helpers import delta_weight
 from tests.plugins.sd3.golden_models import golden_case, golden_file
-from tuner.core.adapters.convert import convert_adapter, merged_weight
+from tuner.core.adapters.convert import convert_adapter
+from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
 from tuner.core.adapters.lora import inject_lora
@@ -88,7 +89,7 @@ def test_merged_matrices_are_the_recorded_ones(flavour):
     for name, expected in golden_case(flavour, "lora_merged_some").items():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         down, up, alpha = (lora[f"{key}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
-        merged = merged_weight(weights[name].float(), down, up, float(alpha))
+        merged = merged_weight(weights[name].float(), {"down": down, "up": up, "alpha": alpha})
         torch.testing.assert_close(merged, expected, rtol=0, atol=TOLERANCE)
 
 

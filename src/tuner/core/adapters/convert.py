@@ -1,12 +1,10 @@
-"""Rewriting an adapter file in another format, and adding an adapter to the weights it was trained on."""
+"""Rewriting an adapter file in another format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import PEFT_METADATA, format_by_name, modules_of
@@ -43,14 +41,3 @@ def convert_adapter(
     return Conversion(
         source_format=read.format, format=fmt.name, modules=len(modules_of(read.tensors)), path=destination
     )
-
-
-def merged_weight(weight: Tensor, down: Tensor, up: Tensor, alpha: float, multiplier: float = 1.0) -> Tensor:
-    """W + multiplier * alpha / rank * up down, in float32, back in the dtype of W.
-
-    weight [out, in] or [out, in, kh, kw]; down [rank, in, ...], up [out, rank, ...].
-    """
-    rank = down.shape[0]
-    product = up.float().reshape(up.shape[0], rank) @ down.float().reshape(rank, -1)
-    merged = weight.float() + (multiplier * alpha / rank) * product.reshape(weight.shape)
-    return merged.to(weight.dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MethodType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from tuner.core.compute.linear import adapted_forward
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
+
+if TYPE_CHECKING:
+    from tuner.core.adapters.targets import Target
 
 ELEMENT, COMPONENT, MODULE = 1, 2, 3
 """What a dropout draw decides about: keeps the three draws of one sample apart."""
@@ -48,6 +51,17 @@ class DropoutKeys:
     """Keys of the samples of the running step, int64 [samples], shared by all layers; None outside `adapter_rng`."""
 
     samples: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """What layers are made with, beside their own settings. dtype: of the parameters."""
+
+    dropout: Dropout
+    keys: DropoutKeys
+    dtype: torch.dtype
+    device: torch.device
+    rng: Rng
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -81,6 +95,21 @@ class AdapterLayer(nn.Module, ABC):
     @abstractmethod
     def settings(self) -> str:
         """What distinguishes this layer from another of its kind, for a line of the log."""
+
+    @property
+    def scale(self) -> float:
+        """0 means that the layer is not there; a low-rank layer has its factor alpha / rank in it."""
+        return self.strength
+
+    def adapt(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """The output with the adapter: x [..., in] is what ``base`` got, y [..., out] what it made of it."""
+        change = self.change(x, y, base)
+        mask = self.module_mask(x)
+        return y + (change if mask is None else change * mask).to(y.dtype)
+
+    def change(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """What the adapter adds to ``y`` at its strength."""
+        raise TypeError(f"{type(self).__name__} is not computed from outputs")
 
     def parts(self) -> Sequence[object]:
         """What each module computes with (the attribute ``adapter``): the layer itself, or its share of the rows."""
@@ -183,11 +212,10 @@ class LoraLayer(AdapterLayer):
         self.down = nn.Parameter(drawn.to(device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(up_shape, device=device, dtype=dtype))
         self.rank, self.alpha = rank, float(alpha)
-        self.scale = self.alpha / rank
 
-    def set_strength(self, strength: float) -> None:
-        super().set_strength(strength)
-        self.scale = strength * self.alpha / self.rank
+    @property
+    def scale(self) -> float:
+        return self.strength * self.alpha / self.rank
 
     @property
     def settings(self) -> str:
@@ -326,6 +354,17 @@ def factor_shapes(base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[in
     return (rank, sizes.in_features), (sizes.out_features, rank)
 
 
+def only_linear(base: nn.Module, target: Target, kind: str) -> nn.Linear:
+    """``base`` as a linear. UsageError for a convolution, which kinds other than lora and full do not adapt."""
+    if isinstance(base, nn.Conv2d):
+        raise UsageError(
+            f"{target.key} is a convolution, which network.type {kind!r} cannot adapt",
+            where="network",
+            fix="exclude it by network.exclude, or use network.type 'lora' or 'full'",
+        )
+    return cast("nn.Linear", base)
+
+
 def base_device(base: nn.Module) -> torch.device:
     tensor: Tensor | None = next(base.parameters(), None)
     if tensor is None:
@@ -373,9 +412,12 @@ def eject(record: Injection) -> None:
 def _adapted_convolution(base: nn.Conv2d, x: Tensor) -> Tensor:
     """`forward` of an adapted convolution: [B, in, H, W] -> [B, out, H', W']."""
     y: Tensor = base.base_forward(x)  # type: ignore[operator]
-    layer: LoraLayer = base.adapter  # type: ignore[assignment]
+    layer: Any = base.adapter
     if layer.scale == 0.0:
         return y
+    if not isinstance(layer, LoraLayer):
+        adapted: Tensor = layer.adapt(x, y, base)
+        return adapted
     mid = F.conv2d(x, layer.down.to(x.dtype), None, base.stride, base.padding, base.dilation)
     mask = layer.mid_mask(mid.permute(0, 2, 3, 1))
     if mask is not None:

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings of kinds that are no low-rank factors, as `NetworkConfig` explains them."""
+
+    factor: int = -1
+    full_matrix: bool = False
+    decompose_both: bool = False
+    block_size: int = 32
+    constraint: float = 0.0
+    on_input: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One module to adapt. `lr` None: the component's rate. `group`: the pattern of the rule that set `lr`.
 
@@ -37,6 +49,8 @@ class Target:
     lr: float | None = None
     group: str | None = None
     members: tuple[str, ...] = ()
+    kind: str = "lora"
+    options: Options = Options()
 
     @property
     def paths(self) -> tuple[str, ...]:
