@@ -21,6 +21,7 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
     found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_ema(config), *_extensions(config)]
     found.extend(_memory(config))
+    found.extend(_optimizer(config))
     found.extend(quantize_problems(config))
     return as_errors(found, raw)
 
@@ -169,6 +170,23 @@ def _ema(config: RunConfig) -> Iterator[Problem]:
     if not (config.checkpoint.save_ema or config.ema.feedback or seen):
         fix = "set checkpoint.save_ema, or take ema out"
         yield ("ema", "enabled"), "has no effect: the average is neither saved nor looked at", fix
+
+
+def _optimizer(config: RunConfig) -> Iterator[Problem]:
+    optimizer, train = config.optimizer, config.train
+    if optimizer.fuse != "off":
+        if train.accumulate > 1:
+            fix = "set train.accumulate to 1"
+            yield ("optimizer", "fuse"), "every backward pass would be an update of its own", fix
+        if train.clip_grad is not None and train.clip_grad.norm is not None:
+            fix = 'set train.clip_grad to null, or to {"value": 1.0}'
+            yield ("optimizer", "fuse"), "the norm of all gradients is known only after the updates", fix
+    sizes = {size for each in config.data.sets for size in each.batch_size or ()}
+    if optimizer.lr_scale != "none" and sizes - {train.batch_size}:
+        fix = "set train.batch_size, and no batch_size in data.sets"
+        yield ("optimizer", "lr_scale"), "updates have several sizes, because sets name their own batch_size", fix
+    if optimizer.lr_scale != "none" and train.batch_size * train.accumulate == 1:
+        yield Unused(("optimizer", "lr_scale"), "has no effect: every update has one sample", "take it out")
 
 
 def _memory(config: RunConfig) -> Iterator[Problem]:

@@ -50,6 +50,19 @@ class OptimizerConfig(Section):
     """Learning rates by parameter name; the first match wins, also over the network's own rules."""
     loraplus: LoraPlus | None = None
     """LoRA+ ratios."""
+    lr_scale: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply every rate by the samples of an update (``train.batch_size`` times ``train.accumulate``), or by the
+    square root of that."""
+    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
+    """How weights that train in bfloat16 are rounded after an update, which is computed in float32. ``nearest`` leaves
+    it to the optimizer and loses changes below 1/256 of a weight. ``stochastic`` rounds up or down with chances that
+    are right on average. ``kahan`` keeps what was lost in two more bytes per value."""
+    fuse: Literal["off", "parameter", "block"] = "off"
+    """Update during the backward pass and free each gradient at once: of every parameter by itself, or of a block of
+    the denoiser together. Gradients then take next to no memory. Not with accumulation, nor with a limit on their
+    norm."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory between updates."""
 
 
 class SchedulePiece(Section):
@@ -64,6 +77,11 @@ class SchedulePiece(Section):
 class ScheduleConfig(Section):
     """Factor on every learning rate, by update."""
 
+    class_: str | None = Field(None, alias="class")
+    """A scheduler of torch, or with the same interface, by import path; instead of ``name``. It sees updates, not
+    epochs."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``class``."""
     name: Literal[
         "constant",
         "constant_with_warmup",
@@ -101,8 +119,10 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
-        used = _USED[self.name]
+        used = {"class_", "args"} if self.class_ else _USED[self.name]
         for name in sorted(changed_keys(self) - {"name"}):
+            if name not in used and self.class_:
+                raise ValueError(f"{name} is not used with a class")
             if name not in used:
                 raise ValueError(f"{name} is not used by the schedule {self.name!r}")
         for name in _NEEDED.get(self.name, ()):

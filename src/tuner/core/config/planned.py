@@ -66,12 +66,6 @@ PLANNED: Mapping[str, str] = {
     "network.lycoris": "LyCORIS adapters",
     "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
-    "optimizer.fuse": "updates inside the backward pass",
-    "optimizer.lr_scale": "rates scaled by the batch",
-    "optimizer.offload": "optimizer state in host memory",
-    "optimizer.rounding": "stochastic rounding",
-    "schedule.args": "schedules by import path",
-    "schedule.class": "schedules by import path",
     # training, arithmetic, memory
     "train.freeze": "freezing by pattern",
     "train.stop_component_at": "stopping a component early",

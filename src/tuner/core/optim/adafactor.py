@@ -8,14 +8,16 @@ differ: ``relative_step`` and ``scale_parameter`` are off unless asked for, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuner.core.optim.base import ParameterWise
 
-class Adafactor(torch.optim.Optimizer):
+
+class Adafactor(ParameterWise):
     """State per matrix: one row and one column vector; per vector: one of its size; ``exp_avg`` only with ``beta1``.
 
     eps: (added to squared gradients, lowest parameter scale). clip_threshold: largest root mean square of an update.
@@ -54,39 +56,21 @@ class Adafactor(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        gradient = gradient.float()
+        if not state:
+            _start(state, gradient, group["beta1"] is not None)
+        state["step"] += 1
+        weights = parameter.float()
+        rate = _rate(weights, state["step"], group)
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _update(parameter, parameter.grad.float(), self.state[parameter], group)
-        return loss
-
-
-def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    if not state:
-        _start(state, gradient, group["beta1"] is not None)
-    state["step"] += 1
-    weights = parameter.float()
-    rate = _rate(weights, state["step"], group)
-
-    keep = 1.0 - math.pow(state["step"], group["decay_rate"])
-    direction = gradient * _inverse_root(state, gradient**2 + group["eps"][0], keep)
-    direction /= (_rms(direction) / group["clip_threshold"]).clamp(min=1.0)
-    direction *= rate
-    if group["beta1"] is not None:
-        direction = state["exp_avg"].lerp_(direction, 1.0 - group["beta1"])
-    parameter.copy_(weights * (1.0 - group["weight_decay"] * rate) - direction)
+        keep = 1.0 - math.pow(state["step"], group["decay_rate"])
+        direction = gradient * _inverse_root(state, gradient**2 + group["eps"][0], keep)
+        direction /= (_rms(direction) / group["clip_threshold"]).clamp(min=1.0)
+        direction *= rate
+        if group["beta1"] is not None:
+            direction = state["exp_avg"].lerp_(direction, 1.0 - group["beta1"])
+        parameter.copy_(weights * (1.0 - group["weight_decay"] * rate) - direction)
 
 
 def _start(state: dict[str, Any], gradient: Tensor, momentum: bool) -> None:

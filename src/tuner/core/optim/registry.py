@@ -7,12 +7,9 @@ import path of a class. Whatever it is, it is called like a torch optimizer: ``(
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,8 @@ import torch
 
 from tuner.core.errors import UsageError
 from tuner.core.optim.groups import torch_groups
+from tuner.core.optim.imports import import_class
+from tuner.core.optim.names import BUILTIN
 from tuner.core.optim.state import is_schedule_free
 
 if TYPE_CHECKING:
@@ -35,28 +34,10 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Device kinds for which torch has a fused AdamW."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A built-in name. package: what to install when ``module`` is not there. own_rate: it scales lr by an estimate
-    of its own, so all groups must share one rate near 1."""
-
-    module: str
-    attribute: str
-    package: str | None = None
-    own_rate: bool = False
-
-
-BUILTIN = {
-    "adamw": Entry("torch.optim", "AdamW"),
-    "adamw8bit": Entry("bitsandbytes.optim", "AdamW8bit", package="bitsandbytes"),
-    "adafactor": Entry("tuner.core.optim.adafactor", "Adafactor"),
-    "prodigy": Entry("prodigyopt", "Prodigy", package="prodigyopt", own_rate=True),
-    "lion": Entry("tuner.core.optim.lion", "Lion"),
-    "adamw_schedulefree": Entry("schedulefree", "AdamWScheduleFree", package="schedulefree"),
-    "sgd": Entry("torch.optim", "SGD"),
+NOT_OFFERED = {
+    "sdnq": "its optimizers quantize the weights they train; use one of the 8-bit optimizers",
 }
-
-PLANNED = {"adamw_bf16": "it needs rounding that this version does not have; use adamw, which keeps float32 adapters"}
+"""Beginnings of names that people know from elsewhere, and what to do instead."""
 
 _registered: dict[str, Factory] = {}
 
@@ -79,16 +60,22 @@ def build_optimizer(
     param_groups: Sequence[ParamGroup],
     device: torch.device | str,
     text_components: Collection[str] = (),
+    *,
+    scale: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a run, with one torch group per rate. See `torch_groups` for the rates.
+    """The optimizer of a run, with one torch group per rate. See `torch_groups` for the rates, which ``scale``
+    multiplies.
 
     Raises UsageError for an unknown name, a missing package, or an option that the optimizer does not take.
     """
     groups = torch_groups(config, param_groups, text_components)
+    for group in groups:
+        group["lr"] *= scale
+        group["base_lr"] *= scale
     factory = find_factory(config.name)
     entry = BUILTIN.get(config.name.lower())
     options = _options(config, factory)
-    if entry is not None and entry.attribute == "AdamW":
+    if entry is not None and (entry.module, entry.attribute) == ("torch.optim", "AdamW"):
         options |= _fused(options, torch.device(device))
     if entry is not None and entry.own_rate:
         _check_own_rate(config, groups)
@@ -109,15 +96,25 @@ def check_optimizer(config: OptimizerConfig) -> None:
     _options(config, find_factory(config.name))
 
 
+def is_separate(name: str) -> bool:
+    """Whether ``optimizer.name`` updates every parameter by itself; False when that is not known."""
+    entry = BUILTIN.get(name.lower())
+    return entry is not None and entry.separate
+
+
 def find_factory(name: str) -> Factory:
     """What ``optimizer.name`` stands for; imports its package. Import paths are case-sensitive, names are not."""
     if "." in name:
         module, _, attribute = name.rpartition(".")
-        return _import(name, module, attribute, module.partition(".")[0])
+        found: Factory = import_class(f"the optimizer {name!r}", module, attribute, where="optimizer.name")
+        return found
     key = name.lower()
     if key in BUILTIN:
         entry = BUILTIN[key]
-        return _import(name, entry.module, entry.attribute, entry.package)
+        named: Factory = import_class(
+            f"the optimizer {name!r}", entry.module, entry.attribute, where="optimizer.name", package=entry.package
+        )
+        return named
     if key in _registered:
         return _registered[key]
     for point in entry_points(group=ENTRY_POINTS):
@@ -125,51 +122,15 @@ def find_factory(name: str) -> Factory:
             factory: Factory = point.load()
             return factory
     names = optimizer_names()
-    near = difflib.get_close_matches(key, names, 1)
+    # Of equally close names, one that begins alike is meant.
+    near = sorted(difflib.get_close_matches(key, names, 3), key=lambda each: each[:1] != key[:1])
+    not_offered = next((why for start, why in NOT_OFFERED.items() if key.startswith(start)), None)
     raise UsageError(
         f"no optimizer is called {name!r}",
         where="optimizer.name",
-        why=PLANNED.get(key) or f"there are {', '.join(names)}, and import paths such as package.module.Class",
-        fix=f"did you mean {near[0]!r}?" if near and key not in PLANNED else None,
+        why=not_offered or f"there are {', '.join(names)}, and import paths such as package.module.Class",
+        fix=f"did you mean {near[0]!r}?" if near and not not_offered else None,
     )
-
-
-def _import(name: str, module: str, attribute: str, package: str | None) -> Factory:
-    top = module.partition(".")[0]
-    try:
-        loaded = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise UsageError(
-                f"the optimizer {name!r} cannot be imported", where="optimizer.name", why=f"{module}: {error}"
-            ) from error
-        found = _installed(top)
-        raise UsageError(
-            f"the optimizer {name!r} needs the package {package or top}, which "
-            + (f"has no module {module}" if found else "is not installed"),
-            where="optimizer.name",
-            fix="check the import path" if found else f"pip install {package or top}",
-        ) from error
-    except ImportError as error:
-        raise UsageError(
-            f"the optimizer {name!r} cannot be imported", where="optimizer.name", why=f"{module}: {error}"
-        ) from error
-    factory: Factory | None = getattr(loaded, attribute, None)
-    if factory is None:
-        near = difflib.get_close_matches(attribute, dir(loaded), 1)
-        raise UsageError(
-            f"the module {module} has no {attribute!r}",
-            where="optimizer.name",
-            fix=f"did you mean {module}.{near[0]}?" if near else None,
-        )
-    return factory
-
-
-def _installed(top: str) -> bool:
-    try:
-        return importlib.util.find_spec(top) is not None
-    except ValueError:  # sys.modules says that it is not to be imported
-        return False
 
 
 def _options(config: OptimizerConfig, factory: Factory) -> dict[str, Any]:
@@ -182,6 +143,8 @@ def _options(config: OptimizerConfig, factory: Factory) -> dict[str, Any]:
         if key not in known and not free:
             raise UsageError(f"the optimizer {config.name!r} takes no {key}", where=f"optimizer.{key}",
                              why=f"it takes {', '.join(known)}")  # fmt: skip
+    entry = BUILTIN.get(config.name.lower())
+    fixed = dict(entry.fixed) if entry is not None else {}
     for key in config.args:
         where = f"optimizer.args.{key}"
         if key == "lr" or key in named:
@@ -192,7 +155,7 @@ def _options(config: OptimizerConfig, factory: Factory) -> dict[str, Any]:
                              why=f"it takes {', '.join(known)}",
                              fix=f"did you mean {near[0]!r}?" if near else None)  # fmt: skip
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
-    return named | args
+    return fixed | named | args
 
 
 def _fused(options: dict[str, Any], device: torch.device) -> dict[str, bool]:

@@ -6,16 +6,19 @@ bghira/SimpleTuner's. n is the update from 0, W the warm-up, T the planned total
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from tuner.core.config import steps_of
 from tuner.core.errors import UsageError
+from tuner.core.optim.imports import import_class
 from tuner.core.optim.state import is_schedule_free
 
 if TYPE_CHECKING:
-    import torch
-
     from tuner.core.config import ScheduleConfig
 
 POLYNOMIAL_END = 1e-7
@@ -101,27 +104,33 @@ def _piece(config: ScheduleConfig, step: int, total: int) -> float:
 class LrSchedule:
     """Writes the rates of an optimizer's groups: ``base_lr`` times the factor of the step.
 
-    total: planned updates of the whole run. Holds no state, so a resumed run calls ``set`` with its step and is right.
-    Raises UsageError when the floor is not below a base rate, when phases do not fit into the run, or when a
-    schedule-free optimizer is given a curve that it would fight against.
+    total: planned updates of the whole run. Holds no state that a run must keep: a resumed run calls ``set`` with its
+    step and is right. Raises UsageError when the floor is not below a base rate, when phases do not fit into the run,
+    when a schedule-free optimizer is given a curve that it would fight against, or when a class cannot be used.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, total: int) -> None:
         self.optimizer, self.config, self.total = optimizer, config, total
         self.base_lrs = [float(group.get("base_lr", group["lr"])) for group in optimizer.param_groups]
         self._check()
+        self._others = _Others(config, self.base_lrs) if config.class_ else None
 
     def set(self, step: int) -> None:
         """Set the rates for update ``step``, counted from 0."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * lr_factor(self.config, step, self.total, base)
+        if self._others is not None:
+            rates = self._others.rates(step)
+        else:
+            rates = [base * lr_factor(self.config, step, self.total, base) for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _check(self) -> None:
         config = self.config
-        if is_schedule_free(self.optimizer) and config.name not in ("constant", "constant_with_warmup"):
+        flat = config.class_ is None and config.name in ("constant", "constant_with_warmup")
+        if is_schedule_free(self.optimizer) and not flat:
             raise UsageError(
-                f"a schedule-free optimizer cannot follow the schedule {config.name!r}",
-                where="schedule.name",
+                f"a schedule-free optimizer cannot follow the schedule {config.class_ or config.name!r}",
+                where="schedule.class" if config.class_ else "schedule.name",
                 why="it replaces the decay by averaging",
                 fix="use constant, or constant_with_warmup",
             )
@@ -141,3 +150,32 @@ class LrSchedule:
                 where="schedule.warmup",
                 fix="shorten them, or give them as shares such as '5%'",
             )
+
+
+class _Others:
+    """A torch scheduler beside a stand-in for the optimizer. It is replayed from the first update on when a run goes
+    on, so nothing of it needs to be saved."""
+
+    def __init__(self, config: ScheduleConfig, base_lrs: Sequence[float]) -> None:
+        assert config.class_ is not None
+        module, _, attribute = config.class_.rpartition(".")
+        what = f"the schedule {config.class_!r}"
+        if not module:
+            raise UsageError(f"{what} is no import path", where="schedule.class", fix="package.module.Class")
+        factory = import_class(what, module, attribute, where="schedule.class")
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in base_lrs]
+        self._stand_in = torch.optim.SGD(groups)
+        try:
+            self._scheduler = factory(self._stand_in, **config.args)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{what} refuses its settings", where="schedule.args", why=str(error)) from error
+        if "metrics" in inspect.signature(self._scheduler.step).parameters:
+            raise UsageError(f"{what} follows a measured value, which updates do not have", where="schedule.class")
+        self._step = 0
+
+    def rates(self, step: int) -> list[float]:
+        while self._step < step:
+            self._stand_in.step()
+            self._scheduler.step()
+            self._step += 1
+        return [float(group["lr"]) for group in self._stand_in.param_groups]

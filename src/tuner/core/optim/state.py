@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tuner.core.errors import UsageError
 
@@ -108,6 +110,8 @@ def _pack(values: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]) ->
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if is_traceable_wrapper_subclass(value):
+        return {"wrapper": _encode_wrapper(value, path, tensors)}
     if isinstance(value, Tensor):
         # a copy: the caller may write the file while training goes on
         tensors[path] = value.detach().cpu().clone().contiguous()
@@ -116,6 +120,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, torch.Size):
+        value = tuple(value)
     if isinstance(value, tuple | list):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_encode(each, f"{path}/{index}", tensors) for index, each in enumerate(value)]}
@@ -125,6 +131,32 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         why=f"its state {path} is a {type(value).__name__}; only tensors and plain values are stored",
         fix="choose another optimizer, or set checkpoint.state to 'none'",
     )
+
+
+def _encode_wrapper(value: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A tensor that is made of others, such as one in 8 bits with its scales."""
+    names, context = value.__tensor_flatten__()
+    kind = type(value)
+    return {
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "parts": {name: _encode(getattr(value, name), f"{path}.{name}", tensors) for name in names},
+        "context": _encode(context, f"{path}.context", tensors),
+        "size": list(value.size()),
+        "stride": list(value.stride()),
+    }
+
+
+def _decode_wrapper(
+    value: Mapping[str, Any], tensors: Mapping[str, Tensor], used: set[str], device: torch.device
+) -> Any:
+    module, _, name = value["class"].partition(":")
+    if module.partition(".")[0] != "torchao":
+        # A checkpoint must not be able to have anything imported.
+        raise _differs(f"it holds a {value['class']}, which is not restored")
+    kind = getattr(importlib.import_module(module), name)
+    parts = {key: _decode(part, tensors, used, device) for key, part in value["parts"].items()}
+    context = _decode(value["context"], tensors, used, device)
+    return kind.__tensor_unflatten__(parts, context, torch.Size(value["size"]), tuple(value["stride"]))
 
 
 def _unpack(
@@ -144,6 +176,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], used: set[str], device: t
         return tensor if value["cpu"] else tensor.to(device)
     if "float" in value:
         return float(value["float"])
+    if "wrapper" in value:
+        return _decode_wrapper(value["wrapper"], tensors, used, device)
     kind, items = next(iter(value.items()))
     decoded = [_decode(each, tensors, used, device) for each in items]
     return tuple(decoded) if kind == "tuple" else decoded

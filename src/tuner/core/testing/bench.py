@@ -20,6 +20,7 @@ from tuner.core.track.events import read_events
 from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.run import train
 from tuner.core.train.step import TrainStep
+from tuner.core.train.updates import build_update, rate_scale
 from tuner.core.types import Batch, Item, ModelFacts, Models, Network, TextEmbeds
 
 CAPTIONS = ("a red dog on grass", "", "two green birds, a blue wall, and a long story about what they see there")
@@ -176,7 +177,11 @@ class Bench:
         """The update of a training; called again with one step number it draws the same noise."""
         config, live = run.config, live_components(run)
         optimizer = build_optimizer(
-            config.optimizer, network.param_groups, torch.device("cpu"), run.facts.text_components
+            config.optimizer,
+            network.param_groups,
+            torch.device("cpu"),
+            run.facts.text_components,
+            scale=rate_scale(config),
         )
         return TrainStep(
             model=run.model,
@@ -186,6 +191,7 @@ class Bench:
             config=config,
             device=torch.device("cpu"),
             live_text=live,
+            update=build_update(config, optimizer, network, run.facts),
             total=1000,
             empty=EmptyCaption(
                 config.guidance,

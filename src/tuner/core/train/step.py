@@ -13,6 +13,7 @@ from torch import Tensor
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, guided_target, loss_weight, reduce_loss, sigmas_from_draws, stratify
+from tuner.core.optim import FusedUpdate, Update
 from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
 from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
@@ -51,11 +52,12 @@ class TrainStep:
         live_text: Collection[str],
         total: int,
         empty: EmptyCaption,
+        update: Update | FusedUpdate,
         ema: Ema | None = None,
     ) -> None:
         self.model, self.models, self.network, self.optimizer = model, models, network, optimizer
         self.config, self.device, self.live_text = config, device, tuple(live_text)
-        self.total, self.empty, self.ema = total, empty, ema
+        self.total, self.empty, self.ema, self.update = total, empty, ema, update
         self.parameters = [parameter for group in network.param_groups for parameter in group.params.values()]
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -65,6 +67,8 @@ class TrainStep:
         loss or gradient that is not finite, before the optimizer has touched a weight.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.update, FusedUpdate):
+            return self._fused(step, batches, self.update)
         samples = sum(len(batch.items) for batch in batches)
         seen: list[tuple[Batch, Tensor, Tensor]] = []
         draws = [StepDraws(self.config.train.seed, step, batch.items) for batch in batches]
@@ -83,10 +87,33 @@ class TrainStep:
                 why="the update was not applied; the last checkpoint is intact",
                 fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
             )
-        self.optimizer.step()
+        self.update(step)
         if self.ema is not None:
             self.ema.update(step)
         return StepResult(loss, grad_norm, samples)
+
+    def _fused(self, step: int, batches: Sequence[Batch], update: FusedUpdate) -> StepResult:
+        """The same with updates inside the backward pass, so that only the loss can be looked at before them."""
+        [batch] = batches
+        own = StepDraws(self.config.train.seed, step, batch.items)
+        [levels] = self._levels([own])
+        with adapter_rng(self.network, self.config.train.seed, step, batch.items):
+            losses, sigmas = self.losses(batch, own, levels, step, 0)
+            loss = float(losses.detach().mean())
+            if not math.isfinite(loss):
+                raise _not_finite(step, [(batch, losses.detach(), sigmas)])
+            with update.during(step):
+                torch.autograd.backward(losses.mean())
+        grad_norm = float(update.norm())
+        if not math.isfinite(grad_norm):
+            raise UsageError(
+                f"the gradient is not finite at step {step}",
+                why="updates were part of the backward pass, so weights have changed; the last checkpoint is intact",
+                fix="go on from it with a lower optimizer.lr, or run once with precision.compute fp32",
+            )
+        if self.ema is not None:
+            self.ema.update(step)
+        return StepResult(loss, grad_norm, len(batch.items))
 
     def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
         """(normal, uniform) draws [B] of the noise levels, one pair per micro-batch.

@@ -38,6 +38,7 @@ from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.state import RunState, check_continues, next_position
 from tuner.core.train.step import TrainStep
+from tuner.core.train.updates import build_update, rate_scale
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
 
@@ -73,8 +74,13 @@ class Trainer:
         prepare_blocks(self.models, self.network, self.config, self.facts, device)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
-            self.config.optimizer, self.network.param_groups, device, self.facts.text_components
+            self.config.optimizer,
+            self.network.param_groups,
+            device,
+            self.facts.text_components,
+            scale=rate_scale(self.config),
         )
+        self.update = build_update(self.config, self.optimizer, self.network, self.facts)
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
@@ -133,6 +139,7 @@ class Trainer:
                 models=self.models,
                 network=self.network,
                 optimizer=self.optimizer,
+                update=self.update,
                 config=config,
                 device=self.device,
                 live_text=self.caches.live_text,

@@ -1,0 +1,87 @@
+"""The optimizers that have a name: where each comes from, and what is known about how it works."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """module, attribute: the class. package: what to install when ``module`` is not there.
+
+    separate: a parameter's update depends on nothing but its own gradient and state, so parameters can be updated one
+    after the other, during the backward pass for instance. own_rate: it scales lr by an estimate of its own, so all
+    groups must share one rate near 1. bytes: of state per value of a large float32 matrix; with "rows" the state is
+    smaller than that of a vector per row and column. fixed: arguments that make the name what it is.
+    """
+
+    module: str
+    attribute: str
+    package: str | None = None
+    separate: bool = False
+    own_rate: bool = False
+    bytes: float = 8
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _bitsandbytes(attribute: str, state: float) -> Entry:
+    return Entry(module="bitsandbytes.optim", attribute=attribute, package="bitsandbytes", separate=True, bytes=state)
+
+
+def _dadaptation(attribute: str, state: float) -> Entry:
+    return Entry(module="dadaptation", attribute=attribute, package="dadaptation", own_rate=True, bytes=state)
+
+
+def _schedule_free(attribute: str, state: float) -> Entry:
+    return Entry(module="schedulefree", attribute=attribute, package="schedulefree", bytes=state)
+
+
+BUILTIN: Mapping[str, Entry] = {
+    "adamw": Entry(module="torch.optim", attribute="AdamW", separate=True),
+    "adamw_bf16": Entry(module="tuner.core.optim.adamw_bf16", attribute="AdamWBf16", separate=True, bytes=4),
+    "adafactor": Entry(module="tuner.core.optim.adafactor", attribute="Adafactor", separate=True, bytes=0.01),
+    "lion": Entry(module="tuner.core.optim.lion", attribute="Lion", separate=True, bytes=4),
+    "muon": Entry(module="tuner.core.optim.muon", attribute="Muon", separate=True, bytes=4),
+    "radam": Entry(module="torch.optim", attribute="RAdam", separate=True),
+    "sgd": Entry(module="torch.optim", attribute="SGD", separate=True, bytes=0),
+    "sgd_nesterov": Entry(
+        module="torch.optim", attribute="SGD", separate=True, bytes=4, fixed={"momentum": 0.9, "nesterov": True}
+    ),
+    # Rates that find themselves.
+    "prodigy": Entry(module="prodigyopt", attribute="Prodigy", package="prodigyopt", own_rate=True, bytes=16),
+    "dadapt_adam": _dadaptation("DAdaptAdam", 12),
+    "dadapt_adan": _dadaptation("DAdaptAdan", 20),
+    "dadapt_adagrad": _dadaptation("DAdaptAdaGrad", 12),
+    "dadapt_lion": _dadaptation("DAdaptLion", 8),
+    "dadapt_sgd": _dadaptation("DAdaptSGD", 8),
+    # No schedule.
+    "adamw_schedulefree": _schedule_free("AdamWScheduleFree", 8),
+    "radam_schedulefree": _schedule_free("RAdamScheduleFree", 8),
+    "sgd_schedulefree": _schedule_free("SGDScheduleFree", 4),
+    # State in 8 bits, or paged to host memory by the driver.
+    "adagrad8bit": _bitsandbytes("Adagrad8bit", 1),
+    "adamw8bit": _bitsandbytes("AdamW8bit", 2),
+    "ademamix": _bitsandbytes("AdEMAMix", 12),
+    "ademamix8bit": _bitsandbytes("AdEMAMix8bit", 3),
+    "lion8bit": _bitsandbytes("Lion8bit", 1),
+    "sgd8bit": _bitsandbytes("SGD8bit", 1),
+    "paged_adamw": _bitsandbytes("PagedAdamW", 8),
+    "paged_adamw8bit": _bitsandbytes("PagedAdamW8bit", 2),
+    "paged_ademamix": _bitsandbytes("PagedAdEMAMix", 12),
+    "paged_ademamix8bit": _bitsandbytes("PagedAdEMAMix8bit", 3),
+    "paged_lion": _bitsandbytes("PagedLion", 4),
+    "paged_lion8bit": _bitsandbytes("PagedLion8bit", 1),
+    "ao_adamw8bit": Entry(module="torchao.optim", attribute="AdamW8bit", package="torchao", bytes=2),
+    "ao_adamw4bit": Entry(module="torchao.optim", attribute="AdamW4bit", package="torchao", bytes=1),
+    "ao_adamwfp8": Entry(module="torchao.optim", attribute="AdamWFp8", package="torchao", bytes=2),
+    # Others that people ask for, from packages that are kept up.
+    "adan": Entry(module="optimi", attribute="Adan", package="torch-optimi", bytes=16),
+    "ranger": Entry(module="optimi", attribute="Ranger", package="torch-optimi", bytes=12),
+    "stableadamw": Entry(module="optimi", attribute="StableAdamW", package="torch-optimi", bytes=8),
+    "came": Entry(module="pytorch_optimizer", attribute="CAME", package="pytorch-optimizer", bytes=4),
+    "soap": Entry(module="pytorch_optimizer", attribute="SOAP", package="pytorch-optimizer", bytes=24),
+}
+"""A schedule-free optimizer, one that estimates its rate, and one whose package counts steps for all parameters at once
+is not ``separate``; neither is one whose package does not say."""

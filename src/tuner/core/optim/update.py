@@ -1,0 +1,229 @@
+"""Applying an optimizer: all parameters at once, some after the other, or during the backward pass.
+
+The optimizer itself knows nothing of it. Around its step, weights in bfloat16 become float32 and are rounded back, and
+its state comes from host memory and goes there again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.core.errors import UsageError
+from tuner.core.optim.registry import is_separate
+from tuner.core.optim.rounding import fresh_generator, round_kahan, round_stochastic
+from tuner.core.optim.state import is_schedule_free
+
+if TYPE_CHECKING:
+    from tuner.core.config import OptimizerConfig
+
+CHUNK_BYTES = 1 << 28
+"""Float32 copies of weights, and state on loan from host memory, that exist at one time."""
+REST = "kahan"
+"""Name of the state that Kahan rounding adds: what the bfloat16 weight lacks."""
+
+
+class Update:
+    """One update of the parameters that have a gradient. names: all trained parameters, by a name that is stable.
+
+    Raises UsageError when what is asked for has no effect on these parameters, or cannot work with the optimizer.
+    """
+
+    def __init__(
+        self, config: OptimizerConfig, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], seed: int
+    ) -> None:
+        self.optimizer, self.seed = optimizer, seed
+        self.rounding, self.offload = config.rounding, config.offload
+        self.separate = is_separate(config.name)
+        self.name_of = {parameter: name for name, parameter in names.items()}
+        self.group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        self._check(config)
+
+    def _check(self, config: OptimizerConfig) -> None:
+        trained = [parameter for parameter in self.group_of if parameter.requires_grad]
+        if config.rounding != "nearest":
+            if all(parameter.dtype == torch.float32 for parameter in trained):
+                raise UsageError(
+                    f"{config.rounding} rounding has no effect",
+                    where="optimizer.rounding",
+                    why="everything that trains is kept in float32",
+                    fix="take it out",
+                )
+            if is_schedule_free(self.optimizer):
+                raise _cannot(config, "rounding", "it switches between two kinds of weights by itself")
+        for key, wanted in (("fuse", config.fuse != "off"), ("offload", config.offload)):
+            if wanted and not self.separate:
+                raise _cannot(config, key, "it is not known to update every parameter by itself")
+
+    def __call__(self, step: int) -> None:
+        """Update number ``step``, counted from 1."""
+        if self.rounding == "nearest" and not self.offload:
+            self.optimizer.step()
+            return
+        with_gradient = [parameter for parameter in self.group_of if parameter.grad is not None]
+        for chunk in self._chunks(with_gradient):
+            self.apply(chunk, step)
+
+    def apply(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """Update these parameters alone; their gradients are gone afterwards if they had to be converted."""
+        with torch.no_grad(), self._only(parameters), self._state_here(parameters):
+            kept = [parameter.data for parameter in parameters]
+            convert = [self.rounding != "nearest" and data.dtype == torch.bfloat16 for data in kept]
+            for parameter, data, converted in zip(parameters, kept, convert, strict=True):
+                if converted:
+                    self._to_float32(parameter, data)
+            self.optimizer.step()
+            for parameter, data, converted in zip(parameters, kept, convert, strict=True):
+                if converted:
+                    self._round_back(parameter, data, step)
+
+    def _to_float32(self, parameter: nn.Parameter, data: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        weights = data.float()
+        rest = self.optimizer.state[parameter].pop(REST, None) if parameter in self.optimizer.state else None
+        if rest is not None:
+            weights += rest
+        parameter.data = weights
+        assert gradient is not None
+        parameter.grad = gradient.float()
+
+    def _round_back(self, parameter: nn.Parameter, data: Tensor, step: int) -> None:
+        weights, parameter.grad = parameter.data, None
+        parameter.data = data
+        if self.rounding == "kahan":
+            rounded, self.optimizer.state[parameter][REST] = round_kahan(weights)
+        else:
+            generator = fresh_generator(data.device, self.seed, step, self.name_of[parameter])
+            rounded = round_stochastic(weights, generator)
+        data.copy_(rounded)
+
+    def _chunks(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        """So many parameters at a time that their copies stay small; all at once when they cannot be separated."""
+        chunk: list[nn.Parameter] = []
+        size = 0
+        for parameter in parameters:
+            more = 4 * parameter.numel()
+            if chunk and self.separate and size + more > CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(parameter)
+            size += more
+        if chunk:
+            yield chunk
+
+    @contextmanager
+    def _only(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """The optimizer sees these parameters and no others, in their own groups."""
+        if not self.separate:
+            yield
+            return
+        everything = self.optimizer.param_groups
+        groups: dict[int, dict[str, Any]] = {}
+        chosen: dict[int, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            group = self.group_of[parameter]
+            groups[id(group)] = group
+            chosen.setdefault(id(group), []).append(parameter)
+        before = {key: group["params"] for key, group in groups.items()}
+        for key, group in groups.items():
+            group["params"] = chosen[key]
+        self.optimizer.param_groups = list(groups.values())
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups = everything
+            for key, group in groups.items():
+                group["params"] = before[key]
+
+    @contextmanager
+    def _state_here(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Bring state that lives in host memory to the parameters' device for the time being."""
+        if not self.offload:
+            yield
+            return
+        self._move(parameters, lambda parameter: parameter.device)
+        yield
+        self._move(parameters, lambda parameter: torch.device("cpu"))
+
+    def _move(self, parameters: Sequence[nn.Parameter], place: Callable[[nn.Parameter], torch.device]) -> None:
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                # Counters stay where the optimizer put them.
+                if isinstance(value, Tensor) and value.ndim:
+                    state[key] = value.to(place(parameter))
+
+
+class FusedUpdate:
+    """Updates parameters during the backward pass, as soon as their gradients are there, and frees these.
+
+    units: parameters that are updated together, by names; every other parameter is updated by itself. One backward pass
+    makes one update. clip_value: largest absolute value of a gradient's element, or None.
+    """
+
+    def __init__(
+        self, update: Update, units: Sequence[Sequence[nn.Parameter]], *, clip_value: float | None = None
+    ) -> None:
+        self.update, self.clip_value = update, clip_value
+        single: dict[nn.Parameter, Sequence[nn.Parameter]] = {each: (each,) for each in update.group_of}
+        self._unit = single | {parameter: unit for unit in units for parameter in unit}
+        self._waiting: dict[int, int] = {}
+        self._squares: list[Tensor] = []
+        self._step: int | None = None
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in update.group_of
+        ]  # fmt: skip
+
+    @contextmanager
+    def during(self, step: int) -> Iterator[None]:
+        """Around the backward pass of update ``step``; what has got no gradient by then stays as it is."""
+        self._step, self._waiting, self._squares = step, {}, []
+        try:
+            yield
+            for parameter, unit in self._unit.items():
+                if parameter.grad is not None:
+                    self._apply([each for each in unit if each.grad is not None])
+        finally:
+            self._step = None
+
+    def norm(self) -> Tensor:
+        """Norm of all gradients of the last update, before they were limited."""
+        return torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if self._step is None:
+            return
+        assert isinstance(parameter, nn.Parameter)
+        unit = self._unit[parameter]
+        left = self._waiting.get(id(unit), len(unit)) - 1
+        self._waiting[id(unit)] = left
+        if left == 0:
+            self._apply(unit)
+
+    def _apply(self, parameters: Sequence[nn.Parameter]) -> None:
+        assert self._step is not None
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._squares.append(parameter.grad.float().square().sum())
+            if self.clip_value is not None:
+                parameter.grad.clamp_(-self.clip_value, self.clip_value)
+        self.update.apply(parameters, self._step)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _cannot(config: OptimizerConfig, key: str, why: str) -> UsageError:
+    return UsageError(
+        f"the optimizer {config.name!r} cannot be used with optimizer.{key}",
+        where=f"optimizer.{key}",
+        why=why,
+        fix=f"take optimizer.{key} out, or choose another optimizer, such as adamw, adamw_bf16, adafactor or lion",
+    )

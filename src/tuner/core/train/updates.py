@@ -1,0 +1,56 @@
+"""How the optimizer of a run is applied, from its configuration and the facts of the model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tuner.core.optim import FusedUpdate, Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tuner.core.config import RunConfig
+    from tuner.core.types import ModelFacts, Network
+
+
+def rate_scale(config: RunConfig) -> float:
+    """Factor of ``optimizer.lr_scale`` on every rate."""
+    samples = config.train.batch_size * config.train.accumulate
+    return {"none": 1.0, "linear": float(samples), "sqrt": math.sqrt(samples)}[config.optimizer.lr_scale]
+
+
+def build_update(
+    config: RunConfig, optimizer: torch.optim.Optimizer, network: Network, facts: ModelFacts
+) -> Update | FusedUpdate:
+    """What moves the weights in every step. UsageError for what cannot work with the optimizer or has no effect."""
+    groups = network.param_groups
+    names = {name: parameter for group in groups for name, parameter in group.params.items()}
+    update = Update(config.optimizer, optimizer, names, config.train.seed)
+    if config.optimizer.fuse == "off":
+        return update
+    clip = config.train.clip_grad
+    units = _blocks(network, facts, update.group_of) if config.optimizer.fuse == "block" else []
+    return FusedUpdate(update, units, clip_value=clip.value if clip else None)
+
+
+def _blocks(network: Network, facts: ModelFacts, trained: object) -> list[list[nn.Parameter]]:
+    """The trained parameters of each block of the denoiser."""
+    assert isinstance(trained, dict)
+    units: dict[str, list[nn.Parameter]] = {}
+    for group in network.param_groups:
+        if group.component != "denoiser":
+            continue
+        for name, parameter in group.params.items():
+            block = _block_of(name.rpartition(":")[2], facts)
+            if block is not None and parameter in trained:
+                units.setdefault(block, []).append(parameter)
+    return list(units.values())
+
+
+def _block_of(path: str, facts: ModelFacts) -> str | None:
+    for blocks in facts.block_lists:
+        if path.startswith(f"{blocks.path}."):
+            return f"{blocks.path}.{path.removeprefix(f'{blocks.path}.').partition('.')[0]}"
+    return None
