@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tuner.core.costs import CostRules
     from tuner.core.files import TensorInfo
 
 API_VERSION = (1, 0)
@@ -305,7 +306,7 @@ class ModelFacts:
     ``compute.modulation_cache.modulations`` around its blocks.
     no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
     what this model cannot do, and why: the text of the refusal. Names: a component (training it), or ``quantize.`` with
-    a method.
+    a method. costs: what ``tuner plan`` calculates with; None: no plan for this model.
     """
 
     family: str
@@ -347,7 +348,9 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    counts}; called by checks only, so it may import a tokenizer library.
+    costs: CostRules | None = None
+    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a published
+    model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     """
 
     name: str
@@ -370,5 +373,6 @@ class ExtensionPlugin:
     api: tuple[int, int]
     hooks: str
 
+    public: str | None = None
 
 ComponentFiles = Mapping[str, "Sequence[Path]"]
