@@ -242,6 +242,11 @@ class NoiseDefaults:
     truncate: bool = False
 
 
+COMFYUI_KINDS = ("lora", "dora", "loha", "lokr", "oft", "boft", "full", "norms")
+"""What ComfyUI loads under the names of LyCORIS."""
+LYCORIS_KINDS = (*COMFYUI_KINDS, "ia3")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFormat:
     """How one file format spells adapter tensors. A key is prefix + module path (renamed, joined) + suffix.
@@ -253,7 +258,9 @@ class KeyFormat:
     read_prefixes: further prefixes accepted when reading.
     fused: component to (group, module path of its joint matrix): the path is written as a replacement for the group's
     ``parent``. exchange: component to patterns of modules whose two halves of rows stand in the other order; they act
-    only where there are twice as many rows as columns.
+    only where there are twice as many rows as columns. kinds: kinds of adapters that the format's readers know, as in
+    ``network.type``, and ``norms``; parts other than the two matrices are called the same everywhere. lengths: suffix
+    of a DoRA's lengths. numbered: rotations are stored part by part of a joint matrix, with a number behind the suffix.
     """
 
     name: str
@@ -262,6 +269,9 @@ class KeyFormat:
     down: str
     up: str
     alpha: str | None = None
+    kinds: tuple[str, ...] = ("lora", "dora")
+    lengths: str = ".dora_scale"
+    numbered: bool = False
     rename: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[Fused, str], ...]] = field(default_factory=dict)
@@ -338,6 +348,7 @@ class ModelFacts:
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     no_quantize: tuple[str, ...] = OUTER_LAYERS
     capabilities: Mapping[str, str] = field(default_factory=dict)
+    costs: CostRules | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,7 +359,6 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    costs: CostRules | None = None
     counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a published
     model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     """
@@ -363,6 +373,7 @@ class ModelPlugin:
     presets: str | None = None
     key_maps: str | None = None
     count_tokens: str | None = None
+    public: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,6 +384,5 @@ class ExtensionPlugin:
     api: tuple[int, int]
     hooks: str
 
-    public: str | None = None
 
 ComponentFiles = Mapping[str, "Sequence[Path]"]

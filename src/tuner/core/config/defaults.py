@@ -12,7 +12,7 @@ from tuner.core.config.checks import as_errors
 from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
-from tuner.core.config.network import NetworkConfig
+from tuner.core.config.network import NetworkConfig, has_rank
 from tuner.core.config.quantize import unknown_quantized
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
@@ -38,7 +38,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         name: precision.compute if name in config.train.components else frozen_text for name in facts.text_components
     }
     alpha = config.network.alpha
-    if alpha is None and isinstance(config.network.rank, int) and config.network.rank > 0:
+    if alpha is None and has_rank(config.network) and isinstance(config.network.rank, int) and config.network.rank > 0:
         alpha = float(config.network.rank)
     return _with(
         config,
