@@ -245,6 +245,8 @@ class NoiseDefaults:
 COMFYUI_KINDS = ("lora", "dora", "loha", "lokr", "oft", "boft", "full", "norms")
 """What ComfyUI loads under the names of LyCORIS."""
 LYCORIS_KINDS = (*COMFYUI_KINDS, "ia3")
+JOINT_KINDS = ("lora", "dora", "full")
+"""What can be stored for a joint matrix when its projections were trained apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

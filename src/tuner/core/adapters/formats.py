@@ -150,7 +150,7 @@ def encode_adapter(
 
 def _suffixed(parts: Mapping[str, Tensor], fmt: KeyFormat, name: str) -> dict[str, Tensor]:
     """One module of a file by the suffixes of its keys, without the cast."""
-    kind = kind_of(parts)
+    kind = "oft" if "oft_blocks.0" in parts else kind_of(parts)
     if kind not in fmt.kinds:
         raise UsageError(
             f"the format {fmt.name} cannot hold a {kind} adapter",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, modules_of, parts_of
+from tuner.core.adapters.formats import key_maps, module_name, modules_of, parts_of
 from tuner.core.adapters.kinds import KINDS, rank_of
 from tuner.core.adapters.layers import (
     AdapterLayer,
@@ -116,7 +116,7 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
             module.requires_grad_(False)
     network = config.network
     start = _read_start(network, facts)
-    norms = {name: norm_modules(_component(models, name), facts) for name in modules} if network.train_norms else {}
+    norms = {name: norm_modules(models, name, facts) for name in modules} if network.train_norms else {}
     if network.rank == "from_file":
         targets = _targets_of_file(start, modules, norms, network)
         if network.type in LOW_RANK and not network.split_fused:
@@ -166,10 +166,12 @@ def _layers(
     return layers
 
 
-def norm_modules(component: nn.Module, facts: ModelFacts) -> dict[str, nn.Module]:
-    """Module path inside the component to every norm with a weight that adapter files have a name for."""
-    found = {path: module for path, module in component.named_modules() if is_norm(module)}
-    known = {path for paths in key_maps(facts).paths([f"{path}." for path in found]).values() for path in paths}
+def norm_modules(models: Models, name: str, facts: ModelFacts) -> dict[str, nn.Module]:
+    """Module path inside the component ``name`` to every norm with a weight that adapter files have a name for."""
+    found = {path: module for path, module in _component(models, name).named_modules() if is_norm(module)}
+    maps = key_maps(facts)
+    keys = [f"{module_name(fmt, name, path)}{fmt.up}" for fmt in maps.formats if name in fmt.prefixes for path in found]
+    known = set(maps.paths(keys).get(name, ()))
     return {path: module for path, module in found.items() if path in known}
 
 
@@ -185,6 +187,23 @@ def detach(network: Network) -> None:
     for record in reversed(module.injections):
         eject(record)
     module.injections = []
+
+
+def with_own_alphas(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file with the same updates and the alphas of ``network``: formats without alpha have none to keep.
+
+    Modules that the network does not have stay as they are.
+    """
+    module = network.module
+    assert isinstance(module, AdapterNetwork)
+    layers = {(target.component, path): layer for target, layer in module.items() for path in target.paths}
+    found: dict[str, Tensor] = {}
+    for component, path in modules_of(tensors):
+        key, layer, parts = f"{component}:{path}", layers.get((component, path)), parts_of(tensors, component, path)
+        if layer is not None and kind_of(parts) == layer.kind:
+            parts = layer.rescaled(parts, key)
+        found |= {f"{key}.{part}": value for part, value in parts.items()}
+    return found
 
 
 def param_groups(module: AdapterNetwork, *, split_up: bool) -> list[ParamGroup]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, modules_of
-from tuner.core.adapters.network import load_network_tensors, network_tensors
+from tuner.core.adapters.formats import key_maps
+from tuner.core.adapters.lora import with_own_alphas
+from tuner.core.adapters.network import load_network_tensors
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import is_schedule_free
@@ -44,16 +45,8 @@ def ema_path(path: Path) -> Path:
 def start_average(ema: Ema, network: Network, facts: ModelFacts, path: Path) -> None:
     """Set the average to the adapter in ``path``. UsageError when that is not exactly this network's shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
-    tensors = dict(read_adapter(path, key_maps(facts)).tensors)
-    own = network_tensors(network)
-    for component, module in modules_of(tensors):
-        key = f"{component}:{module}"
-        alpha = own.get(f"{key}.alpha")
-        if alpha is not None:
-            # Formats without alpha carry it in the matrices.
-            tensors[f"{key}.up"] = tensors[f"{key}.up"].float() * (float(tensors[f"{key}.alpha"]) / float(alpha))
-            tensors[f"{key}.alpha"] = alpha
     try:
+        tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)
         load_network_tensors(network, tensors)
         ema.take()
     except UsageError as error:
