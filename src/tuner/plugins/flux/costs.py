@@ -59,12 +59,22 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
     return CostRules(
         blocks=(
             BlockCost(
-                path="transformer_blocks", first=0, count=sizes.blocks, layers=double, other=2 * heads + _biases(double),
-                attention=attention, levels=_levels(DOUBLE, width),
+                path="transformer_blocks",
+                first=0,
+                count=sizes.blocks,
+                layers=double,
+                other=2 * heads + _biases(double),
+                attention=attention,
+                levels=_levels(DOUBLE, width),
             ),
             BlockCost(
-                path="single_transformer_blocks", first=0, count=sizes.singles, layers=single,
-                other=heads + _biases(single), attention=attention, levels=_levels(SINGLE, width),
+                path="single_transformer_blocks",
+                first=0,
+                count=sizes.singles,
+                layers=single,
+                other=heads + _biases(single),
+                attention=attention,
+                levels=_levels(SINGLE, width),
             ),
         ),
         outer=_outer(sizes),
@@ -72,7 +82,7 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
         token=TOKEN,
         text_rows=text_rows,
         parts=parts,
-    )  # fmt: skip
+    )
 
 
 def _levels(table: Amounts, width: int) -> dict[str, LevelCost]:
