@@ -338,7 +338,7 @@ def test_streamed_and_recomputed_blocks_give_the_same_bits(name: str, recompute:
         assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("name", ["dora", "lokr", "boft", "full with norms"])
+@pytest.mark.parametrize("name", ["dora", "lokr", "full with norms"])
 def test_a_compiled_block_is_one_graph_with_the_same_numbers(name: str) -> None:
     models, network = build(name)
     randomize(network)
