@@ -49,7 +49,8 @@ def clip_cost(sizes: ClipSizes) -> PartCost:
     one |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     layers = _repeated("text_model.encoder.layers", sizes.layers, one)
     others = (sizes.vocab + sizes.positions) * width + sizes.layers * (9 * width + hidden) + 2 * width
-    return _encoder(layers, others + (sizes.projection or 0) * width, work=2 * hidden + 6 * width)
+    # Without a projection in the file the module has one that changes nothing.
+    return _encoder(layers, others + (sizes.projection or width) * width, work=2 * hidden + 6 * width)
 
 
 def autoencoder_cost(header: Mapping[str, TensorInfo] | None = None) -> PartCost:

@@ -78,7 +78,8 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
             ),
         ),
         outer=_outer(sizes),
-        outer_other=_biases(_outer(sizes)) + (sizes.approximator.layers * width if sizes.approximator else 0),
+        outer_other=_biases(_outer(sizes))
+        + (sizes.approximator.layers * sizes.approximator.width if sizes.approximator else 0),
         token=TOKEN,
         text_rows=text_rows,
         parts=parts,
