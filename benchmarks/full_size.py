@@ -2,7 +2,8 @@
 
 Writes a synthetic set of weight files of the real sizes (28 blocks and adapter in bfloat16, 0.6B text encoder, image
 autoencoder; random weights, about 6 GB) and one captioned picture, runs ``tuner train`` on it for one step at 256x256
-in a process of its own, reports that process's peak resident memory, and removes the files.
+in a process of its own, reports that process's peak resident memory beside what ``tuner plan`` predicts, and removes
+the files.
 
     python -m benchmarks.full_size [--dir FOLDER] [--limit-gb 20] [--json]
 """
@@ -59,6 +60,7 @@ def main() -> int:
 def measure(folder: Path) -> dict[str, Any]:
     """Make the files, then train one step in a child process, which tells its own peak memory."""
     config = write_files(folder)
+    predicted = predicted_host(config)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     started = time.monotonic()
     child = subprocess.run([sys.executable, "-c", RUN, str(config)], stdout=subprocess.PIPE, text=True, check=False)
@@ -69,7 +71,19 @@ def measure(folder: Path) -> dict[str, Any]:
         "files_gb": round(size / 1e9, 2),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_gb": round(peak / 1e9, 2),
+        "predicted_gb": round(predicted / 1e9, 2),
+        "prediction_error": f"{predicted / peak - 1:+.1%}" if peak else "no peak was measured",
     }
+
+
+def predicted_host(config: Path) -> float:
+    """Bytes of host memory that the plan of this configuration expects on a CPU."""
+    from tuner.core.config import load_config
+    from tuner.core.plan.devices import CPU
+    from tuner.core.plan.plan import predict
+    from tuner.core.plan.prepare import prepare
+
+    return predict(*prepare(load_config(config)), CPU).host
 
 
 def write_files(folder: Path) -> Path:

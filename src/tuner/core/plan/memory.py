@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tuner.core.costs import BlockCost, CostRules
     from tuner.core.types import ModelFacts
 
-PROCESS = {"cpu": 0.5e9, "cuda": 1.5e9}
+PROCESS = {"cpu": 0.45e9, "cuda": 1.5e9}
 """Host memory of the program itself: Python, torch and, for a GPU, its libraries."""
 OPTIMIZER_CHUNK = 1 << 28
 """Bytes of float32 copies while weights in bfloat16 are updated; as in `tuner.core.optim.update`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tuner.core.costs import CostRules, Layer
@@ -57,5 +57,6 @@ def _sizes(name: str, module: nn.Module, parameters: int, layers: Mapping[str, L
         except AttributeError:
             yield f"costs name {path} in {name}, which is not there"
             continue
-        if getattr(own, "weight", None) is None or own.weight.numel() != layer.size:
+        weight = getattr(own, "weight", None)
+        if not isinstance(weight, Tensor) or weight.numel() != layer.size:
             yield f"costs give {path} in {name} {layer.rows} x {layer.columns} values"

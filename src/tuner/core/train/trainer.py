@@ -35,6 +35,7 @@ from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
+from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.state import RunState, check_continues, next_position
 from tuner.core.train.step import TrainStep
@@ -100,6 +101,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
+        self.probe = Probe(run, plan, device, events)
         self.validator = self._validator()
         self.previewer = self._previewer()
 
@@ -118,9 +120,11 @@ class Trainer:
             if self.position.step == 0 and self.config.sample.at_start:
                 self._preview(0)
             loop = self._loop(interrupt)
+            self.probe.start()
             with self._progress() as self.bar:
                 self.position, reason = loop.train(self.position, self.bar)
             self.bar = None
+            self.probe.finish()
             if reason == "interrupted":
                 return reason, self._stop()
             self._save_state_at_end()
@@ -190,6 +194,7 @@ class Trainer:
             empty_cache(self.device)
         for batch in batches:
             self.ledger.add(batch.items)
+        self.probe.add(step, metrics["seconds"])
         everything = {**metrics, **self.run.extensions.extra_metrics(step, metrics)}
         self.trackers.log(step, everything)
         self.run.extensions.on_step_end(step, everything)
