@@ -21,10 +21,10 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def document(model: str, *, resolution: int = 1024, **sections: Any) -> dict[str, Any]:
+def document(name: str, /, *, resolution: int = 1024, **sections: Any) -> dict[str, Any]:
     """A rank-16 LoRA at one resolution; ``sections`` win."""
     base = {
-        "model": {**MODELS[model], "path": "/nowhere/weights.safetensors"},
+        "model": {**MODELS[name], "path": "/nowhere/weights.safetensors"},
         "data": {"sets": [{"resolution": resolution, "sources": [{"id": "pictures", "path": "/nowhere/pictures"}]}]},
         "network": {"rank": 16},
         "optimizer": {"lr": 1e-4},
@@ -34,10 +34,10 @@ def document(model: str, *, resolution: int = 1024, **sections: Any) -> dict[str
     return merged(base, sections)
 
 
-def prepared(model: str, **sections: Any) -> tuple[RunConfig, ModelFacts, Work]:
-    return prepare(document(model, **sections))
+def prepared(name: str, /, **sections: Any) -> tuple[RunConfig, ModelFacts, Work]:
+    return prepare(document(name, **sections))
 
 
-def planned(model: str, *, device: str | Device = "4090", **sections: Any) -> Plan:
-    config, facts, work = prepared(model, **sections)
+def planned(name: str, /, *, device: str | Device = "4090", **sections: Any) -> Plan:
+    config, facts, work = prepared(name, **sections)
     return predict(config, facts, work, device_named(device) if isinstance(device, str) else device)

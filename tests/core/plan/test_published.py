@@ -7,6 +7,7 @@ without recomputation of other trainers are not: they keep other activations.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.core.plan.plans import planned, prepared
 from tuner.core.plan.devices import device_named
 from tuner.core.plan.plan import predict
-from tuner.core.plan.search import changed_config, fit
+from tuner.core.plan.search import Choice, changed_config, fit
 
 GIB = 2**30
 ATTENTION = [r".*attn2?\.(to_[qkv]|to_out\.0)"]
@@ -119,9 +120,23 @@ CHOSEN: dict[str, tuple[tuple[str, int, str | None], ...]] = {
 the page on memory is this one."""
 
 
+TITLES = {"anima": "Anima", "flux": "FLUX.1 dev", "sd35-medium": "SD3.5 medium", "sd35-large": "SD3.5 large"}
+PAGE = Path(__file__).parents[3] / "docs/explanation/memory.md"
+
+
+def page_row(model: str, card: int, choice: Choice) -> str:
+    """The row of the page for a card."""
+    chosen = dict(choice.best.changes)
+    keys = [f"`{key.removeprefix('memory.')}` {value}" for key, value in chosen.items()]
+    plan = choice.best.plan
+    cells = (TITLES[model], f"{card} GB", ", ".join(keys) or "nothing", f"{plan.needed() / 1e9:.1f} GB")
+    return f"| {' | '.join(cells)} | {choice.best.seconds:.2f} s |"
+
+
 @pytest.mark.parametrize("model", CHOSEN)
 def test_every_card_gets_a_plan_that_fits_and_is_as_the_page_says(model: str) -> None:
     config, facts, work = prepared(model)
+    page = PAGE.read_text(encoding="utf-8").splitlines()
     seconds = []
     for card, expected in zip(CARDS, CHOSEN[model], strict=True):
         choice = fit(config, facts, work, device_named("4090"), card * 1e9)
@@ -129,5 +144,6 @@ def test_every_card_gets_a_plan_that_fits_and_is_as_the_page_says(model: str) ->
         levers = ("memory.checkpointing", "off"), ("memory.swap_blocks", 0), ("quantize.denoiser", None)
         assert tuple(chosen.get(key, default) for key, default in levers) == expected
         assert choice.fits and choice.best.plan.needed() <= card * 1e9
+        assert page_row(model, card, choice) in page
         seconds.append(choice.best.seconds)
     assert seconds == sorted(seconds, reverse=True)

@@ -68,11 +68,13 @@ def phases(
     found.append(_saving(step, trained))
     base = PROCESS["cpu" if device.kind == "cpu" else "cuda"]
     shared = device.kind == "cpu"
+    kept = costs.joined * BYTES[config.precision.compute] if shared and not config.quantize.denoiser else 0
+    after_loading = ("step", "preview", "save")
     return tuple(
         Phase(
             name=each.name,
             device=0.0 if shared else each.device,
-            host=base + each.host + (each.device if shared else 0.0),
+            host=base + each.host + (each.device if shared else 0.0) + (kept if each.name in after_loading else 0.0),
             parts=each.parts,
         )
         for each in found

@@ -154,7 +154,7 @@ def _streams(config: RunConfig, facts: ModelFacts, full: bool) -> Sequence[int]:
 def _divisors(config: RunConfig, work: Work) -> list[int]:
     """What micro-batches can be divided by. Sets that name their own sizes keep them."""
     size = config.train.batch_size
-    if any(each.batch_size is not None for each in config.data.sets):
+    if not work.common:
         return [1]
     return [each for each in range(1, size + 1) if all(shape.batch % each == 0 for shape in work.shapes)]
 

@@ -13,7 +13,7 @@ from tuner.core.errors import UsageError
 from tuner.core.plan.devices import CPU, Device, device_like
 from tuner.core.plan.plan import Plan, predict
 from tuner.core.plan.work import work_of_plan
-from tuner.core.track.progress import byte_size, duration
+from tuner.core.track.progress import byte_size, duration, process_memory
 
 if TYPE_CHECKING:
     from tuner.core.data.plan import DataPlan
@@ -97,6 +97,7 @@ class Probe:
         self.events.emit(
             "plan",
             state="compared",
+            step_host_bytes=process_memory(),
             **{name: measured for name, (_, measured) in found.items()},
             **{f"{name}_error": error for name, error in errors.items()},
         )
