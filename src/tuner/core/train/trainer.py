@@ -28,6 +28,7 @@ from tuner.core.train.average import LossAverage
 from tuner.core.train.averaging import ema_path, start_average
 from tuner.core.train.blocks import prepare_blocks
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
+from tuner.core.train.compiling import token_counts
 from tuner.core.train.device import empty_cache
 from tuner.core.train.due import Due
 from tuner.core.train.empty import EmptyCaption
@@ -72,7 +73,8 @@ class Trainer:
         self.models = caches.load_for_steps()
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
-        prepare_blocks(self.models, self.network, self.config, self.facts, device)
+        tokens = token_counts(plan, caches.prompts, self.facts)
+        prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer,
