@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import Project
 from tests.core.plan.plans import document
@@ -74,3 +77,21 @@ def test_absent_weights_of_a_model_without_published_sizes_are_asked_for(
     assert main(["plan", project.config(model={"path": "absent/weights.safetensors"})]) == 2
     message = capsys.readouterr().err
     assert "no plan without weights" in message and "absent/weights.safetensors" in message
+
+
+def test_a_plan_with_pictures_never_imports_torch(tmp_path: Path) -> None:
+    for number in range(2):
+        Image.new("RGB", (256, 256), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a square", encoding="utf-8")
+    raw = document("sd35-medium", cache={"dir": str(tmp_path / "cache")})
+    source = {"id": "a", "path": str(tmp_path)}
+    raw["data"] = {"sets": [{"resolution": 256, "sources": [source]}], "workers": {"scan": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    script = (
+        "import sys; from tuner.cli.main import main; code = main(sys.argv[1:])\n"
+        "sys.exit(','.join({'torch', 'numpy', 'transformers', 'diffusers'} & set(sys.modules)) or code)"
+    )
+    arguments = ["plan", str(tmp_path / "config.json"), "--device", "4090", "--vram", "12GB"]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "disk: encoded captions" in result.stdout

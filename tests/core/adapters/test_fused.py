@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tuner.core.adapters.fused import Part, exchange_halves, join_parts, member_of, split_joint
+from tuner.core.adapters.fused import Part, exchange_halves, join_parts, split_joint
+from tuner.core.adapters.members import member_of
 from tuner.core.adapters.targets import Target, join_fused
 from tuner.core.errors import UsageError
 from tuner.core.types import Fused

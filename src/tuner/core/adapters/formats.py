@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.deltas import kind_of
-from tuner.core.adapters.fused import exchange_rows, join_members, member_of, split_members
+from tuner.core.adapters.fused import exchange_rows, join_members, split_members
 from tuner.core.adapters.kinds import checked_parts
+from tuner.core.adapters.members import member_of
 from tuner.core.adapters.rotation import limited
 from tuner.core.errors import UsageError
 

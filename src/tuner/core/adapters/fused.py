@@ -1,4 +1,4 @@
-"""Adapters of projections that some files hold as one matrix: finding the groups, joining parts, cutting them apart.
+"""Adapters of projections that some files hold as one matrix: joining parts, cutting them apart.
 
 A joint adapter has one down [R, in] and an up whose rows are those of the members one below the other. Separate members
 are stored in it as a block-diagonal up over stacked downs, and found again by that pattern of zeros.
@@ -6,18 +6,13 @@ are stored in it as a block-diagonal up over stacked downs, and found again by t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tuner.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from tuner.core.types import Fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +26,6 @@ class Part:
     @property
     def scale(self) -> float:
         return float(self.alpha) / self.down.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Place of a linear in a group: the group's rule, the path in front of its members, its number among them."""
-
-    rule: Fused
-    parent: str
-    index: int
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All members of this group, in the order of the rows."""
-        return tuple(f"{self.parent}.{member}" for member in self.rule.members)
-
-
-def member_of(rules: Sequence[Fused], path: str) -> Member | None:
-    """The group that a module path belongs to, None for a linear that stands alone."""
-    for rule in rules:
-        for index, member in enumerate(rule.members):
-            parent = path.removesuffix(f".{member}")
-            if parent != path and re.fullmatch(rule.parent, parent):
-                return Member(rule, parent, index)
-    return None
 
 
 def join_parts(parts: Sequence[Part | None], rows: Sequence[int], name: str) -> Part:

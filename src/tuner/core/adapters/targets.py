@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from tuner.core.adapters.fused import Member, member_of
+from tuner.core.adapters.members import Member, member_of
 from tuner.core.config.network import LOW_RANK
 from tuner.core.errors import UsageError
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tuner.core.data.cache import CacheKey, Store
-from tuner.core.data.captions import caption_set, plain_caption
 from tuner.core.data.keys import text_key
-from tuner.core.errors import Problems, UsageError
+from tuner.core.data.texts import cached_fields as cached_fields
+from tuner.core.data.texts import planned_texts as planned_texts
+from tuner.core.errors import UsageError
 from tuner.core.types import TextEmbeds
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
-    from tuner.core.data.plan import DataPlan
     from tuner.core.types import Field, ModelFacts, Models
 
 logger = logging.getLogger(__name__)
@@ -40,47 +40,6 @@ class TextFacade(Protocol):
     """What is needed of ``ModelFacade``."""
 
     def encode_text(self, models: Models, captions: Sequence[str], components: Collection[str]) -> TextEmbeds: ...
-
-
-def cached_fields(config: RunConfig, facts: ModelFacts) -> dict[str, Field]:
-    """The text fields that do not depend on a component that trains."""
-    training = set(config.train.components)
-    return {name: field for name, field in facts.text_fields.items() if not training & set(field.of)}
-
-
-def planned_texts(plan: DataPlan, config: RunConfig) -> list[str]:
-    """Every distinct text that the run will ask for, ``""`` included.
-
-    Raises UsageError naming every source whose captions can become more texts than ``cache.max_text_variants``.
-    """
-    texts: dict[str, None] = {"": None}
-    problems: dict[str, UsageError] = {}
-    known: set[tuple[str, str]] = set()
-    for item in plan.items:
-        sample = (item.source, item.record.captions_raw)
-        if sample in known or item.source in problems:
-            continue
-        known.add(sample)
-        variants = caption_set(plan.sources[item.source].captions, sample[1], config.cache.max_text_variants)
-        if variants is None:
-            problems[item.source] = _too_many(item.source, item.record.name, config.cache.max_text_variants)
-        else:
-            texts.update(dict.fromkeys(variants))
-    collected = Problems()
-    collected.extend(problems.values())
-    collected.raise_if_any()
-    texts.update({plain_caption(plan.sources[each.source].captions, each.record.captions_raw): None
-                  for each in plan.validation})  # fmt: skip
-    return list(texts)
-
-
-def _too_many(source: str, image: str, limit: int) -> UsageError:
-    return UsageError(
-        f"the captions of source {source} cannot be cached: they can become more than {limit} texts",
-        where=image,
-        why="captions are shuffled, thinned out or drawn at every visit",
-        fix='set captions.variants to a number of fixed drawings, or cache.text to "off" to encode in every step',
-    )
 
 
 class TextCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tuner.core.config.base import steps_of
+from tuner.core.data.texts import cached_fields
 from tuner.core.plan.memory import Trained
 from tuner.core.plan.weights import BYTES
 
@@ -21,8 +22,6 @@ def latent_bytes(pixels: int, config: RunConfig, facts: ModelFacts) -> int:
 
 def text_bytes(count: int, config: RunConfig, facts: ModelFacts) -> int:
     """So many encoded captions, each as long as the limit allows."""
-    from tuner.core.data.text_cache import cached_fields
-
     longest = max(facts.max_tokens.values(), default=1)
     total = 0
     for name in cached_fields(config, facts):

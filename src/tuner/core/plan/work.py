@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_data
+from tuner.core.data.texts import planned_texts
 from tuner.core.errors import Problems
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ def work_of(config: RunConfig, facts: ModelFacts) -> Work:
 
 def work_of_plan(plan: DataPlan, config: RunConfig) -> Work:
     """The work that planned data makes."""
-    from tuner.core.data.text_cache import planned_texts
-
     counted: dict[tuple[int, int, int], int] = {}
     for group in plan.groups:
         key = (*group.bucket, group.batch_size)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.formats import decode_adapter, encode_adapter, key_maps, modules_of
-from tuner.core.adapters.fused import member_of
 from tuner.core.adapters.lora import adaptable_modules
+from tuner.core.adapters.members import member_of
 from tuner.core.adapters.targets import select_targets
 from tuner.core.config import NetworkConfig
 from tuner.core.errors import UsageError
