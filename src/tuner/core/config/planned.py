@@ -67,11 +67,8 @@ PLANNED: Mapping[str, str] = {
     "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
-    "train.freeze": "freezing by pattern",
-    "train.stop_component_at": "stopping a component early",
     "precision.gradients": "a dtype for gradients",
     "precision.tf32": "a switch for TF32",
-    "precision.weights": "dtypes of fully trained weights",
     "memory.group_offload": "grouped offload",
     "memory.stream_linear": "streamed linear layers",
     "attention.args": "arguments of attention kernels",
@@ -110,6 +107,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "noise.zero_terminal_snr": "it belongs to models with a beta schedule; a flow ends in pure noise anyway",
     "loss.v_pred_like_loss": "it belongs to noise-prediction models",
     "latents.feature_cache": "single images need no feature cache; there is none to switch off",
+    "precision.weights": "trained weights are kept in precision.compute; optimizer.rounding says how they are rounded",
     "quantize.on": "weights are quantized one at a time on the device where they stay",
     "network.conv_rank": "trained blocks have no 3x3 convolutions",
     "sample.watermark": "it belongs to another model family",
@@ -125,7 +123,6 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     ),
     "noise.timesteps": {"list": "timesteps from a list"},
     "precision.compute": {"fp16": "fp16 with loss scaling"},
-    "train.mode": {"full": "full fine-tuning"},
 }
 
 _SECRETS = frozenset(

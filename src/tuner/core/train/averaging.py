@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from tuner.core.adapters.checkpoints import file_beside, read_checkpoint, stored_files
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps, modules_of
 from tuner.core.adapters.network import load_network_tensors, network_tensors
@@ -41,19 +43,11 @@ def ema_path(path: Path) -> Path:
     return path.with_name(f"ema_{path.name}")
 
 
-def start_average(ema: Ema, network: Network, facts: ModelFacts, path: Path) -> None:
-    """Set the average to the adapter in ``path``. UsageError when that is not exactly this network's shape."""
+def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> None:
+    """Set the average to the adapter, or the model's weights, in ``path``. UsageError when they have another shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
-    tensors = dict(read_adapter(path, key_maps(facts)).tensors)
-    own = network_tensors(network)
-    for component, module in modules_of(tensors):
-        key = f"{component}:{module}"
-        alpha = own.get(f"{key}.alpha")
-        if alpha is not None:
-            # Formats without alpha carry it in the matrices.
-            tensors[f"{key}.up"] = tensors[f"{key}.up"].float() * (float(tensors[f"{key}.alpha"]) / float(alpha))
-            tensors[f"{key}.alpha"] = alpha
     try:
+        tensors = _read_weights(network, config, facts, path) if network.kind == "full" else _read(network, facts, path)
         load_network_tensors(network, tensors)
         ema.take()
     except UsageError as error:
@@ -66,3 +60,25 @@ def start_average(ema: Ema, network: Network, facts: ModelFacts, path: Path) -> 
         with torch.no_grad():
             for name, parameter in ema.params.items():
                 parameter.copy_(kept[name])
+
+
+def _read(network: Network, facts: ModelFacts, path: Path) -> dict[str, Tensor]:
+    tensors = dict(read_adapter(path, key_maps(facts)).tensors)
+    own = network_tensors(network)
+    for component, module in modules_of(tensors):
+        key = f"{component}:{module}"
+        alpha = own.get(f"{key}.alpha")
+        if alpha is not None:
+            # Formats without alpha carry it in the matrices.
+            tensors[f"{key}.up"] = tensors[f"{key}.up"].float() * (float(tensors[f"{key}.alpha"]) / float(alpha))
+            tensors[f"{key}.alpha"] = alpha
+    return tensors
+
+
+def _read_weights(network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> dict[str, Tensor]:
+    """The values of the file and of those beside it, as a training writes them, by parameter."""
+    shapes = {name: value.shape for name, value in network_tensors(network).items()}
+    tensors: dict[str, Tensor] = {}
+    for file in stored_files(config, facts):
+        tensors.update(read_checkpoint(file_beside(path, file), file, shapes))
+    return tensors

@@ -82,7 +82,17 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         padding_masks=("clip", "t5") if "t5" in names else ("clip",),
         zero_padding="t5" in names,
         architecture=ARCHITECTURES[flavour],
+        stored="tuner.plugins.sd3.stored:stored",
+        groups=GROUPS,
     )
+
+
+GROUPS = {
+    "attn": (r"denoiser:transformer_blocks\.\d+\.attn2?\..*",),
+    "mlp": (r"denoiser:transformer_blocks\.\d+\.ff(_context)?\..*",),
+    "mod": (r"denoiser:transformer_blocks\.\d+\.norm1(_context)?\.linear\..*", r"denoiser:norm_out\..*"),
+}
+"""Parts of the denoiser that may have rates of their own in full training."""
 
 
 def text_fields(
