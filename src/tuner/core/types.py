@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tuner.core.costs import CostRules
     from tuner.core.files import TensorInfo, WeightHeader
 
 API_VERSION = (1, 0)
@@ -266,6 +267,13 @@ class NoiseDefaults:
     truncate: bool = False
 
 
+COMFYUI_KINDS = ("lora", "dora", "loha", "lokr", "oft", "boft", "full", "norms")
+"""What ComfyUI loads under the names of LyCORIS."""
+LYCORIS_KINDS = (*COMFYUI_KINDS, "ia3")
+JOINT_KINDS = ("lora", "dora", "full")
+"""What can be stored for a joint matrix when its projections were trained apart."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFormat:
     """How one file format spells adapter tensors. A key is prefix + module path (renamed, joined) + suffix.
@@ -277,7 +285,9 @@ class KeyFormat:
     read_prefixes: further prefixes accepted when reading.
     fused: component to (group, module path of its joint matrix): the path is written as a replacement for the group's
     ``parent``. exchange: component to patterns of modules whose two halves of rows stand in the other order; they act
-    only where there are twice as many rows as columns.
+    only where there are twice as many rows as columns. kinds: kinds of adapters that the format's readers know, as in
+    ``network.type``, and ``norms``; parts other than the two matrices are called the same everywhere. lengths: suffix
+    of a DoRA's lengths. numbered: rotations are stored part by part of a joint matrix, with a number behind the suffix.
     """
 
     name: str
@@ -286,6 +296,9 @@ class KeyFormat:
     down: str
     up: str
     alpha: str | None = None
+    kinds: tuple[str, ...] = ("lora", "dora")
+    lengths: str = ".dora_scale"
+    numbered: bool = False
     rename: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[Fused, str], ...]] = field(default_factory=dict)
@@ -333,7 +346,7 @@ class ModelFacts:
     patterns on ``component:parameter``; the first that matches counts.
     no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
     what this model cannot do, and why: the text of the refusal. Names: a component (training it), ``full.`` with a
-    component, or ``quantize.`` with a method.
+    component, or ``quantize.`` with a method. costs: what ``tuner plan`` calculates with; None: no plan for this model.
     """
 
     family: str
@@ -367,6 +380,7 @@ class ModelFacts:
     stored: str = ""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
+    costs: CostRules | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,7 +391,8 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    counts}; called by checks only, so it may import a tokenizer library.
+    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a published
+    model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     """
 
     name: str
@@ -390,6 +405,7 @@ class ModelPlugin:
     presets: str | None = None
     key_maps: str | None = None
     count_tokens: str | None = None
+    public: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

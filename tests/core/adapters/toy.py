@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tuner.core.config import ModelConfigBase, RunConfig
 from tuner.core.types import (
+    LYCORIS_KINDS,
     Blocks,
     DtypeRules,
     KeyFormat,
@@ -88,7 +89,7 @@ DOTTED = {"prefixes": {"denoiser": "model.", "words": "text.model."}, "down": ".
 MAPS = KeyMaps(
     formats=(
         KeyFormat(name="dotted", **DOTTED, read_prefixes={"denoiser": ("net.",)}),
-        KeyFormat(name="dotted-alpha", **DOTTED, alpha=".alpha"),
+        KeyFormat(name="dotted-alpha", **DOTTED, alpha=".alpha", kinds=LYCORIS_KINDS),
         KeyFormat(
             name="flat",
             prefixes={"denoiser": "lora_model_", "words": "lora_text_"},
@@ -96,6 +97,7 @@ MAPS = KeyMaps(
             down=".lora_down.weight",
             up=".lora_up.weight",
             alpha=".alpha",
+            kinds=LYCORIS_KINDS,
         ),
         KeyFormat(
             name="renamed",
@@ -106,7 +108,7 @@ MAPS = KeyMaps(
         ),
     ),
     default="dotted",
-    paths=lambda keys: PATHS,
+    paths=lambda keys: {**PATHS, "denoiser": (*PATHS["denoiser"], *(f"blocks.{index}.norm" for index in range(3)))},
 )
 
 FACTS = ModelFacts(

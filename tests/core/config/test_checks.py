@@ -39,7 +39,7 @@ def a_set(**settings: Any) -> dict[str, Any]:
         (source(captions={"fixed": "x"}), "captions.fixed: has no effect with from 'file'"),
         ({"network": {"rank": "from_file"}}, "network.rank: 'from_file' needs network.init_from"),
         ({"network": {"preset": "x", "targets": ["y"]}}, "network.preset: is replaced by network.targets"),
-        ({"network": {"rules": [{"match": "x"}]}}, "network.rules[0]: sets neither rank, alpha nor lr"),
+        ({"network": {"rules": [{"match": "x"}]}}, "network.rules[0]: sets nothing but match"),
         ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),

@@ -65,7 +65,7 @@ def merged_bias(bias: Tensor, parts: Parts, strength: float = 1.0) -> Tensor:
 
 def _low_rank(parts: Parts) -> Tensor:
     down, up = parts["down"].flatten(1), parts["up"].flatten(1)
-    product = up @ down
+    product: Tensor = up @ down
     return product * (float(parts["alpha"]) / down.shape[0])
 
 
@@ -74,8 +74,8 @@ def _lora(weight: Tensor, parts: Parts, strength: float) -> Tensor:
 
 
 def _dora(weight: Tensor, parts: Parts, strength: float) -> Tensor:
-    direction = weight + _low_rank(parts)
-    length = parts["dora_scale"].reshape(-1, 1) / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    direction: Tensor = weight + _low_rank(parts)
+    length: Tensor = parts["dora_scale"].reshape(-1, 1) / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
     return strength * (direction * length - weight)
 
 

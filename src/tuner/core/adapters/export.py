@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import modules_of
+from tuner.core.adapters.formats import modules_of, parts_of
+from tuner.core.adapters.rotation import limited
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,13 +39,13 @@ class Verified:
 def verify_export(path: Path, tensors: Mapping[str, Tensor], maps: KeyMaps) -> Verified:
     """Read a file back and compare it with the internal `tensors` it was written from (`network_tensors`, raw or EMA).
 
-    Each module's update of a fixed probe must agree, whatever the split of alpha between the tensors. Raises UsageError
+    What each module does must agree, whatever the split of alpha between the tensors. Raises UsageError
     naming what differs: the file is then not what was trained.
     """
     read = read_adapter(path, maps)
     wanted, found = set(modules_of(tensors)), set(modules_of(read.tensors))
     # A linear whose rows in a joint matrix are zero reads back as one without adapter, which acts the same.
-    silent = {place for place in wanted - found if not tensors[f"{place[0]}:{place[1]}.up"].any()}
+    silent = {place for place in wanted - found if _acts_not(parts_of(tensors, *place))}
     wanted -= silent
     if wanted != found:
         component, module = min(wanted ^ found)
@@ -54,21 +56,43 @@ def verify_export(path: Path, tensors: Mapping[str, Tensor], maps: KeyMaps) -> V
         )
     for component, module in wanted:
         key = f"{component}:{module}"
-        own, other = _update(tensors, key), _update(read.tensors, key)
-        tolerance = TOLERANCE.get(read.tensors[f"{key}.up"].dtype, max(TOLERANCE.values()))
-        if own.shape != other.shape or not (own - other).norm() <= tolerance * own.norm() + 1e-30:
+        own, other = parts_of(tensors, component, module), parts_of(read.tensors, component, module)
+        tolerance = max(TOLERANCE.get(value.dtype, 0.0) for value in other.values())
+        if not _same(_effect(own), _effect(other), tolerance):
             raise UsageError(
                 f"the written adapter acts differently at {key}",
                 where=str(path),
-                why="its matrices do not give the trained update",
+                why="its tensors do not give the trained update",
             )
     return Verified(keys=read.keys, modules=len(found), format=read.format)
 
 
-def _update(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    """What the module adds for a fixed probe, float32 [probes, out]."""
-    down, up = (tensors[f"{key}.{part}"].detach().float().cpu() for part in ("down", "up"))
-    down, up = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
-    # Any fixed vector will do; this one has no symmetry that could hide a swapped row.
-    probe = torch.cos(torch.arange(PROBES * down.shape[1], dtype=torch.float32) ** 1.5).reshape(PROBES, -1)
-    return (probe @ down.t() @ up.t()) * (float(tensors[f"{key}.alpha"]) / down.shape[0])
+def _acts_not(parts: Mapping[str, Tensor]) -> bool:
+    values = [parts[part] for part in ("up", "diff", "diff_b") if part in parts]
+    return bool(values) and "dora_scale" not in parts and not any(bool(value.any()) for value in values)
+
+
+def _same(own: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float) -> bool:
+    if own.keys() != other.keys():
+        return False
+    pairs = [(value, other[name]) for name, value in own.items()]
+    return all(
+        one.shape == two.shape and bool((one - two).norm() <= tolerance * one.norm() + 1e-30) for one, two in pairs
+    )
+
+
+def _effect(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in float32 that are equal when two adapters act equally, however their factors are scaled."""
+    values = {name: value.detach().float().cpu() for name, value in parts.items()}
+    kind, alpha = kind_of(values), values.pop("alpha", None)
+    if kind in ("oft", "boft"):
+        blocks = values["oft_blocks"]
+        limit = 0.0 if alpha is None else float(alpha)
+        return {"oft_blocks": limited(blocks, limit, blocks.shape[-1] * blocks.shape[-3])}
+    if "down" in values:
+        rank, down, up = len(values["down"]), values.pop("down").flatten(1), values.pop("up").flatten(1)
+        # Any fixed vector will do; this one has no symmetry that could hide a swapped row.
+        probe = torch.cos(torch.arange(PROBES * down.shape[1], dtype=torch.float32) ** 1.5).reshape(PROBES, -1)
+        assert alpha is not None
+        return {**values, "update": probe @ down.t() @ up.t() * (float(alpha) / rank)}
+    return values if alpha is None else {**values, "alpha": alpha}

@@ -1,9 +1,10 @@
 """Adapter tensors in the names of other programs, both ways.
 
-Inside, an adapter is `component:module path.down`, `.up` and `.alpha` (scalar; the update is scaled by alpha / rank).
-A `KeyFormat` spells that as prefix + path + suffix. Reading works from the list of the model's module paths, never by
-text replacement: names joined by underscores cannot be split again without it. A key that maps nowhere is an error,
-because an adapter that loads in part, or with no effect, looks exactly like a bad training.
+Inside, an adapter is `component:module path.part`; `deltas` says what the parts of each kind mean. A LoRA has `down`,
+`up` and `alpha` (scalar; the update is scaled by alpha / rank). A `KeyFormat` spells that as prefix + path + suffix.
+Reading works from the list of the model's module paths, never by text replacement: names joined by underscores cannot
+be split again without it. A key that maps nowhere is an error, because an adapter that
+loads in part, or with no effect, looks exactly like a bad training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.fused import Part, exchange_halves, join_parts, member_of, split_joint
+from tuner.core.adapters.deltas import kind_of
+from tuner.core.adapters.fused import exchange_rows, join_members, member_of, split_members
+from tuner.core.adapters.kinds import checked_parts
+from tuner.core.adapters.rotation import limited
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,14 +37,28 @@ PAIRS = (
 )
 """Suffixes of the two matrices that programs use, whatever the rest of the name looks like."""
 ALPHA = ".alpha"
-OTHER_KINDS = {
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "oft_": "OFT",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon",
+LENGTHS = (
+    ".dora_scale",
+    ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight",
+    ".lora_magnitude_vector.default.weight",
+)
+OTHER_PARTS = (
+    *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")),
+    *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
+    *("oft_blocks", "diff", "diff_b", "w_norm", "b_norm", "on_input"),
+)
+"""Parts whose suffix is their name, as LyCORIS writes them and ComfyUI reads them."""
+NUMBERED = re.compile(r"(.*)\.(oft_blocks\.\d+)")
+UNKNOWN_KINDS = {
+    "lora_mid": "LoCon with a core tensor",
+    "hada_t": "LoHa with a core tensor",
+    "lokr_t": "LoKr with a core tensor",
+    ".rescale": "rescaled OFT",
+    ".a1.weight": "GLoRA",
 }
+NEVER = 1.0
+"""A limit on rotations that is hardly ever reached, for a format that cannot say that there is none."""
 SHOWN = 8
 
 
@@ -110,52 +128,97 @@ def encode_adapter(
 ) -> dict[str, Tensor]:
     """Internal tensors to a format's keys, in `dtype` (None: unchanged).
 
-    A format without alpha gets `up * alpha / rank`, multiplied in float32 before the cast. A stored alpha is not cast.
-    Where the format holds several linears as one, their adapters are joined; linears without adapter become zero rows.
+    A format without alpha gets `up * alpha / rank`, multiplied in float32 before the cast. A stored alpha is not cast,
+    nor are the lengths of a DoRA, which act on the whole weight. Where the format holds several linears as one, their
+    adapters are joined; linears without adapter become zero rows. A limit on rotations is applied to their blocks,
+    because programs read it differently.
     """
     encoded: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, module in _joined(tensors, fmt).items():
-        down, up = module.down, module.up
-        kept = dtype or up.dtype
-        if fmt.alpha is None:
-            up = up if module.scale == 1.0 else up.float() * module.scale
-        else:
-            encoded[name + fmt.alpha] = module.alpha.detach().cpu().clone()
-        for suffix, value in ((fmt.down, down.to(dtype or down.dtype)), (fmt.up, up.to(kept))):
+    for name, parts in _joined(tensors, fmt).items():
+        for suffix, tensor in _suffixed(parts, fmt, name).items():
             if name + suffix in encoded:
                 raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
-            value = value.detach().cpu().contiguous()
+            kept = tensor.ndim == 0 or suffix == fmt.lengths
+            value = (tensor if kept else tensor.to(dtype or tensor.dtype)).detach().cpu().contiguous()
             # Members of a group share their down; a file must hold every tensor by itself.
-            value = value.clone() if value.untyped_storage().data_ptr() in seen else value
+            value = value.clone() if kept or value.untyped_storage().data_ptr() in seen else value
             seen.add(value.untyped_storage().data_ptr())
             encoded[name + suffix] = value
     return encoded
 
 
-def _joined(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> dict[str, Part]:
+def _suffixed(parts: Mapping[str, Tensor], fmt: KeyFormat, name: str) -> dict[str, Tensor]:
+    """One module of a file by the suffixes of its keys, without the cast."""
+    kind = "oft" if "oft_blocks.0" in parts else kind_of(parts)
+    if kind not in fmt.kinds:
+        raise UsageError(
+            f"the format {fmt.name} cannot hold a {kind} adapter",
+            where="checkpoint.format",
+            why=f"its readers know {', '.join(fmt.kinds)}; {name} is one",
+            fix="choose another format",
+        )
+    if kind in ("lora", "dora"):
+        up, scale = parts["up"], float(parts["alpha"]) / parts["down"].shape[0]
+        folded = up if fmt.alpha is not None or scale == 1.0 else up.float() * scale
+        found = {} if fmt.alpha is None else {fmt.alpha: parts["alpha"]}
+        found |= {fmt.down: parts["down"], fmt.up: folded}
+        if kind == "dora":
+            lengths = parts["dora_scale"]
+            found[fmt.lengths] = lengths if fmt.lengths == ".dora_scale" else lengths.flatten()
+        return found
+    if kind in ("oft", "boft") and not fmt.numbered:
+        rows = parts["oft_blocks"].shape[-1] * parts["oft_blocks"].shape[-3]
+        blocks = limited(parts["oft_blocks"], float(parts["alpha"]), rows).to(parts["oft_blocks"].dtype)
+        parts = {"oft_blocks": blocks, "alpha": torch.zeros(())}
+    own = fmt.alpha or ALPHA
+    return {own if part == "alpha" else f".{part}": value for part, value in parts.items()}
+
+
+def _joined(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> dict[str, dict[str, Tensor]]:
     """The modules of a file by their names, in the order of the linears."""
-    members: dict[str, dict[str, Part]] = {}
+    members: dict[str, dict[str, dict[str, Tensor]]] = {}
     layouts: dict[str, _Stored] = {}
     for component, path in modules_of(tensors):
         name, layout = module_name(fmt, component, path), stored_module(fmt, component, path)[1]
         if layouts.setdefault(name, layout) != layout or path in members.get(name, {}):
             raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
-        part = Part(*(tensors[f"{component}:{path}.{kind}"] for kind in ("down", "up", "alpha")))
-        if layout.exchange:
-            part = Part(part.down, exchange_halves(part.down, part.up), part.alpha)
-        members.setdefault(name, {})[path] = part
-    return {
-        name: join_parts([found.get(path) for path in layouts[name].paths], layouts[name].rows, name)
-        if layouts[name].rows
-        else next(iter(found.values()))
-        for name, found in members.items()
-    }
+        parts = parts_of(tensors, component, path)
+        members.setdefault(name, {})[path] = exchange_rows(parts, name) if layout.exchange else parts
+    joined: dict[str, dict[str, Tensor]] = {}
+    for name, found in members.items():
+        layout = layouts[name]
+        if fmt.numbered:
+            joined[name] = _number_blocks([found.get(path) for path in layout.paths], name)
+        elif layout.rows:
+            joined[name] = join_members([found.get(path) for path in layout.paths], layout.rows, name)
+        else:
+            joined[name] = next(iter(found.values()))
+    return joined
+
+
+def _number_blocks(members: Sequence[Mapping[str, Tensor] | None], name: str) -> dict[str, Tensor]:
+    """The rotations of the parts of a joint matrix side by side, with a limit that holds for all of them."""
+    present = [parts for parts in members if parts is not None]
+    first = present[0]
+    if any("oft_blocks" not in parts or parts["oft_blocks"].ndim != 3 for parts in present):
+        return dict(first)
+    counts = {parts["oft_blocks"].shape[0] for parts in present}
+    limits = {float(parts["alpha"]) for parts in present}
+    if len(present) < len(members) or len(counts) > 1 or len(limits) > 1:
+        raise UsageError(
+            f"{name} cannot be stored as one module",
+            where="checkpoint.format",
+            why="all parts of a joint matrix need a rotation, with one number of blocks and one limit",
+            fix="set network.block_count, and adapt every part",
+        )
+    found = {f"oft_blocks.{index}": parts["oft_blocks"] for index, parts in enumerate(present)}
+    return {**found, "alpha": torch.tensor(limits.pop() or NEVER)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A file's key, taken apart. part: down, up or alpha; style: index of its suffix pair, -1 for alpha."""
+    """A file's key, taken apart. part: its internal name; style: index of the suffix pair of a matrix, else -1."""
 
     name: str
     part: str
@@ -199,39 +262,29 @@ def decode_adapter(
     internal: dict[str, Tensor] = {}
     for place, found in _in_model_order(parts, paths):
         name = stored_as[place]
-        module = _module(f"{place.component}:{'+'.join(place.paths)}", found, given(place.component, name))
-        for path, each in zip(place.paths, _members(place, module, name), strict=True):
-            key = f"{place.component}:{path}"
-            if f"{key}.down" in internal:
-                raise UsageError(f"two keys mean the same tensor, {key}.down", where=name)
-            if each is not None:
-                internal |= {f"{key}.down": each.down, f"{key}.up": each.up, f"{key}.alpha": each.alpha}
+        for path, each in zip(place.paths, _members(place, found, name, given(place.component, name)), strict=True):
+            named = {f"{place.component}:{path}.{kind}": value for kind, value in (each or {}).items()}
+            for twice in named.keys() & internal.keys():
+                raise UsageError(f"two keys mean the same tensor, {twice}", where=name)
+            internal |= named
     return internal, formats[best].name
 
 
-def _members(place: _Stored, module: Part, name: str) -> list[Part | None]:
+def _members(
+    place: _Stored, found: Mapping[str, Tensor], name: str, alpha: float | None
+) -> Sequence[dict[str, Tensor] | None]:
     """The adapters of the linears that a file's module stands for."""
+    key = f"{place.component}:{'+'.join(place.paths)}"
+    if any(NUMBERED.fullmatch(f".{part}") for part in found):
+        limit = {"alpha": found["alpha"]} if "alpha" in found else {}
+        wanted = [f"oft_blocks.{index}" for index in range(len(place.paths))]
+        if set(found) - {"alpha"} != set(wanted):
+            raise UsageError(f"the file has {', '.join(sorted(found))} for {key}", why=f"it needs {', '.join(wanted)}")
+        return [checked_parts({"oft_blocks": found[part], **limit}, key) for part in wanted]
+    parts = checked_parts(found, key, rank_alpha=alpha)
     if place.exchange:
-        module = Part(module.down, exchange_halves(module.down, module.up), module.alpha)
-    return split_joint(module, place.rows, name) if place.rows else [module]
-
-
-def _module(key: str, found: Mapping[str, Tensor], alpha: float | None) -> Part:
-    for part in ("down", "up"):
-        if part not in found:
-            raise UsageError(f"the file lacks {key}.{part}", why="each module needs two matrices")
-    down, up = found["down"], found["up"]
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or down.shape[0] != up.shape[1]:
-        raise UsageError(f"the matrices of {key} do not fit: {list(down.shape)} and {list(up.shape)}")
-    value = found.get("alpha")
-    if value is None:
-        value = torch.tensor(float(down.shape[0] if alpha is None else alpha))
-    if value.numel() != 1:
-        raise UsageError(f"alpha of {key} is not a number", why=f"it has shape {list(value.shape)}")
-    # Zero stands for "as the rank" in files of some trainers.
-    if float(value) == 0:
-        value = torch.tensor(float(down.shape[0]))
-    return Part(down, up, value.reshape(()))
+        parts = exchange_rows(parts, key)
+    return split_members(parts, place.rows, name) if place.rows else [parts]
 
 
 def _take_apart(key: str) -> _Key | None:
@@ -241,7 +294,14 @@ def _take_apart(key: str) -> _Key | None:
         for part, suffix in zip(("down", "up"), pair, strict=True):
             if key.endswith(suffix):
                 return _Key(key.removesuffix(suffix), part, style)
-    return None
+    for suffix in LENGTHS:
+        if key.endswith(suffix):
+            return _Key(key.removesuffix(suffix), "dora_scale", -1)
+    if numbered := NUMBERED.fullmatch(key):
+        return _Key(numbered[1], numbered[2], -1)
+    name, _, part = key.rpartition(".")
+    # The last is the whole (IA)^3 module; it must come after every longer name that ends so.
+    return _Key(name, part, -1) if part in OTHER_PARTS or part == "weight" else None
 
 
 def _spelled(fmt: KeyFormat, component: str, path: str) -> str:
@@ -319,7 +379,7 @@ PEFT_METADATA = "lora_adapter_metadata"
 
 
 def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings PEFT wrote, flat as in the file, or nothing. UsageError for a kind that is more than a LoRA."""
+    """The settings PEFT wrote, flat as in the file, or nothing."""
     text = metadata.get(PEFT_METADATA)
     if not text:
         return {}
@@ -329,8 +389,6 @@ def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise UsageError("the adapter's metadata cannot be read", where=PEFT_METADATA, why=str(error)) from error
     if not isinstance(settings, dict):
         raise UsageError("the adapter's metadata cannot be read", where=PEFT_METADATA, why="it is no JSON object")
-    if any(key.endswith("use_dora") and value for key, value in settings.items()):
-        raise UsageError("this is a DoRA adapter", why="only LoRA adapters can be read")
     return settings
 
 
@@ -339,7 +397,7 @@ def _unmapped_error(
 ) -> UsageError:
     if not total:
         return UsageError("the adapter file holds no tensors")
-    kind = next((kind for part, kind in OTHER_KINDS.items() if any(part in key for key in unmapped)), None)
+    kind = next((kind for part, kind in UNKNOWN_KINDS.items() if any(part in key for key in unmapped)), None)
     listed = "\n".join(f"    {key}" for key in unmapped[:SHOWN])
     more = f"\n    and {len(unmapped) - SHOWN} more" if len(unmapped) > SHOWN else ""
     example = "none"
@@ -350,6 +408,6 @@ def _unmapped_error(
             break
     return UsageError(
         f"{len(unmapped)} of {total} keys of the adapter belong to no module of this model:\n{listed}{more}",
-        why=f"it is a {kind} adapter, only LoRA can be read" if kind else f"a readable name would be {example}",
+        why=f"it is a {kind}, which is not supported" if kind else f"a readable name would be {example}",
         fix=None if kind else "check that the adapter was made for this model family",
     )

@@ -7,7 +7,7 @@ are stored in it as a block-diagonal up over stacked downs, and found again by t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,3 +143,98 @@ def exchange_halves(down: Tensor, up: Tensor) -> Tensor:
     if up.shape[0] != 2 * down[0].numel():
         return up
     return torch.cat(up.chunk(2)[::-1])
+
+
+# --- parts of every kind ----------------------------------------------------------------------------------------------
+
+BY_ROWS = ("diff", "diff_b", "dora_scale", "up", "hada_w1_a", "hada_w2_a")
+"""Parts with one row for each row of the weight."""
+
+
+def join_members(members: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], name: str) -> dict[str, Tensor]:
+    """One module with the updates of several, by the internal parts of each; None is a member without adapter.
+
+    UsageError for a kind that has no joint form, and for a DoRA that lacks a member, whose lengths are unknown.
+    """
+    present = [parts for parts in members if parts is not None]
+    first = present[0]
+    if "diff" in first:
+        return _join_full(members, rows, first)
+    if "up" not in first:
+        raise UsageError(
+            f"the adapters inside {name} cannot be stored as one",
+            where="checkpoint.format",
+            why="this kind of adapter has no joint form",
+            fix="choose a format that keeps the projections apart",
+        )
+    lengths = [parts["dora_scale"] for parts in present if "dora_scale" in parts]
+    if lengths and len(lengths) < len(members):
+        raise UsageError(
+            f"the adapters inside {name} cannot be stored as one",
+            where="checkpoint.format",
+            why="the lengths of the rows that are not adapted are not known",
+            fix="adapt every projection of the joint matrix, or choose a format that keeps them apart",
+        )
+    joint = join_parts(
+        [None if parts is None else Part(parts["down"], parts["up"], parts["alpha"]) for parts in members], rows, name
+    )
+    found = {"down": joint.down, "up": joint.up, "alpha": joint.alpha}
+    return found | {"dora_scale": torch.cat(lengths)} if lengths else found
+
+
+def split_members(parts: Mapping[str, Tensor], rows: Sequence[int], name: str) -> list[dict[str, Tensor] | None]:
+    """The members of a joint module, by parts; None for a member that it leaves alone. UsageError as `split_joint`."""
+    if "up" in parts:
+        joint = Part(parts["down"], parts["up"], parts["alpha"])
+        found = split_joint(joint, rows, name)
+        ups, lengths = (_cut(parts[part], rows) if part in parts else None for part in ("up", "dora_scale"))
+        members: list[dict[str, Tensor] | None] = []
+        for index, part in enumerate(found):
+            if part is None and lengths is not None and ups is not None:
+                part = Part(joint.down, ups[index], joint.alpha)
+            own = None if part is None else {"down": part.down, "up": part.up, "alpha": part.alpha}
+            members.append(own if own is None or lengths is None else own | {"dora_scale": lengths[index]})
+        return members
+    if set(parts) <= {"diff", "diff_b"}:
+        cut = {part: _cut(value, rows) for part, value in parts.items()}
+        found_parts = [{part: values[index] for part, values in cut.items()} for index in range(len(rows))]
+        used = [any(bool(value.any()) for value in each.values()) for each in found_parts]
+        return [each if mine or not any(used) else None for each, mine in zip(found_parts, used, strict=True)]
+    raise UsageError(
+        f"the adapter of {name} cannot be cut into its projections",
+        why=f"{', '.join(parts)} belong to the joint matrix as a whole",
+        fix="train or convert it with separate projections",
+    )
+
+
+def exchange_rows(parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Parts of a module whose halves of rows change places, where there are twice as many rows as inputs."""
+    narrow = next((parts[part] for part in ("down", "diff", "hada_w1_b") if part in parts), None)
+    if narrow is None:
+        raise UsageError(
+            f"the adapter of {name} cannot be stored in this format",
+            why="the two halves of the weight's rows stand in the other order there",
+            fix="exclude the module by network.exclude, or choose a format with other names",
+        )
+    return {part: exchange_halves(narrow, value) if part in BY_ROWS else value for part, value in parts.items()}
+
+
+def _join_full(
+    members: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], first: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    width = first["diff"].shape[1]
+    joint = {}
+    for part in first:
+        rest = first[part].shape[1:]
+        joint[part] = torch.cat(
+            [
+                torch.zeros(count * width, *rest, dtype=first[part].dtype) if parts is None else parts[part]
+                for parts, count in zip(members, rows, strict=True)
+            ]
+        )
+    return joint
+
+
+def _cut(value: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    unit = value.shape[0] // sum(rows)
+    return torch.split(value, [count * unit for count in rows])

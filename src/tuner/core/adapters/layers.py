@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,13 @@ class AdapterLayer(nn.Module, ABC):
             key = torch.tensor(rng.child("dropout").key(), dtype=torch.int64, device=device)
             self.register_buffer("dropout_key", key, persistent=False)
 
+    @classmethod
+    def make(
+        cls, bases: Sequence[nn.Module], target: Target, making: Making, stored: Mapping[str, Tensor] | None
+    ) -> Self:
+        """The layer for the modules of ``target``, at its start. stored: parts of a file that decide its sizes."""
+        return cls(bases[0], target, making, stored)  # type: ignore[arg-type]
+
     def set_strength(self, strength: float) -> None:
         self.strength = strength
 
@@ -100,16 +107,6 @@ class AdapterLayer(nn.Module, ABC):
     def scale(self) -> float:
         """0 means that the layer is not there; a low-rank layer has its factor alpha / rank in it."""
         return self.strength
-
-    def adapt(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """The output with the adapter: x [..., in] is what ``base`` got, y [..., out] what it made of it."""
-        change = self.change(x, y, base)
-        mask = self.module_mask(x)
-        return y + (change if mask is None else change * mask).to(y.dtype)
-
-    def change(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """What the adapter adds to ``y`` at its strength."""
-        raise TypeError(f"{type(self).__name__} is not computed from outputs")
 
     def parts(self) -> Sequence[object]:
         """What each module computes with (the attribute ``adapter``): the layer itself, or its share of the rows."""
@@ -178,6 +175,20 @@ class AdapterLayer(nn.Module, ABC):
         return keep(key, 1, self.dropout.module, MODULE).reshape(-1, *(1,) * (x.ndim - 1)).to(x.dtype)
 
 
+class ChangeLayer(AdapterLayer):
+    """A layer that is computed from what its module got and gave, when that is done."""
+
+    def adapt(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """The output with the adapter: x [..., in] is what ``base`` got, y [..., out] what it made of it."""
+        change = self.change(x, y, base)
+        mask = self.module_mask(x)
+        return y + (change if mask is None else change * mask).to(y.dtype)
+
+    @abstractmethod
+    def change(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """What the adapter adds to ``y`` at its strength."""
+
+
 class LoraLayer(AdapterLayer):
     """down [rank, in, *kernel] drawn uniformly within 1/sqrt(fan in), up [out, rank, *ones] zero; so it starts neutral.
 
@@ -212,6 +223,21 @@ class LoraLayer(AdapterLayer):
         self.down = nn.Parameter(drawn.to(device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(up_shape, device=device, dtype=dtype))
         self.rank, self.alpha = rank, float(alpha)
+
+    @classmethod
+    def make(
+        cls, bases: Sequence[nn.Module], target: Target, making: Making, stored: Mapping[str, Tensor] | None
+    ) -> Self:
+        return cls(
+            bases[0],
+            others=bases[1:],
+            rank=target.rank,
+            alpha=target.alpha,
+            dropout=making.dropout,
+            keys=making.keys,
+            dtype=making.dtype,
+            rng=making.rng,
+        )
 
     @property
     def scale(self) -> float:
@@ -379,9 +405,10 @@ class Injection:
     base: nn.Module
     forward: Callable[..., Tensor] | None
     base_forward: Callable[..., Tensor] | None
+    kind: type[nn.Module] | None = None
 
 
-def inject(base: nn.Module, layer: LoraLayer | LoraPart) -> Injection:
+def inject(base: nn.Module, layer: object) -> Injection:
     """Make `base` compute with `layer`. Names, parameters and the state dict of the model stay as they are."""
     slots = base.__dict__
     record = Injection(base=base, forward=slots.get("forward"), base_forward=slots.get("base_forward"))
@@ -402,6 +429,8 @@ def eject(record: Injection) -> None:
     """Undo `inject`."""
     slots = record.base.__dict__
     slots.pop("adapter", None)
+    if record.kind is not None:
+        record.base.__class__ = record.kind
     for name, value in (("forward", record.forward), ("base_forward", record.base_forward)):
         if value is None:
             slots.pop(name, None)

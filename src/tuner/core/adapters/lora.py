@@ -1,4 +1,4 @@
-"""Building a LoRA from the configuration: choose modules, create layers, inject them, group their parameters."""
+"""Building an adapter from the configuration: choose modules, make layers, inject them, group their parameters."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, modules_of, parts_of
+from tuner.core.adapters.formats import key_maps, module_name, modules_of, parts_of
+from tuner.core.adapters.kinds import KINDS, rank_of
 from tuner.core.adapters.layers import (
     AdapterLayer,
     Dropout,
     DropoutKeys,
     Injection,
-    LoraLayer,
+    Making,
+    base_device,
     eject,
     inject,
     is_adaptable,
 )
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
-from tuner.core.adapters.targets import Target, join_fused, rate_of, rules_for, select_targets
+from tuner.core.adapters.norms import NormLayer, inject_norm, is_norm
+from tuner.core.adapters.targets import Target, join_fused, norm_targets, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.config.network import LOW_RANK
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 from tuner.core.types import Network, ParamGroup
@@ -100,7 +105,7 @@ class AdapterNetwork(TrainedNetwork):
 
 
 def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
-    """Add a LoRA to the components that train, in place; afterwards only its parameters require grad.
+    """Add an adapter to the components that train, in place; afterwards only its parameters require grad.
 
     The layers are on the devices of their modules, in `precision.adapter`. Raises UsageError when a pattern matches
     nothing, when no module is left, and when `network.init_from` does not fit.
@@ -109,39 +114,65 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
     for module in (models.denoiser, *models.text_encoders.values(), *models.others.values()):
         if module is not None:
             module.requires_grad_(False)
-    start = _read_start(config.network, facts)
-    if config.network.rank == "from_file":
-        targets = _targets_of_file(start, modules, config.network)
-        if not config.network.split_fused:
+    network = config.network
+    start = _read_start(network, facts)
+    norms = {name: norm_modules(models, name, facts) for name in modules} if network.train_norms else {}
+    if network.rank == "from_file":
+        targets = _targets_of_file(start, modules, norms, network)
+        if network.type in LOW_RANK and not network.split_fused:
             targets = join_fused(targets, facts.lora.fused, lambda first, other: _same_down(start, first, other))
     else:
-        targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, config.network, facts)
+        targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, network, facts)
+        targets += norm_targets({name: tuple(paths) for name, paths in norms.items()}, network, facts)
     keys = DropoutKeys()
-    dropout = _dropout(config.network)
-    dtype = dtype_by_name(config.precision.adapter, where="precision.adapter")
-    layers = [
-        LoraLayer(
-            modules[target.component][target.paths[0]],
-            others=[modules[target.component][path] for path in target.paths[1:]],
-            rank=target.rank,
-            alpha=target.alpha,
-            dropout=dropout,
-            keys=keys,
-            dtype=dtype,
-            rng=Rng(config.train.seed, "lora", target.component, target.path),
-        )
-        for target in targets
-    ]
-    module = AdapterNetwork(targets, layers, keys)
+    module = AdapterNetwork(targets, _layers(targets, modules, norms, config, keys, start), keys)
     module.injections = [
-        inject(modules[target.component][path], part)
-        for target, layer in zip(targets, layers, strict=True)
+        inject_norm(norms[target.component][path], part)
+        if isinstance(part, NormLayer)
+        else inject(modules[target.component][path], part)
+        for target, layer in module.items()
         for path, part in zip(target.paths, layer.parts(), strict=True)
     ]
     if start:
-        _fill(module, start)
+        _fill(module, start, network)
     split = config.optimizer.loraplus is not None
-    return Network(module=module, param_groups=param_groups(module, split_up=split), kind="lora")
+    return Network(module=module, param_groups=param_groups(module, split_up=split), kind=network.type)
+
+
+def _layers(
+    targets: Sequence[Target],
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    norms: Mapping[str, Mapping[str, nn.Module]],
+    config: RunConfig,
+    keys: DropoutKeys,
+    start: Mapping[str, Tensor],
+) -> list[AdapterLayer]:
+    """The layers of the targets, not yet attached. With rank "from_file" the file's parts decide their sizes."""
+    dropout = _dropout(config.network)
+    dtype = dtype_by_name(config.precision.adapter, where="precision.adapter")
+    layers = []
+    for target in targets:
+        found = norms if target.kind == NormLayer.kind else modules
+        bases = [found[target.component][path] for path in target.paths]
+        making = Making(
+            dropout=dropout,
+            keys=keys,
+            dtype=dtype,
+            device=base_device(bases[0]),
+            rng=Rng(config.train.seed, "lora", target.component, target.path),
+        )
+        stored = parts_of(start, target.component, target.paths[0]) if config.network.rank == "from_file" else None
+        layers.append(KINDS[target.kind].make(bases, target, making, stored))
+    return layers
+
+
+def norm_modules(models: Models, name: str, facts: ModelFacts) -> dict[str, nn.Module]:
+    """Module path inside the component ``name`` to every norm with a weight that adapter files have a name for."""
+    found = {path: module for path, module in _component(models, name).named_modules() if is_norm(module)}
+    maps = key_maps(facts)
+    keys = [f"{module_name(fmt, name, path)}{fmt.up}" for fmt in maps.formats if name in fmt.prefixes for path in found]
+    known = set(maps.paths(keys).get(name, ()))
+    return {path: module for path, module in found.items() if path in known}
 
 
 def adaptable_modules(component: nn.Module) -> dict[str, nn.Module]:
@@ -156,6 +187,23 @@ def detach(network: Network) -> None:
     for record in reversed(module.injections):
         eject(record)
     module.injections = []
+
+
+def with_own_alphas(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file with the same updates and the alphas of ``network``: formats without alpha have none to keep.
+
+    Modules that the network does not have stay as they are.
+    """
+    module = network.module
+    assert isinstance(module, AdapterNetwork)
+    layers = {(target.component, path): layer for target, layer in module.items() for path in target.paths}
+    found: dict[str, Tensor] = {}
+    for component, path in modules_of(tensors):
+        key, layer, parts = f"{component}:{path}", layers.get((component, path)), parts_of(tensors, component, path)
+        if layer is not None and kind_of(parts) == layer.kind:
+            parts = layer.rescaled(parts, key)
+        found |= {f"{key}.{part}": value for part, value in parts.items()}
+    return found
 
 
 def param_groups(module: AdapterNetwork, *, split_up: bool) -> list[ParamGroup]:
@@ -173,7 +221,7 @@ def param_groups(module: AdapterNetwork, *, split_up: bool) -> list[ParamGroup]:
             lr = members[0][0].lr
             name = component if rule is None else f"{component} {rule}"
             down, up = _params(members, faster=False), _params(members, faster=True)
-            if split_up:
+            if split_up and up:
                 groups.append(ParamGroup(name=name, component=component, params=down, lr=lr, role="down"))
                 groups.append(ParamGroup(name=f"{name} up", component=component, params=up, lr=lr, role="up"))
             else:
@@ -217,9 +265,12 @@ def _read_start(network: NetworkConfig, facts: ModelFacts) -> dict[str, Tensor]:
 
 
 def _targets_of_file(
-    start: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, nn.Module]], network: NetworkConfig
+    start: Mapping[str, Tensor],
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    norms: Mapping[str, Mapping[str, nn.Module]],
+    network: NetworkConfig,
 ) -> tuple[Target, ...]:
-    """The file decides modules, ranks and alphas; only learning rates come from the rules."""
+    """The file decides modules and all sizes; only learning rates come from the rules."""
     unused = [name for name in ("preset", "targets", "include", "exclude", "blocks", "alpha") if getattr(network, name)]
     if unused or any(rule.rank is not None or rule.alpha is not None for rule in network.rules):
         raise UsageError(
@@ -229,7 +280,9 @@ def _targets_of_file(
             fix="remove it, or set network.rank to a number",
         )
     stored = modules_of(start)
-    _require_training(stored, modules)
+    kinds = {key: kind_of(parts_of(start, *key)) for key in stored}
+    _require_kinds(kinds, network)
+    _require_training(stored, {name: {**paths, **norms.get(name, {})} for name, paths in modules.items()})
     for component in modules:
         if not any(component == name for name, _ in stored):
             raise UsageError(
@@ -239,15 +292,40 @@ def _targets_of_file(
             )
     targets = []
     for component, inside in modules.items():
-        for path in inside:
-            down = start.get(f"{component}:{path}.down")
-            if down is not None:
+        for path in (*inside, *norms.get(component, ())):
+            if (component, path) in kinds:
+                parts = parts_of(start, component, path)
                 lr, group = rate_of(rules_for(component, path, network.rules))
-                alpha = float(start[f"{component}:{path}.alpha"])
+                rank, alpha = rank_of(parts) or 0, float(parts.get("alpha", 0.0))
                 targets.append(
-                    Target(component=component, path=path, rank=down.shape[0], alpha=alpha, lr=lr, group=group)
+                    Target(
+                        component=component,
+                        path=path,
+                        rank=rank,
+                        alpha=alpha,
+                        lr=lr,
+                        group=group,
+                        kind=kinds[component, path],
+                    )
                 )
     return tuple(targets)
+
+
+def _require_kinds(kinds: Mapping[tuple[str, str], str], network: NetworkConfig) -> None:
+    """The file must hold the configured kind alone, and norms only where these train."""
+    for (component, path), kind in kinds.items():
+        if kind == NormLayer.kind and not network.train_norms:
+            raise UsageError(
+                f"the file has a trained norm, {component}:{path}",
+                where="network.init_from",
+                fix="set network.train_norms to true",
+            )
+        if kind not in (network.type, NormLayer.kind):
+            raise UsageError(
+                f"the file adapts {component}:{path} by {kind}, the configuration by {network.type}",
+                where="network.init_from",
+                fix=f"set network.type to {kind!r}",
+            )
 
 
 def _require_training(stored: Sequence[tuple[str, str]], modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
@@ -262,9 +340,10 @@ def _require_training(stored: Sequence[tuple[str, str]], modules: Mapping[str, M
             raise UsageError(f"the model has no module {path} in {component}", where="network.init_from")
 
 
-def _fill(module: AdapterNetwork, start: Mapping[str, Tensor]) -> None:
-    """Copy the file's matrices in; ups are rescaled where the alphas differ, so that the start acts as the file."""
+def _fill(module: AdapterNetwork, start: Mapping[str, Tensor], network: NetworkConfig) -> None:
+    """Copy the file's parts in, rescaled where the alphas differ, so that the start acts as the file."""
     stored = set(modules_of(start))
+    _require_kinds({key: kind_of(parts_of(start, *key)) for key in stored}, network)
     used: set[tuple[str, str]] = set()
     fresh = 0
     for target, layer in module.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core.adapters.layers import AdapterLayer, Making, only_linear
+from tuner.core.adapters.layers import ChangeLayer, Making, only_linear
 from tuner.core.adapters.targets import Target
 from tuner.core.errors import UsageError
 
@@ -26,9 +26,9 @@ def limited(blocks: Tensor, constraint: float, rows: int) -> Tensor:
     blocks = blocks.float()
     if constraint <= 0:
         return blocks
-    norm = torch.linalg.vector_norm(blocks - blocks.transpose(-1, -2))
+    norm: Tensor = torch.linalg.vector_norm(blocks - blocks.transpose(-1, -2))
     # Written without a comparison of values, which would wait for the device.
-    factor = (constraint * rows / (norm + 1e-8)).clamp(max=1.0)
+    factor: Tensor = (constraint * rows / (norm + 1e-8)).clamp(max=1.0)
     return blocks * factor
 
 
@@ -81,7 +81,7 @@ def butterfly_sizes(rows: int, wanted: int) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-class OftLayer(AdapterLayer):
+class OftLayer(ChangeLayer):
     """oft_blocks [n, b, b], zero at the start. alpha: the constraint; 0 is none."""
 
     kind = "oft"
@@ -99,7 +99,14 @@ class OftLayer(AdapterLayer):
         self.oft_blocks = nn.Parameter(torch.zeros(shape, device=making.device, dtype=making.dtype))
 
     def shape(self, target: Target) -> tuple[int, ...]:
-        size = block_size_of(self.rows[0], target.options.block_size)
+        count = target.options.block_count
+        if count is not None and self.rows[0] % count:
+            raise UsageError(
+                f"the {self.rows[0]} rows of {target.key} cannot be cut into {count} blocks",
+                where="network.block_count",
+                fix="choose a number that divides the rows of every module, or use block_size",
+            )
+        size = block_size_of(self.rows[0], target.options.block_size) if count is None else self.rows[0] // count
         return self.rows[0] // size, size, size
 
     @property

@@ -11,10 +11,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from tuner.core.adapters.fused import Member, member_of
+from tuner.core.config.network import LOW_RANK
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Options:
     full_matrix: bool = False
     decompose_both: bool = False
     block_size: int = 32
+    block_count: int | None = None
     constraint: float = 0.0
     on_input: bool = False
 
@@ -101,7 +103,8 @@ def select_targets(paths: Mapping[str, Sequence[str]], network: NetworkConfig, f
                 why=f"{len(allowed[component])} of its modules could have one",
                 fix=f"include some of them, or take {component} out of train.components",
             )
-    return targets if network.split_fused else join_fused(targets, facts.lora.fused)
+    shared = network.type in LOW_RANK and not network.split_fused
+    return join_fused(targets, facts.lora.fused) if shared else targets
 
 
 def join_fused(
@@ -144,6 +147,28 @@ def check_targets(network: NetworkConfig, components: Iterable[str], facts: Mode
     paths = {component: facts.modules.get(component, ()) for component in components}
     if network.rank != "from_file" and all(paths.values()):
         select_targets(paths, network, facts)
+
+
+def norm_targets(paths: Mapping[str, Sequence[str]], network: NetworkConfig, facts: ModelFacts) -> tuple[Target, ...]:
+    """The norms among ``paths`` that train: those inside ``network.blocks`` that nothing excludes.
+
+    UsageError when the components have none that a file could hold.
+    """
+    every = [(component, path) for component, listed in paths.items() for path in listed]
+    inside = _inside_blocks(every, network, facts)
+    targets = []
+    for component, path in every:
+        if (component, path) in inside and not _matches(network.exclude, component, path):
+            rules = rules_for(component, path, network.rules)
+            lr, group = rate_of(rules)
+            targets.append(Target(component=component, path=path, rank=0, alpha=0.0, lr=lr, group=group, kind="norms"))
+    if paths and not targets:
+        raise UsageError(
+            "the trained components have no norm with a weight",
+            where="network.train_norms",
+            fix="take it out",
+        )
+    return tuple(targets)
 
 
 def _edited(every: Sequence[tuple[str, str]], network: NetworkConfig, lora: LoraRules) -> list[tuple[str, str]]:
@@ -198,9 +223,27 @@ def _with_rules(
         alpha = next((rule.alpha for rule in rules if rule.alpha is not None), network.alpha)
         lr, group = rate_of(rules)
         targets.append(
-            Target(component=component, path=path, rank=own_rank, alpha=alpha or own_rank, lr=lr, group=group)
+            Target(
+                component=component,
+                path=path,
+                rank=own_rank,
+                alpha=alpha or own_rank,
+                lr=lr,
+                group=group,
+                kind=network.type,
+                options=_options(network, rules),
+            )
         )
     return tuple(targets)
+
+
+def _options(network: NetworkConfig, rules: Sequence[NetworkRule]) -> Options:
+    """The settings of one module: for each, the first rule that gives it, else the section's."""
+    values = {each.name: getattr(network, each.name) for each in fields(Options)}
+    for rule in reversed(rules):
+        given = {name: getattr(rule, name, None) for name in values}
+        values |= {name: value for name, value in given.items() if value is not None}
+    return Options(**values)
 
 
 def rate_of(rules: Iterable[NetworkRule]) -> tuple[float | None, str | None]:

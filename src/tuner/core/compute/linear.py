@@ -13,7 +13,8 @@ Adapter parameters may be float32 masters while `x` is bfloat16: the small matri
 
 Attributes of a linear that are read here (all optional, all set from outside, none is a parameter or a submodule):
 
-`adapter`       an object with the `LowRank` fields below;
+`adapter`       an object with the `LowRank` fields below, or with a method ``adapt(x, y, linear) -> y'`` that turns the
+                output without it into the one with it, or with both: then ``adapt`` gets the low-rank sum;
 `base_forward`  a callable `x -> y` that replaces the plain product, for example of a quantized weight;
 `storage_group` set by `share_storage`.
 """
@@ -28,6 +29,8 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tuner.core.compute.dtypes import weight_dtype
 
 
 class LowRank(Protocol):
@@ -48,9 +51,28 @@ def project(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     order; with shared storage these are slices of one tensor, so they must not be changed in place.
     """
     adapters = [_active_adapter(linear) for linear in linears]
+    low_rank = [cast("LowRank", each) if getattr(each, "down", None) is not None else None for each in adapters]
     if all(_frozen_plain(linear) for linear in linears):
-        return _frozen_projection(x, linears, adapters)
-    return tuple(_general(x, linear, adapter) for linear, adapter in zip(linears, adapters, strict=True))
+        outs = _frozen_projection(x, linears, low_rank)
+    else:
+        outs = tuple(_general(x, linear, adapter) for linear, adapter in zip(linears, low_rank, strict=True))
+    finish = [getattr(each, "adapt", None) for each in adapters]
+    if not any(finish):
+        return outs
+    return tuple(
+        out if adapt is None else adapt(x, out, linear)
+        for adapt, out, linear in zip(finish, outs, linears, strict=True)
+    )
+
+
+def plain_product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x W^T without bias and adapter: [..., in_features] -> [..., out_features] in the dtype of the weight."""
+    base_forward: Callable[[Tensor], Tensor] | None = getattr(linear, "base_forward", None)
+    x = x.to(weight_dtype(linear))
+    if base_forward is None:
+        return F.linear(x, linear.weight)
+    y = base_forward(x)
+    return y if linear.bias is None else y - linear.bias.to(y.dtype)
 
 
 def adapted_forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -58,8 +80,8 @@ def adapted_forward(linear: nn.Linear, x: Tensor) -> Tensor:
     return project(x, (linear,))[0]
 
 
-def _active_adapter(linear: nn.Linear) -> LowRank | None:
-    adapter = cast("LowRank | None", getattr(linear, "adapter", None))
+def _active_adapter(linear: nn.Linear) -> Any:
+    adapter: Any = getattr(linear, "adapter", None)
     return None if adapter is None or adapter.scale == 0.0 else adapter
 
 

@@ -12,6 +12,7 @@ from tuner.core.config.base import changed_keys
 from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
+from tuner.core.config.network import kind_problems
 from tuner.core.config.quantize import quantize_problems
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
@@ -119,11 +120,12 @@ def _network(config: RunConfig) -> Iterator[Problem]:
         yield ("network", "rank"), "'from_file' needs network.init_from", None
     if network.rank == "from_file" and network.alpha is not None:
         yield ("network", "alpha"), "comes from the file as well with rank 'from_file'", "take it out"
+    yield from kind_problems(network)
     if network.preset is not None and network.targets is not None:
         yield ("network", "preset"), "is replaced by network.targets", "keep one of the two"
     for number, rule in enumerate(network.rules):
-        if rule.rank is None and rule.alpha is None and rule.lr is None:
-            yield ("network", "rules", number), "sets neither rank, alpha nor lr", None
+        if changed_keys(rule) == {"match"}:
+            yield ("network", "rules", number), "sets nothing but match", "give it a setting, such as rank or lr"
     for name in ("dropout", "rank_dropout", "module_dropout"):
         if getattr(network, name) == 1:
             yield ("network", name), "at 1 nothing would be trained", "choose a value below 1"

@@ -12,7 +12,7 @@ from tuner.core.config.checks import as_errors
 from tuner.core.config.data_checks import Problem
 from tuner.core.config.document import RawConfig
 from tuner.core.config.messages import nearest
-from tuner.core.config.network import NetworkConfig
+from tuner.core.config.network import NetworkConfig, has_rank
 from tuner.core.config.quantize import unknown_quantized
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
@@ -39,7 +39,8 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
     }
     full = config.train.mode == "full"
     alpha = config.network.alpha
-    if not full and alpha is None and isinstance(config.network.rank, int) and config.network.rank > 0:
+    ranked = not full and has_rank(config.network)
+    if alpha is None and ranked and isinstance(config.network.rank, int) and config.network.rank > 0:
         alpha = float(config.network.rank)
     return _with(
         config,

@@ -118,9 +118,7 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
     "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
-    "network.type": dict.fromkeys(
-        ("loha", "lokr", "oft", "dora", "full_rank", "controlnet", "singlora"), "other adapter types"
-    ),
+    "network.type": dict.fromkeys(("controlnet", "singlora"), "other adapter types"),
     "noise.timesteps": {"list": "timesteps from a list"},
     "precision.compute": {"fp16": "fp16 with loss scaling"},
 }

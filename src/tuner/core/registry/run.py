@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import metadata
@@ -20,6 +20,7 @@ from tuner.core.config import (
     load_config,
     resolve_defaults,
 )
+from tuner.core.config.network import kinds_of
 from tuner.core.errors import Problems, UsageError
 from tuner.core.files import WeightHeader, weight_header
 from tuner.core.registry.catalog import EXTENSIONS, MODELS, Catalog, Entry
@@ -94,16 +95,33 @@ def open_facts(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None
         )
     facts = catalog.call(entry, "facts", catalog.load(entry, "descriptor", descriptor.facts), config, header)
     maps = catalog.load(entry, "descriptor", facts.key_maps)
-    formats = _formats(maps)
+    formats = _formats(maps, kinds_of(config.network))
     problems = Problems()
-    problems.extend(facts_problems(config, facts, raw, formats=formats))
+    problems.extend(_format_problems(maps, formats, config))
+    problems.extend(facts_problems(config, facts, raw, formats=[each.name for each in maps.formats]))
     problems.raise_if_any()
     resolved = resolve_defaults(config, facts, formats=formats)
     return Opened(config=resolved, facts=facts, files=files, header=header, entry=entry)
 
 
-def _formats(maps: KeyMaps) -> tuple[str, ...]:
-    return (maps.default, *(each.name for each in maps.formats if each.name != maps.default))
+def _formats(maps: KeyMaps, kinds: Collection[str]) -> tuple[str, ...]:
+    """Names of the formats that hold these kinds of adapters, the model's default first if it does."""
+    able = [each.name for each in maps.formats if set(kinds) <= set(each.kinds)]
+    return tuple(sorted(able, key=lambda name: name != maps.default))
+
+
+def _format_problems(maps: KeyMaps, able: tuple[str, ...], config: RunConfig) -> Iterator[UsageError]:
+    kinds = " with ".join(kinds_of(config.network))
+    wanted = config.checkpoint.format
+    if not able:
+        yield UsageError(f"no format of this model holds {kinds}", where="network.type", fix="choose another kind")
+    elif wanted is not None and wanted not in able and maps.format(wanted) is not None:
+        yield UsageError(
+            f"the format {wanted!r} does not hold {kinds}",
+            where="checkpoint.format",
+            why="the programs that read it do not know this kind of adapter",
+            fix=f"use one of: {', '.join(able)}",
+        )
 
 
 def _other(catalog: Catalog, header: WeightHeader) -> str:

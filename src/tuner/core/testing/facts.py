@@ -205,13 +205,24 @@ def _formats(facts: ModelFacts, inside: Mapping[str, Sequence[str]]) -> Iterator
         yield f"key_maps: the default format {maps.default!r} is not among the formats"
     included = _included(facts, inside)
     for fmt in maps.formats:
-        paths = [(name, path) for name in included if name in fmt.prefixes for path in included[name]]
+        low_rank = "lora" in fmt.kinds
+        paths = [
+            (name, path)
+            for name in included
+            if name in fmt.prefixes
+            for path in included[name]
+            # A rotation has no exchanged halves.
+            if low_rank or not any(re.fullmatch(pattern, path) for pattern in fmt.exchange.get(name, ()))
+        ]
         if not paths:
             yield f"format {fmt.name!r} can hold no component that trains"
             continue
         tensors: dict[str, Tensor] = {}
         for name, path in paths:
             key, member = f"{name}:{path}", member_of(facts.lora.fused, path)
+            if not low_rank:
+                tensors |= {f"{key}.oft_blocks": torch.ones(1, 2, 2), f"{key}.alpha": torch.ones(())}
+                continue
             rows = 2 * (1 if member is None else member.rule.rows[member.index])
             up = torch.ones(rows, 1)
             tensors |= {f"{key}.down": torch.ones(1, 2), f"{key}.up": up, f"{key}.alpha": torch.ones(())}

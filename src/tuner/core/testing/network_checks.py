@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+import pytest
 import torch
 from torch import Tensor
 
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
+from tuner.core.adapters.lora import with_own_alphas
 from tuner.core.adapters.network import load_network_tensors, network_tensors
 from tuner.core.compute.modulation_cache import cache_modulations
+from tuner.core.config.network import KEYS_OF_KINDS, AdapterKind
 from tuner.core.testing.bench import Bench, assert_near
 from tuner.core.train.measure import shake
 
@@ -50,6 +55,30 @@ class NetworkChecks:
         losses = [step(1, [batch]).loss for _ in range(20)]
         assert losses[-1] < 0.97 * losses[0]
 
+    @pytest.mark.parametrize("kind", get_args(AdapterKind))
+    def test_every_kind_of_adapter_starts_neutral_and_reads_back(self, bench: Bench, kind: str) -> None:
+        maps = key_maps(bench.facts)
+        if not any(kind in fmt.kinds for fmt in maps.formats):
+            return
+        settings: dict[str, object] = {"type": kind, "rank": 2 if kind in KEYS_OF_KINDS["rank"] else 16}
+        if kind == "boft":
+            # One block for all rows suits every size.
+            settings["block_size"] = 2**16
+        run = bench.open(network=settings, checkpoint={"dtype": "fp32"}, train={"components": ["denoiser"]})
+        models, network = bench.adapted(run)
+        batch = bench.batch(run=run)
+        assert torch.equal(bench.predict(run, models, batch), bench.predict(run, bench.models, batch))
+        shake(network, seed=7)
+        expected = bench.predict(run, models, batch)
+        tensors = {name: value.cpu() for name, value in network_tensors(network).items()}
+        files = run.model.save(network, tensors, bench.folder / f"kind-{kind}.safetensors", {})
+        read: dict[str, Tensor] = {}
+        for file in files:
+            read |= read_adapter(file, maps).tensors
+        others, loaded = bench.adapted(run)
+        load_network_tensors(loaded, with_own_alphas(loaded, read))
+        assert_near(bench.predict(run, others, batch), expected, kind)
+
     def test_modulations_are_known_before_the_blocks(self, bench: Bench) -> None:
         denoiser, batch = bench.models.denoiser, bench.batch()
         assert denoiser is not None
@@ -73,7 +102,7 @@ class NetworkChecks:
         base = bench.predict(bench.run, bench.models, batch)
         assert float((expected - base).abs().max()) > 1e-5, "the adapter has no effect"
         for fmt in maps.formats:
-            if "denoiser" not in fmt.prefixes:
+            if "denoiser" not in fmt.prefixes or "lora" not in fmt.kinds:
                 continue
             run = bench.open(checkpoint={"format": fmt.name, "dtype": "fp32"})
             tensors = {name: value.cpu() for name, value in network_tensors(network).items()}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tuner.core.adapters.checkpoints import file_beside, read_checkpoint, stored_files
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, modules_of
+from tuner.core.adapters.formats import key_maps
+from tuner.core.adapters.lora import with_own_alphas
 from tuner.core.adapters.network import load_network_tensors, network_tensors
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
@@ -47,7 +48,10 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
     """Set the average to the adapter, or the model's weights, in ``path``. UsageError when they have another shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
     try:
-        tensors = _read_weights(network, config, facts, path) if network.kind == "full" else _read(network, facts, path)
+        if network.kind == "full":
+            tensors = _read_weights(network, config, facts, path)
+        else:
+            tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)
         load_network_tensors(network, tensors)
         ema.take()
     except UsageError as error:
@@ -60,19 +64,6 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
         with torch.no_grad():
             for name, parameter in ema.params.items():
                 parameter.copy_(kept[name])
-
-
-def _read(network: Network, facts: ModelFacts, path: Path) -> dict[str, Tensor]:
-    tensors = dict(read_adapter(path, key_maps(facts)).tensors)
-    own = network_tensors(network)
-    for component, module in modules_of(tensors):
-        key = f"{component}:{module}"
-        alpha = own.get(f"{key}.alpha")
-        if alpha is not None:
-            # Formats without alpha carry it in the matrices.
-            tensors[f"{key}.up"] = tensors[f"{key}.up"].float() * (float(tensors[f"{key}.alpha"]) / float(alpha))
-            tensors[f"{key}.alpha"] = alpha
-    return tensors
 
 
 def _read_weights(network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> dict[str, Tensor]:

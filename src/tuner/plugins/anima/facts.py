@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from tuner.core.errors import Problems, UsageError
@@ -17,7 +18,8 @@ from tuner.core.types import (
     SampleDefaults,
 )
 
-from . import sources
+from . import sources, vae_names
+from .costs import PUBLIC, PUBLIC_ADAPTER, PUBLIC_ENCODER, VAE_BASE, VAE_PARAMETERS, cost_rules
 from .keys import adapter_keys, denoiser_keys, encoder_keys, key_problems, vae_problems
 from .names import adapter_modules, denoiser_modules, encoder_modules
 from .sizes import (
@@ -99,7 +101,30 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
     encoder = encoder_sizes(named_shapes(found.header("qwen3"), encoder_names), str(found.qwen3))
     check_fit(denoiser, adapter, encoder)
     check_whole(found, shapes, denoiser, adapter, encoder)
-    flavour = _flavour(config, denoiser)
+    _check_flavour(config, denoiser)
+    files = {name: tuple(map(str, paths)) for name, paths in sources.files(config).items()}
+    return _described(config, denoiser, adapter, encoder, _vae_size(found), files)
+
+
+def public(config: RunConfig) -> ModelFacts:
+    """The facts of the published model, with no file behind them. UsageError for a flavour that was never published."""
+    flavour = config.model.flavour or "preview"
+    if flavour not in PUBLIC:
+        raise UsageError(f"no published model has the flavour {flavour!r}", where="model.flavour",
+                         fix=f"use {' or '.join(map(repr, PUBLIC))}")  # fmt: skip
+    return _described(config, PUBLIC[flavour], PUBLIC_ADAPTER, PUBLIC_ENCODER, (VAE_PARAMETERS, VAE_BASE), {})
+
+
+def _described(
+    config: RunConfig,
+    denoiser: DenoiserSizes,
+    adapter: AdapterSizes,
+    encoder: EncoderSizes,
+    vae: tuple[int, int],
+    files: Mapping[str, tuple[str, ...]],
+) -> ModelFacts:
+    """vae: (parameters, width)."""
+    flavour = flavour_of(denoiser)
     limits = dict(MAX_TOKENS)
     for name, count in config.text_encoder.max_tokens.items():
         if name not in limits:
@@ -122,7 +147,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
         text_fields=text_fields(config.train.components, adapter),
         max_tokens=limits,
-        files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
+        files=files,
         noise=NoiseDefaults(timesteps="sigmoid", shift=1.0),
         sample=SampleDefaults(steps=30, cfg=4.0, shift=3.0, size=(1024, 1024), multiple=16),
         no_quantize=(*OUTER_LAYERS, *NO_QUANTIZE),
@@ -136,7 +161,22 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
             "llm_adapter": adapter_modules(adapter.layers),
             "qwen3": encoder_modules(encoder.layers),
         },
+        costs=cost_rules(denoiser, adapter, encoder, CONTEXT_FLOOR, vae),
     )
+
+
+def _vae_size(found: sources.Sources) -> tuple[int, int]:
+    """(parameters as loaded, width) of the autoencoder; of a file without a header those of the published one."""
+    if found.vae.suffix in PICKLE_SUFFIXES:
+        return VAE_PARAMETERS, VAE_BASE
+    shapes = {
+        name: info.shape
+        for name, info in named_shapes(found.header("vae"), vae_names.names).items()
+        if not vae_names.UNUSED.fullmatch(name)
+    }
+    # One time slice of each 3-D kernel is kept.
+    sizes = (math.prod(shape) // (shape[2] if len(shape) == 5 else 1) for shape in shapes.values())
+    return sum(sizes), shapes["encoder.conv1.weight"][0]
 
 
 GROUPS = {
@@ -224,10 +264,9 @@ def _check_trainable(training: Collection[str]) -> None:
             raise UsageError(f"{name!r} cannot train", where="train.components", fix=f"use {', '.join(TRAINABLE)}")
 
 
-def _flavour(config: RunConfig, sizes: DenoiserSizes) -> str:
+def _check_flavour(config: RunConfig, sizes: DenoiserSizes) -> None:
     flavour = flavour_of(sizes)
     if config.model.flavour not in (None, flavour):
         raise UsageError(f"these weights are not of flavour {config.model.flavour!r}", where="model.flavour",
                          why=f"{sizes.blocks} blocks of width {sizes.width} are {flavour!r}",
                          fix="leave model.flavour out")  # fmt: skip
-    return flavour

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from tuner.core.types import KeyFormat, KeyMaps
+from tuner.core.types import COMFYUI_KINDS, LYCORIS_KINDS, KeyFormat, KeyMaps
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 MODULATIONS = ("adaln_modulation_self_attn", "adaln_modulation_cross_attn", "adaln_modulation_mlp")
@@ -107,11 +107,21 @@ def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     def depth(pattern: re.Pattern[str]) -> int:
         return max((int(match[1]) + 1 for key in keys if (match := pattern.search(key))), default=0)
 
+    blocks, layers, depth_of_encoder = depth(DENOISER_INDEX), depth(ADAPTER_INDEX), depth(ENCODER_INDEX)
     return {
-        "denoiser": denoiser_modules(depth(DENOISER_INDEX)),
-        "llm_adapter": adapter_modules(depth(ADAPTER_INDEX)),
-        "qwen3": encoder_modules(depth(ENCODER_INDEX)),
+        "denoiser": (*denoiser_modules(blocks), "t_embedding_norm", *_norms(blocks, HEAD_NORMS)),
+        "llm_adapter": (*adapter_modules(layers), *_norms(layers, (*HEAD_NORMS, *ADAPTER_NORMS)), "norm"),
+        "qwen3": (*encoder_modules(depth_of_encoder), *_norms(depth_of_encoder, ENCODER_NORMS, "layers"), "norm"),
     }
+
+
+HEAD_NORMS = tuple(f"{kind}.{name}" for kind in ("self_attn", "cross_attn") for name in ("q_norm", "k_norm"))
+ADAPTER_NORMS = ("norm_self_attn", "norm_cross_attn", "norm_mlp")
+ENCODER_NORMS = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
+
+
+def _norms(count: int, names: tuple[str, ...], root: str = "blocks") -> list[str]:
+    return [f"{root}.{index}.{name}" for index in range(count) for name in names]
 
 
 # --- adapter formats --------------------------------------------------------------------------------------------------
@@ -138,6 +148,7 @@ def _peft_like(name: str, alpha: str | None) -> KeyFormat:
         down=".lora_A.weight",
         up=".lora_B.weight",
         alpha=alpha,
+        kinds=COMFYUI_KINDS,
         read_prefixes={
             "denoiser": ("net.", "transformer."),
             "llm_adapter": ("net.llm_adapter.", "transformer.llm_adapter.", "llm_adapter."),
@@ -157,12 +168,14 @@ MAPS = KeyMaps(
             down=".lora_down.weight",
             up=".lora_up.weight",
             alpha=".alpha",
+            kinds=LYCORIS_KINDS,
         ),
         KeyFormat(
             name="diffusers",
             prefixes={"denoiser": "transformer.", "llm_adapter": "text_conditioner.", "qwen3": "text_encoder."},
             down=".lora_A.weight",
             up=".lora_B.weight",
+            lengths=".lora_magnitude_vector",
             rename={"denoiser": DIFFUSERS_RENAME},
         ),
     ),

@@ -11,6 +11,7 @@ plugin = ModelPlugin(
     files="tuner.plugins.anima.sources:files",
     detect="tuner.plugins.anima.facts:detect",
     facts="tuner.plugins.anima.facts:facts",
+    public="tuner.plugins.anima.facts:public",
     hooks="tuner.plugins.anima.hooks",
     presets="tuner.plugins.anima.presets",
     key_maps="tuner.plugins.anima.names:MAPS",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tuner.core.compute.encoder_sizes import clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.compute.part_costs import PUBLIC_CLIP_L, PUBLIC_T5, autoencoder_cost, clip_cost, t5_cost
 from tuner.core.errors import UsageError
 from tuner.core.types import (
     OUTER_LAYERS,
@@ -18,6 +20,7 @@ from tuner.core.types import (
 )
 
 from . import sources
+from .costs import PUBLIC, cost_rules
 from .names import CLASSES, EMBEDDERS, FUSED
 from .sizes import (
     LATENT_CHANNELS,
@@ -31,6 +34,7 @@ from .sizes import (
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.costs import PartCost
     from tuner.core.types import Header
 
 T5_TOKENS = {"dev": 512, "schnell": 256, "chroma": 512}
@@ -133,7 +137,29 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
     check_sizes(sizes, where)
     _check_config(config, sizes)
     encoders = tuple(name for name in ("clip_l", "t5") if name in found.weights)
-    _check_encoders(found, sizes)
+    parts = _check_encoders(found, sizes)
+    parts["vae"] = autoencoder_cost(found.header("vae"))
+    files = {name: tuple(map(str, paths)) for name, paths in sources.files(config).items()}
+    return _described(config, sizes, encoders, parts, files)
+
+
+def public(config: RunConfig) -> ModelFacts:
+    """The facts of a published model, with no file behind them; ``model.flavour`` says which."""
+    flavour = config.model.flavour or "dev"
+    sizes = PUBLIC[flavour]
+    _check_config(config, sizes)
+    parts = {"clip_l": clip_cost(PUBLIC_CLIP_L), "t5": t5_cost(PUBLIC_T5), "vae": autoencoder_cost()}
+    encoders = ("t5",) if flavour == "chroma" else ("clip_l", "t5")
+    return _described(config, sizes, encoders, {name: parts[name] for name in (*encoders, "vae")}, {})
+
+
+def _described(
+    config: RunConfig,
+    sizes: DenoiserSizes,
+    encoders: tuple[str, ...],
+    parts: Mapping[str, PartCost],
+    files: Mapping[str, tuple[str, ...]],
+) -> ModelFacts:
     limits = {name: CLIP_TOKENS if name == "clip_l" else T5_TOKENS[sizes.flavour] for name in encoders}
     limits |= {name: count for name, count in config.text_encoder.max_tokens.items() if name in limits}
     return ModelFacts(
@@ -157,7 +183,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
         text_fields=text_fields(config, sizes, limits),
         max_tokens=limits,
-        files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
+        files=files,
         noise=NOISE[sizes.flavour],
         sample=SAMPLES[sizes.flavour],
         guidance_input=sizes.flavour == "dev",
@@ -168,6 +194,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         capabilities=CAPABILITIES | dict.fromkeys(("full.clip_l", "full.t5"), WHOLE_ENCODER),
         stored="tuner.plugins.flux.stored:stored",
         groups=GROUPS,
+        costs=cost_rules(sizes, limits["t5"], parts),
     )
 
 
@@ -214,16 +241,19 @@ def _check_config(config: RunConfig, sizes: DenoiserSizes) -> None:
                          fix=f"use 2 to {CLIP_TOKENS}")  # fmt: skip
 
 
-def _check_encoders(found: sources.Sources, sizes: DenoiserSizes) -> None:
-    """Raise UsageError when an encoder's output is not what the denoiser reads."""
-    widths = {}
+def _check_encoders(found: sources.Sources, sizes: DenoiserSizes) -> dict[str, PartCost]:
+    """The costs of the text encoders. UsageError when an encoder's output is not what the denoiser reads."""
+    widths, costs = {}, {}
     if "clip_l" in found.weights:
         header = found.header("clip_l")
-        widths["clip_l"] = (clip_sizes(header.renamed(clip_names(header)), str(header.path)).width, sizes.pooled_width)
+        clip = clip_sizes(header.renamed(clip_names(header)), str(header.path))
+        widths["clip_l"], costs["clip_l"] = (clip.width, sizes.pooled_width), clip_cost(clip)
     header = found.header("t5")
-    widths["t5"] = (t5_sizes(header.renamed(t5_names(header)), str(header.path)).width, sizes.text_width)
+    t5 = t5_sizes(header.renamed(t5_names(header)), str(header.path))
+    widths["t5"], costs["t5"] = (t5.width, sizes.text_width), t5_cost(t5)
     for name, (width, wanted) in widths.items():
         if width != wanted:
             raise UsageError(f"{name} and the denoiser do not fit each other", where=f"model.text_encoders.{name}.path",
                              why=f"the encoder makes {width} features, the denoiser reads {wanted}",
                              fix="use the text encoders that the model was made for")  # fmt: skip
+    return costs

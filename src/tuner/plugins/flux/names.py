@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.core.compute.encoder_sizes import clip_modules, t5_modules
-from tuner.core.types import Fused, KeyFormat, KeyMaps
+from tuner.core.types import JOINT_KINDS, LYCORIS_KINDS, Fused, KeyFormat, KeyMaps
 
 # Original name to diffusers' inside one block; a tuple is a joint matrix, its parts in row order.
 DOUBLE: dict[str, str | tuple[str, ...]] = {
@@ -120,6 +120,17 @@ def denoiser_modules(blocks: int, singles: int) -> tuple[str, ...]:
     return (*found, *root_modules)
 
 
+def norm_modules(blocks: int, singles: int) -> tuple[str, ...]:
+    """The norms of queries and keys, in diffusers' names."""
+    return tuple(
+        f"{BLOCK_ROOTS[root]}.{index}.{name}"
+        for root, count in (("double_blocks", blocks), ("single_blocks", singles))
+        for index in range(count)
+        for name in BLOCK_TABLES[root].values()
+        if isinstance(name, str) and "norm_" in name
+    )
+
+
 _DOUBLE_BLOCK, _SINGLE_BLOCK = r"transformer_blocks\.\d+\.", r"single_transformer_blocks\.\d+\."
 CLASSES = {
     "img_attn": _DOUBLE_BLOCK + r"attn\.(to_[qkv]|to_out\.0)",
@@ -152,8 +163,9 @@ def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     def depth(pattern: re.Pattern[str]) -> int:
         return max((int(match[1]) + 1 for key in keys if (match := pattern.search(key))), default=0)
 
+    blocks, singles = depth(_BLOCK), depth(_SINGLE)
     return {
-        "denoiser": denoiser_modules(depth(_BLOCK), depth(_SINGLE)),
+        "denoiser": (*denoiser_modules(blocks, singles), *norm_modules(blocks, singles)),
         "clip_l": clip_modules(depth(_CLIP)),
         "t5": t5_modules(depth(_T5)),
     }
@@ -195,6 +207,7 @@ def _original(name: str, prefixes: dict[str, str], *, dotted: bool, alpha: str |
         down=".lora_A.weight" if dotted else ".lora_down.weight",
         up=".lora_B.weight" if dotted else ".lora_up.weight",
         alpha=alpha,
+        kinds=JOINT_KINDS,
         rename={"denoiser": _RENAME},
         fused={"denoiser": _FUSED_NAMES},
         exchange={"denoiser": (re.escape(FINAL_MODULATION),)},
@@ -222,7 +235,24 @@ MAPS = KeyMaps(
             prefixes={"denoiser": "transformer.", "clip_l": "text_encoder.", "t5": "text_encoder_2."},
             down=".lora_A.weight",
             up=".lora_B.weight",
+            lengths=".lora_magnitude_vector",
             read_prefixes={"denoiser": ("diffusion_model.", "")},
+        ),
+        # Names of separate projections, which ComfyUI knows too: kinds that cannot share a joint matrix need them.
+        KeyFormat(
+            name="lycoris",
+            prefixes={"denoiser": "lycoris_", "clip_l": "lora_te1_", "t5": "lora_te3_"},
+            separator="_",
+            down=".lora_down.weight",
+            up=".lora_up.weight",
+            alpha=".alpha",
+            kinds=LYCORIS_KINDS,
+        ),
+        replace(
+            _original("sd-scripts-oft", {"denoiser": "oft_unet_"}, dotted=False, alpha=".alpha"),
+            kinds=("oft",),
+            numbered=True,
+            read_prefixes={},
         ),
     ),
     default="sd-scripts",

@@ -11,6 +11,7 @@ plugin = ModelPlugin(
     files="tuner.plugins.flux.sources:files",
     detect="tuner.plugins.flux.facts:detect",
     facts="tuner.plugins.flux.facts:facts",
+    public="tuner.plugins.flux.facts:public",
     hooks="tuner.plugins.flux.hooks",
     presets="tuner.plugins.flux.presets",
     key_maps="tuner.plugins.flux.names:MAPS",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from tuner.core.compute.encoder_sizes import ClipSizes, clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.compute.encoder_sizes import ClipSizes, T5Sizes, clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.compute.part_costs import (
+    PUBLIC_CLIP_G,
+    PUBLIC_CLIP_L,
+    PUBLIC_T5,
+    autoencoder_cost,
+    clip_cost,
+    t5_cost,
+)
 from tuner.core.errors import UsageError
 from tuner.core.types import (
     Blocks,
@@ -17,17 +25,18 @@ from tuner.core.types import (
 )
 
 from . import sources
+from .costs import PUBLIC, VAE_FACTOR, cost_rules, public_sizes
 from .names import lora_rules
 from .sizes import DenoiserSizes, denoiser_sizes, flavour_of, looks_like_family
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
+    from tuner.core.costs import PartCost
     from tuner.core.types import Header
 
     from .config import SD3Config
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
-VAE_FACTOR = 8
 ARCHITECTURES = {
     "medium": "stable-diffusion-3-medium",
     "3.5-medium": "stable-diffusion-3-5-medium",
@@ -51,10 +60,43 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
     found = sources.resolve(config)
     denoiser = denoiser_sizes(header if header is not None else found.denoiser.header(), str(found.denoiser.path))
     flavour = flavour_of(denoiser)
+    if config.model.flavour not in (None, flavour):
+        raise UsageError(f"these weights are not of flavour {config.model.flavour!r}", where="model.flavour",
+                         why=f"they are {flavour!r}", fix="leave model.flavour out")  # fmt: skip
     _check_options(config, flavour)
     clips = {name: _clip_sizes(found, name) for name in ("clip_l", "clip_g")}
-    check_fit(denoiser, clips, _t5_width(found))
-    names = tuple(found.encoders)
+    t5 = _t5_sizes(found)
+    check_fit(denoiser, clips, t5.width if t5 else None)
+    parts = {name: clip_cost(sizes) for name, sizes in clips.items()}
+    if t5 is not None:
+        parts["t5"] = t5_cost(t5)
+    parts["vae"] = autoencoder_cost(found.vae.header())
+    files = {name: tuple(map(str, paths)) for name, paths in sources.files(config).items()}
+    return _described(config, denoiser, clips, parts, files)
+
+
+def public(config: RunConfig) -> ModelFacts:
+    """The facts of a published model with all text encoders and no file behind them; ``model.flavour`` says which."""
+    flavour = config.model.flavour
+    if flavour not in PUBLIC:
+        what = "which published model?" if flavour is None else f"no published model has the flavour {flavour!r}"
+        raise UsageError(what, where="model.flavour", fix=f"set it to {_or(tuple(PUBLIC))}")
+    _check_options(config, flavour)
+    clips = {"clip_l": PUBLIC_CLIP_L, "clip_g": PUBLIC_CLIP_G}
+    parts = {name: clip_cost(sizes) for name, sizes in clips.items()}
+    parts |= {"t5": t5_cost(PUBLIC_T5), "vae": autoencoder_cost()}
+    return _described(config, public_sizes(flavour), clips, parts, {})
+
+
+def _described(
+    config: RunConfig,
+    denoiser: DenoiserSizes,
+    clips: Mapping[str, ClipSizes],
+    parts: Mapping[str, PartCost],
+    files: Mapping[str, tuple[str, ...]],
+) -> ModelFacts:
+    flavour = flavour_of(denoiser)
+    names = tuple(name for name in parts if name != "vae")
     limits = _limits(config, "t5" in names)
     return ModelFacts(
         family="sd3",
@@ -72,7 +114,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),
         text_fields=text_fields(config, denoiser, clips, with_t5="t5" in names),
         max_tokens=limits,
-        files={name: tuple(map(str, paths)) for name, paths in sources.files(config).items()},
+        files=files,
         noise=NoiseDefaults(timesteps="logit_normal", shift=1.0, truncate=True),
         sample=SampleDefaults(
             steps=30, cfg=GUIDANCE[flavour], shift=3.0, size=(1024, 1024), multiple=16, schedule="table"
@@ -84,6 +126,7 @@ def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:
         architecture=ARCHITECTURES[flavour],
         stored="tuner.plugins.sd3.stored:stored",
         groups=GROUPS,
+        costs=cost_rules(denoiser, sum(limits.values()), parts),
     )
 
 
@@ -152,11 +195,11 @@ def _clip_sizes(found: sources.Sources, name: str) -> ClipSizes:
     return clip_sizes(header.renamed(clip_names(header)), str(found.part(name).path))
 
 
-def _t5_width(found: sources.Sources) -> int | None:
+def _t5_sizes(found: sources.Sources) -> T5Sizes | None:
     if "t5" not in found.encoders:
         return None
     header = found.part("t5").header()
-    return t5_sizes(header.renamed(t5_names(header)), str(found.part("t5").path)).width
+    return t5_sizes(header.renamed(t5_names(header)), str(found.part("t5").path))
 
 
 def _limits(config: RunConfig, with_t5: bool) -> dict[str, int]:

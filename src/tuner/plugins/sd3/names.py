@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from tuner.core.compute.encoder_sizes import clip_modules, t5_modules
-from tuner.core.types import Fused, KeyFormat, KeyMaps, LoraRules
+from tuner.core.types import JOINT_KINDS, LYCORIS_KINDS, Fused, KeyFormat, KeyMaps, LoraRules
 
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -160,9 +160,10 @@ def module_paths(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     def depth(pattern: str) -> int:
         return max((int(match[1]) + 1 for key in keys if (match := re.search(pattern, key))), default=0)
 
-    layers = depth(r"layers[._](\d+)[._]")
+    layers, blocks = depth(r"layers[._](\d+)[._]"), depth(r"(?:joint|transformer)_blocks[._](\d+)[._]")
+    norms = [f"transformer_blocks.{index}.{name}" for index in range(blocks) for name in NORMS.values()]
     return {
-        "denoiser": denoiser_modules(depth(r"(?:joint|transformer)_blocks[._](\d+)[._]")),
+        "denoiser": (*denoiser_modules(blocks), *norms),
         "clip_l": clip_modules(layers),
         "clip_g": clip_modules(layers),
         "t5": t5_modules(depth(r"encoder[._]block[._](\d+)[._]")),
@@ -186,6 +187,7 @@ def _original(name: str, prefixes: dict[str, str], separator: str, down: str, up
         down=down,
         up=up,
         alpha=".alpha",
+        kinds=JOINT_KINDS,
         rename={"denoiser": _RENAME},
         fused={"denoiser": tuple((group, rf"joint_blocks.\1.{original}") for group, original in _GROUPS)},
         exchange={"denoiser": _EXCHANGED},
@@ -223,6 +225,17 @@ MAPS = KeyMaps(
             },
             down=".lora_A.weight",
             up=".lora_B.weight",
+            lengths=".lora_magnitude_vector",
+        ),
+        # Names of separate projections, which ComfyUI knows too: kinds that cannot share a joint matrix need them.
+        KeyFormat(
+            name="lycoris",
+            prefixes={"denoiser": "lycoris_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"},
+            separator="_",
+            down=".lora_down.weight",
+            up=".lora_up.weight",
+            alpha=".alpha",
+            kinds=LYCORIS_KINDS,
         ),
     ),
     default="sd-scripts",

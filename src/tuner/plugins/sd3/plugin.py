@@ -11,6 +11,7 @@ plugin = ModelPlugin(
     files="tuner.plugins.sd3.sources:files",
     detect="tuner.plugins.sd3.facts:detect",
     facts="tuner.plugins.sd3.facts:facts",
+    public="tuner.plugins.sd3.facts:public",
     hooks="tuner.plugins.sd3.hooks",
     presets="tuner.plugins.sd3.presets",
     key_maps="tuner.plugins.sd3.names:MAPS",
