@@ -14,6 +14,7 @@ from tuner.core.errors import UsageError
 COMMANDS = {
     "train": "train an adapter",
     "check": "check everything a training needs, without a GPU",
+    "plan": "predict memory, disk and time, and find what fits into a GPU",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
     "convert": "rewrite an adapter file in another format",

@@ -1,4 +1,4 @@
-"""What a plugin declares about the price of its model, so that a run can be planned before any weight is read. No torch.
+"""What a plugin declares about the price of its model, so that runs can be planned before any weight is read. No torch.
 
 "Values" are numbers of the compute dtype. Amounts per token are given for the tokens of the image and for the rows of
 text apart, because an image brings more or fewer of them with its size while the text stays as it is.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
 from tuner.core.files import INDEX_SUFFIX, find_weights, weight_header
@@ -24,6 +26,21 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<inside>(/[\w. -]+)*)")
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
 PATTERNS = ("*.safetensors", "*.sft", "*.json", "*.txt", "*.model")
 DENOISER_FOLDERS = ("transformer",)
+_here_only: ContextVar[bool] = ContextVar("_here_only", default=False)
+
+
+class NotHereError(UsageError):
+    """A file, folder or repository that is not on this machine."""
+
+
+@contextmanager
+def here_only() -> Iterator[None]:
+    """Inside, nothing is fetched: what is not on this machine is a `NotHereError`."""
+    token = _here_only.set(True)
+    try:
+        yield
+    finally:
+        _here_only.reset(token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +72,7 @@ class Place:
             return cls(local=local, where=where)
         match = HUB_ID.fullmatch(path)
         if not match or _is_local(path):
-            raise UsageError("no such file or folder", where=f"{where}: {path}", fix=_nearest(local))
+            raise NotHereError("no such file or folder", where=f"{where}: {path}", fix=_nearest(local))
         inside = match["inside"].strip("/")
         if inside:
             patterns = (inside, f"{inside}/*")
@@ -172,7 +189,9 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    arguments = {"revision": revision, "cache_dir": download_dir, "allow_patterns": list(patterns)}
+    arguments: dict[str, Any] = {"revision": revision, "cache_dir": download_dir, "allow_patterns": list(patterns)}
+    if _here_only.get():
+        arguments["local_files_only"] = True
     if ignore:
         arguments["ignore_patterns"] = list(ignore)
     try:
@@ -182,7 +201,7 @@ def fetch(
         options += "".join(f" --exclude '{pattern}'" for pattern in ignore)
         options += f" --revision {revision}" if revision else ""
         options += f" --cache-dir {download_dir}" if download_dir else ""
-        raise UsageError(
+        raise NotHereError(
             f"cannot fetch {repo} from the hub",
             where=where,
             why=str(error).splitlines()[0] or type(error).__name__,

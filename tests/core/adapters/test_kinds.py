@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.core.adapters.toy import FACTS, MAPS, toy_config, toy_models, toy_x
+from tests.core.adapters.toy import FACTS, MAPS, Denoiser, toy_config, toy_models, toy_x
 from tests.helpers import golden, golden_path
 from tuner.core.adapters.convert import convert_adapter
 from tuner.core.adapters.deltas import kind_of, merged_bias, merged_weight
@@ -24,7 +24,9 @@ from tuner.core.adapters.network import adapter_rng, adapter_strength, load_netw
 from tuner.core.adapters.rotation import butterfly_sizes
 from tuner.core.compute.quantized import quantize_linear
 from tuner.core.errors import UsageError
-from tuner.core.types import Item, Models, Network
+from tuner.core.memory.checkpointing import apply_checkpointing
+from tuner.core.memory.streaming import stream_blocks
+from tuner.core.types import Blocks, Item, Models, Network
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "alpha": 3.0},
@@ -313,3 +315,56 @@ def test_a_start_of_another_kind_or_size_is_refused(network: dict[str, Any], mes
     with pytest.raises(UsageError) as error:
         inject_lora(toy_models(), toy_config({**network, "init_from": str(path)}), FACTS)
     assert message in str(error.value)
+
+
+def gradients(models: Models, network: Network) -> list[Tensor]:
+    parameters = list(network.module.parameters())
+    loss = run(models, toy_x().requires_grad_()).square().sum()
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_streamed_and_recomputed_blocks_give_the_same_bits(name: str, recompute: bool) -> None:
+    torch.manual_seed(1)
+    models = Models(denoiser=Denoiser(blocks=5).requires_grad_(False))
+    _, network = build(name, models)
+    randomize(network)
+    expected = gradients(models, network)
+    stream_blocks(models.denoiser, [Blocks(path="blocks", count=5)], 3, torch.device("cpu"))
+    if recompute:
+        apply_checkpointing(list(models.denoiser.blocks), "block", 1)
+    for found, want in zip(gradients(models, network), expected, strict=True):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("name", ["dora", "lokr", "full with norms"])
+def test_a_compiled_block_is_one_graph_with_the_same_numbers(name: str) -> None:
+    models, network = build(name)
+    randomize(network)
+    block, results = models.denoiser.blocks[1], []
+    for forward in (block.forward, torch.compile(block.forward, backend="aot_eager", fullgraph=True)):
+        network.module.zero_grad()
+        x = toy_x().requires_grad_()
+        out = forward(x)
+        out.square().sum().backward()
+        grads = [value.grad for value in network.module.parameters() if value.grad is not None]
+        results.append([out.detach(), x.grad, *(grad.clone() for grad in grads)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_in_bfloat16_the_frozen_weights_stay_and_the_start_is_neutral(name: str) -> None:
+    plain = toy_models()
+    plain.denoiser.to(torch.bfloat16)
+    models = toy_models()
+    models.denoiser.to(torch.bfloat16)
+    models, network = build(name, models)
+    x = toy_x().bfloat16()
+    assert torch.equal(run(models, x), run(plain, x))
+    randomize(network)
+    out = run(models, x)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in network.module.parameters())
+    torch.testing.assert_close(out, merged(network, plain)(x), rtol=0.1, atol=0.1)

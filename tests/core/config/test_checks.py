@@ -40,6 +40,26 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"network": {"rank": "from_file"}}, "network.rank: 'from_file' needs network.init_from"),
         ({"network": {"preset": "x", "targets": ["y"]}}, "network.preset: is replaced by network.targets"),
         ({"network": {"rules": [{"match": "x"}]}}, "network.rules[0]: sets nothing but match"),
+        ({"network": {"type": "oft", "rank": 4}}, "network.rank: has no effect with network.type 'oft'"),
+        ({"network": {"type": "ia3", "alpha": 4}}, "network.alpha: has no effect with network.type 'ia3'"),
+        ({"network": {"type": "lokr", "dropout": 0.1}}, "network.dropout: has no effect with network.type 'lokr'"),
+        ({"network": {"factor": 8}}, "network.factor: has no effect with network.type 'lora', only with 'lokr'"),
+        (
+            {"network": {"type": "lokr", "full_matrix": True, "rank": 4}},
+            "network.rank: has no effect with network.full_matrix",
+        ),
+        (
+            {"network": {"type": "oft", "block_size": 8, "block_count": 4}},
+            "network.block_size: is replaced by network.block_count",
+        ),
+        (
+            {"network": {"type": "oft", "rank": "from_file", "init_from": "x", "constraint": 0.1}},
+            "network.constraint: comes from the file",
+        ),
+        (
+            {"network": {"type": "loha", "rules": [{"match": "x", "block_size": 4}]}},
+            "network.rules[0].block_size: has no effect with network.type 'loha', only with 'oft', 'boft'",
+        ),
         ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),

@@ -24,7 +24,7 @@ PUBLIC_CLIP_G = ClipSizes(vocab=49408, width=1280, layers=32, heads=20, mlp_widt
 """OpenCLIP's ViT-bigG/14."""
 
 KL_BASE, KL_PARAMETERS = 128, 83_819_683
-"""Width and weights of the 16-channel autoencoder of FLUX.1 and SD3."""
+"""Width and weights of the 16-channel autoencoder that several families share."""
 _KL_WORK, _KL_DECODE_WORK = 512.0, 768.0
 _KL_OPERATIONS, _KL_DECODE_OPERATIONS = 4.13e6, 9.46e6
 
@@ -49,7 +49,8 @@ def clip_cost(sizes: ClipSizes) -> PartCost:
     one |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     layers = _repeated("text_model.encoder.layers", sizes.layers, one)
     others = (sizes.vocab + sizes.positions) * width + sizes.layers * (9 * width + hidden) + 2 * width
-    return _encoder(layers, others + (sizes.projection or 0) * width, work=2 * hidden + 6 * width)
+    # Without a projection in the file the module has one that changes nothing.
+    return _encoder(layers, others + (sizes.projection or width) * width, work=2 * hidden + 6 * width)
 
 
 def autoencoder_cost(header: Mapping[str, TensorInfo] | None = None) -> PartCost:

@@ -94,14 +94,38 @@ def open_facts(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None
             f"these weights are not of the model {family!r}", where=str(header.path), fix=_other(catalog, header)
         )
     facts = catalog.call(entry, "facts", catalog.load(entry, "descriptor", descriptor.facts), config, header)
+    resolved = _resolved(config, facts, catalog, entry, raw)
+    return Opened(config=resolved, facts=facts, files=files, header=header, entry=entry)
+
+
+def open_public(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None) -> tuple[RunConfig, ModelFacts]:
+    """The facts of the published model that ``model.flavour`` names, without any file, and the configuration with them.
+
+    UsageError when the plugin knows no published models.
+    """
+    entry, descriptor = catalog.entry(MODELS, config.model.family), catalog.model(config.model.family)
+    if descriptor.public is None:
+        raise UsageError(
+            f"the sizes of {entry.name!r} are known from its weights alone",
+            where="model.path",
+            why="its plugin lists no published models",
+            fix="name weights that are on this machine",
+        )
+    facts = catalog.call(entry, "public", catalog.load(entry, "descriptor", descriptor.public), config)
+    return _resolved(config, facts, catalog, entry, raw), facts
+
+
+def _resolved(
+    config: RunConfig, facts: ModelFacts, catalog: Catalog, entry: Entry, raw: RawConfig | None
+) -> RunConfig:
+    """The configuration checked against the facts and completed by them."""
     maps = catalog.load(entry, "descriptor", facts.key_maps)
     formats = _formats(maps, kinds_of(config.network))
     problems = Problems()
     problems.extend(_format_problems(maps, formats, config))
     problems.extend(facts_problems(config, facts, raw, formats=[each.name for each in maps.formats]))
     problems.raise_if_any()
-    resolved = resolve_defaults(config, facts, formats=formats)
-    return Opened(config=resolved, facts=facts, files=files, header=header, entry=entry)
+    return resolve_defaults(config, facts, formats=formats)
 
 
 def _formats(maps: KeyMaps, kinds: Collection[str]) -> tuple[str, ...]:

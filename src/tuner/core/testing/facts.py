@@ -15,6 +15,7 @@ from tuner.core.adapters.lora import adaptable_modules
 from tuner.core.adapters.targets import select_targets
 from tuner.core.config import NetworkConfig
 from tuner.core.errors import UsageError
+from tuner.core.testing.costs import cost_problems
 
 if TYPE_CHECKING:
     from tuner.core.types import ModelFacts, Models
@@ -38,6 +39,7 @@ def fact_problems(facts: ModelFacts, models: Models) -> list[str]:
         *_fused(facts, models),
         *_presets(facts, inside),
         *_formats(facts, inside),
+        *cost_problems(facts, models),
     ]
 
 

@@ -16,10 +16,12 @@ from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
 from tuner.core.data.records import SourceIndex
 from tuner.core.data.report import PlanReport, report_plan
-from tuner.core.data.text_cache import cached_fields, planned_texts
+from tuner.core.data.text_cache import planned_texts
 from tuner.core.errors import Problems, UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import check_optimizer
+from tuner.core.plan.disk import latent_bytes, text_bytes
+from tuner.core.plan.work import cached_pixels
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, family_of, model_schema, open_facts
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.averaging import check_ema
@@ -31,7 +33,6 @@ from tuner.core.types import ModelFacts
 
 T = TypeVar("T")
 
-BYTES = {"bf16": 2, "fp32": 4, "bfloat16": 2, "float32": 4, "int64": 8, "bool": 1}
 SHOWN = 5
 
 
@@ -206,8 +207,8 @@ def _check_disk(
     report: CheckReport,
     problems: Problems,
 ) -> None:
-    latents = _latent_bytes(plan, config, facts) if config.cache.latents == "disk" else 0
-    encoded = _text_bytes(len(texts), config, facts) if config.cache.text == "disk" else 0
+    latents = latent_bytes(cached_pixels(plan), config, facts) if config.cache.latents == "disk" else 0
+    encoded = text_bytes(len(texts), config, facts) if config.cache.text == "disk" else 0
     folder = _existing(Path(config.cache.dir))
     free = shutil.disk_usage(folder).free
     need = latents + encoded
@@ -223,30 +224,6 @@ def _check_disk(
                 fix="set cache.dir to a folder on a larger disk",
             )
         )
-
-
-def _latent_bytes(plan: DataPlan, config: RunConfig, facts: ModelFacts) -> int:
-    item = facts.latent_channels * BYTES[config.cache.dtype]
-    seen = {
-        (each.record.digest, each.fit.bucket, flip)
-        for each in (*plan.items, *plan.validation)
-        for flip in ((False, True) if plan.sources[each.source].augment.flip else (False,))
-    }
-    return sum(item * (w // facts.spatial_factor) * (h // facts.spatial_factor) for _, (w, h), _ in seen)
-
-
-def _text_bytes(count: int, config: RunConfig, facts: ModelFacts) -> int:
-    longest = max(facts.max_tokens.values(), default=1)
-    total = 0
-    for name in cached_fields(config, facts):
-        description = facts.text_fields[name]
-        size = BYTES.get(description.dtype, 4)
-        if description.dtype in ("float32", "bfloat16"):
-            size = BYTES[config.cache.dtype]
-        for axis in description.shape:
-            size *= longest if isinstance(axis, str) else axis
-        total += size
-    return total * count
 
 
 def _existing(path: Path) -> Path:

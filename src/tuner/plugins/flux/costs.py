@@ -59,20 +59,31 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
     return CostRules(
         blocks=(
             BlockCost(
-                path="transformer_blocks", first=0, count=sizes.blocks, layers=double, other=2 * heads + _biases(double),
-                attention=attention, levels=_levels(DOUBLE, width),
+                path="transformer_blocks",
+                first=0,
+                count=sizes.blocks,
+                layers=double,
+                other=2 * heads + _biases(double),
+                attention=attention,
+                levels=_levels(DOUBLE, width),
             ),
             BlockCost(
-                path="single_transformer_blocks", first=0, count=sizes.singles, layers=single,
-                other=heads + _biases(single), attention=attention, levels=_levels(SINGLE, width),
+                path="single_transformer_blocks",
+                first=0,
+                count=sizes.singles,
+                layers=single,
+                other=heads + _biases(single),
+                attention=attention,
+                levels=_levels(SINGLE, width),
             ),
         ),
         outer=_outer(sizes),
-        outer_other=_biases(_outer(sizes)) + (sizes.approximator.layers * width if sizes.approximator else 0),
+        outer_other=_biases(_outer(sizes))
+        + (sizes.approximator.layers * sizes.approximator.width if sizes.approximator else 0),
         token=TOKEN,
         text_rows=text_rows,
         parts=parts,
-    )  # fmt: skip
+    )
 
 
 def _levels(table: Amounts, width: int) -> dict[str, LevelCost]:

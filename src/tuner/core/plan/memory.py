@@ -1,0 +1,238 @@
+"""Peak memory of each phase of a run, on the device and in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tuner.core.plan.devices import Device
+from tuner.core.plan.trained import FULL, component_values
+from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
+from tuner.core.plan.work import Shape, Work
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.costs import BlockCost, CostRules
+    from tuner.core.types import ModelFacts
+
+PROCESS = {"cpu": 0.5e9, "cuda": 1.5e9}
+"""Host memory of the program itself: Python, torch and, for a GPU, its libraries."""
+OPTIMIZER_CHUNK = 1 << 28
+"""Bytes of float32 copies while weights in bfloat16 are updated; as in `tuner.core.optim.update`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Bytes at the peak of a phase: tensors on the device, the process in host memory. parts: what the device holds."""
+
+    name: str
+    device: float
+    host: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What training adds. values: that the optimizer moves. weights, gradients, state, average: bytes on the device;
+    host: bytes in host memory. saved: bytes of a checkpoint with its state."""
+
+    values: int
+    weights: float
+    gradients: float
+    state: float
+    average: float
+    host: float
+    saved: float
+
+
+def phases(
+    config: RunConfig,
+    facts: ModelFacts,
+    costs: CostRules,
+    work: Work,
+    device: Device,
+    weights: Weights,
+    trained: Trained,
+) -> tuple[Phase, ...]:
+    """Every phase that the run has, in its order."""
+    found = [
+        _encoding(config, facts, costs),
+        _latents(config, facts, costs, work),
+        _loading(config, facts, costs, weights),
+    ]
+    step = step_phase(config, facts, costs, work, weights, trained)
+    found.append(step)
+    if config.sample.enabled and config.sample.prompts:
+        found.append(_preview(config, facts, costs, step))
+    found.append(_saving(step, trained))
+    base = PROCESS["cpu" if device.kind == "cpu" else "cuda"]
+    shared = device.kind == "cpu"
+    return tuple(
+        Phase(
+            name=each.name,
+            device=0.0 if shared else each.device,
+            host=base + each.host + (each.device if shared else 0.0),
+            parts=each.parts,
+        )
+        for each in found
+        if each.device or each.host
+    )
+
+
+def trained_memory(config: RunConfig, costs: CostRules, values: int, state_bytes: float) -> Trained:
+    """What the trained values need. state_bytes: of the optimizer per value. Gradients of an update inside the
+    backward pass exist for one part of the model at a time."""
+    full = str(config.train.mode) == FULL
+    optimizer = config.optimizer
+    item = BYTES[config.precision.compute if full else config.precision.adapter]
+    gradients = values * item
+    if optimizer.fuse != "off":
+        count = sum(each.count for each in costs.blocks)
+        block = max(each.parameters for each in costs.blocks) if full else values // count
+        one = largest_layer(costs.layers()) if full else block // 2
+        gradients = item * min(values, block if optimizer.fuse == "block" else one)
+    state = values * state_bytes
+    if optimizer.rounding == "kahan":
+        state += 2 * values
+    if optimizer.rounding != "nearest" or optimizer.offload:
+        gradients += min(2 * OPTIMIZER_CHUNK, 8 * values)
+    average = 4 * values if config.ema.enabled else 0
+    host = (state if optimizer.offload else 0) + (average if config.ema.device == "cpu" else 0)
+    return Trained(
+        values=values,
+        # The model's own weights are counted with the model.
+        weights=0 if full else values * item,
+        gradients=gradients,
+        state=0 if optimizer.offload else state,
+        average=average if config.ema.device == "accelerator" else 0,
+        host=host,
+        saved=values * item + state + average,
+    )
+
+
+def step_phase(
+    config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work, weights: Weights, trained: Trained
+) -> Phase:
+    """The training step. Its peak is where most is kept, when the backward pass begins; gradients come after that."""
+    item = BYTES[config.precision.compute]
+    kept, working = max((activations(config, costs, shape) for shape in work.shapes), key=sum)
+    others = sum(
+        part_bytes(config, facts, costs, name)
+        for name in {*facts.step_components, *config.train.components, *_live(config, facts)} - {"denoiser"}
+    )
+    offloaded = kept * item if config.memory.offload_activations != "off" else 0.0
+    # With accumulation gradients are there from the second micro-batch on.
+    early = trained.gradients if config.train.accumulate > 1 or config.optimizer.fuse != "off" else 0.0
+    activity = max(kept * item - offloaded + working * item + early, trained.gradients)
+    parts = {
+        "weights": weights.device + others,
+        "slots of streamed blocks": weights.slots,
+        "read back": weights.read_back,
+        "adapter": trained.weights,
+        "optimizer": trained.state,
+        "average": trained.average,
+        "activations and gradients": activity,
+    }
+    return Phase(
+        name="step",
+        device=sum(parts.values()),
+        host=weights.host + trained.host + offloaded,
+        parts={name: size for name, size in parts.items() if size},
+    )
+
+
+def activations(config: RunConfig, costs: CostRules, shape: Shape) -> tuple[float, float]:
+    """Values (kept, at work) at the worst moment of a backward pass over one micro-batch."""
+    image, text = shape.tokens(costs.token), costs.text_rows
+    kept, worst = 0.0, (0.0, 0.0)
+    batch = shape.batch * (2 if config.guidance.distill and config.guidance.distill.batched else 1)
+    for block in costs.blocks:
+        kept += _kept(config, block, image, text) * batch
+        level = block.levels[config.memory.checkpointing]
+        worst = max(worst, (kept, level.work.of(image, text) * batch), key=sum)
+    return worst
+
+
+def _kept(config: RunConfig, block: BlockCost, image: int, text: int) -> float:
+    """Values that ``count`` blocks keep, every n-th of them recomputed."""
+    memory = config.memory
+    every = memory.checkpoint_every if memory.checkpointing != "off" else 1
+    recomputed = -(-block.count // every)
+    plain = block.levels["off"].kept.of(image, text) * (block.count - recomputed)
+    return plain + block.levels[memory.checkpointing].kept.of(image, text) * recomputed
+
+
+# --- the other phases -------------------------------------------------------------------------------------------------
+
+
+def _live(config: RunConfig, facts: ModelFacts) -> set[str]:
+    """Text components that every step runs."""
+    if config.cache.text == "off":
+        return set(facts.text_components)
+    training = set(config.train.components)
+    return {name for spec in facts.text_fields.values() if training & set(spec.of) for name in spec.of}
+
+
+def _encoding(config: RunConfig, facts: ModelFacts, costs: CostRules) -> Phase:
+    """Captions: all encoders whose output is cached, at once."""
+    names = [name for name in facts.text_components if name not in _live(config, facts)]
+    if not names:
+        return Phase(name="captions", device=0, host=0)
+    weights = sum(part_bytes(config, facts, costs, name) for name in names)
+    tokens = max(facts.max_tokens.values(), default=0) * config.cache.text_batch_size
+    working = max(costs.parts[name].work * BYTES[dtype_of(config, facts, name)] for name in names) * tokens
+    return Phase(
+        name="captions",
+        device=weights + working,
+        host=max(part_bytes(config, facts, costs, name, stored=False) for name in names),
+        parts={"weights": weights, "at work": working},
+    )
+
+
+def _latents(config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work) -> Phase:
+    if config.cache.latents == "off":
+        return Phase(name="latents", device=0, host=0)
+    weights = part_bytes(config, facts, costs, "vae")
+    pixels = max(shape.width * shape.height for shape in work.shapes)
+    together = 1 if (config.latents.posterior or facts.posterior) == "sample" else config.cache.vae_batch_size
+    working = costs.parts["vae"].work * BYTES[dtype_of(config, facts, "vae")] * pixels * together
+    return Phase(name="latents", device=weights + working, host=weights, parts={"weights": weights, "at work": working})
+
+
+def _loading(config: RunConfig, facts: ModelFacts, costs: CostRules, weights: Weights) -> Phase:
+    """The denoiser from its file. Mapped pages of the file count as the process's until the file is closed; what is
+    quantized or streamed goes through host memory in full."""
+    # Files hold two bytes per value as a rule.
+    mapped = 2 * component_values(costs, "denoiser")
+    through_host = config.quantize.denoiser is not None or bool(config.memory.swap_blocks)
+    whole = BYTES[config.precision.compute] * component_values(costs, "denoiser")
+    return Phase(
+        name="loading",
+        device=0 if through_host else whole,
+        host=(mapped if config.model.mmap else 0) + (whole if through_host else 0),
+        parts={} if through_host else {"weights": whole},
+    )
+
+
+def _preview(config: RunConfig, facts: ModelFacts, costs: CostRules, step: Phase) -> Phase:
+    """Pictures while training: beside the weights, first the denoiser without gradients, then the autoencoder."""
+    width, height = config.sample.size or facts.sample.size
+    shape = Shape(width=width, height=height, batch=1)
+    image = shape.tokens(costs.token)
+    running = max(block.levels["block"].work.of(image, costs.text_rows) for block in costs.blocks) / 2
+    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * width * height
+    pictures = max(running * BYTES[config.precision.compute], part_bytes(config, facts, costs, "vae") + decoder)
+    resident = step.device - step.parts.get("activations and gradients", 0)
+    return Phase(
+        name="preview",
+        device=resident + pictures,
+        host=step.host,
+        parts={"weights and training": resident, "autoencoder and picture": pictures},
+    )
+
+
+def _saving(step: Phase, trained: Trained) -> Phase:
+    """A checkpoint: the trained values and the optimizer's state pass through host memory."""
+    resident = step.device - step.parts.get("activations and gradients", 0)
+    return Phase(name="save", device=resident, host=step.host + trained.saved, parts={"weights and training": resident})

@@ -1,0 +1,42 @@
+"""From a configuration document to what a plan is made of. Nothing is fetched, and no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.core.config import RawConfig, RunConfig, load_config
+from tuner.core.errors import UsageError
+from tuner.core.places import NotHereError, here_only
+from tuner.core.plan.work import Work, work_of
+from tuner.core.registry import Catalog, open_facts, open_public, typed_config
+from tuner.core.types import ModelFacts
+
+
+def prepare(
+    raw: Mapping[str, Any], *, base_dir: Path | None = None, catalog: Catalog | None = None
+) -> tuple[RunConfig, ModelFacts, Work]:
+    """(configuration with defaults, facts, work) of a run whose weights and pictures may be absent.
+
+    Without the weights the facts are those of the published model of ``model.flavour``; without the pictures one size
+    per resolution is assumed. UsageError when neither weights nor a published model tell the sizes.
+    """
+    catalog = catalog or Catalog()
+    document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
+    config = typed_config(document, catalog)
+    try:
+        with here_only():
+            opened = open_facts(config, catalog, document)
+        config, facts = opened.config, opened.facts
+    except NotHereError as absent:
+        try:
+            config, facts = open_public(config, catalog, document)
+        except UsageError as unknown:
+            raise UsageError(
+                f"no plan without weights: {unknown.what}",
+                where=absent.where,
+                why=absent.what,
+                fix=unknown.fix,
+            ) from absent
+    return config, facts, work_of(config, facts)

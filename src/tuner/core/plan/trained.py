@@ -1,0 +1,94 @@
+"""How many values train: of an adapter of any kind, or of whole components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tuner.core.costs import CostRules, Layer
+
+if TYPE_CHECKING:
+    from tuner.core.adapters.targets import Options, Target
+    from tuner.core.config import RunConfig
+    from tuner.core.types import ModelFacts
+
+FULL = "full"
+"""The value of ``train.mode`` that trains the model's own weights."""
+
+
+def component_layers(costs: CostRules, component: str) -> Mapping[str, Layer]:
+    """The linears of a component by path."""
+    if component == "denoiser":
+        return costs.layers()
+    return costs.parts[component].layers
+
+
+def component_values(costs: CostRules, component: str) -> int:
+    """All values of a component."""
+    return costs.parameters if component == "denoiser" else costs.parts[component].parameters
+
+
+def trained_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> int:
+    """Values that the optimizer moves. UsageError for patterns that match nothing."""
+    if str(config.train.mode) == FULL:
+        return sum(component_values(costs, name) for name in config.train.components)
+    from tuner.core.adapters.targets import select_targets
+
+    layers = {name: component_layers(costs, name) for name in config.train.components}
+    network = config.network
+    if network.rank == "from_file":
+        # The file tells the ranks; the plan takes the default one.
+        network = network.model_copy(update={"rank": 16, "init_from": None})
+    targets = select_targets({name: tuple(found) for name, found in layers.items()}, network, facts)
+    return sum(adapter_values(target, layers[target.component]) for target in targets)
+
+
+def adapter_values(target: Target, layers: Mapping[str, Layer]) -> int:
+    """Values of the adapter on one target."""
+    own = [layers[path] for path in target.paths]
+    rows, columns = sum(layer.rows for layer in own), own[0].columns
+    return values_of(target.kind, rows, columns, target.rank, target.options)
+
+
+def values_of(kind: str, rows: int, columns: int, rank: int, options: Options) -> int:
+    """Values of an adapter of a kind on a matrix [rows, columns]."""
+    low = rank * (rows + columns)
+    if kind == "dora":
+        return low + rows
+    if kind == "loha":
+        return 2 * low
+    if kind == "lokr":
+        return _lokr(rows, columns, rank, options)
+    if kind in ("oft", "boft"):
+        size = math.gcd(options.block_size, rows) or 1
+        stages = max(int(math.log2(max(rows // size, 1))), 1) if kind == "boft" else 1
+        return stages * rows * size
+    if kind == "ia3":
+        return columns if options.on_input else rows
+    if kind == FULL:
+        return rows * columns
+    return low
+
+
+def _lokr(rows: int, columns: int, rank: int, options: Options) -> int:
+    """A small matrix times, as a Kronecker product, a large one that is two factors where that is smaller."""
+    (small_rows, large_rows), (small_columns, large_columns) = (
+        _split(size, options.factor) for size in (rows, columns)
+    )
+    large = large_rows * large_columns
+    if not options.full_matrix:
+        large = min(large, rank * (large_rows + large_columns))
+    small = small_rows * small_columns
+    if options.decompose_both and not options.full_matrix:
+        small = min(small, rank * (small_rows + small_columns))
+    return small + large
+
+
+def _split(size: int, factor: int) -> tuple[int, int]:
+    """(small, large): the divisors of ``size`` nearest to its root, or ``factor`` and the rest where that divides."""
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    limit = factor if factor > 0 else math.isqrt(size)
+    small = next(each for each in range(min(limit, math.isqrt(size)), 0, -1) if size % each == 0)
+    return small, size // small
