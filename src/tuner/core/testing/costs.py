@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tuner.core.costs import CostRules, Layer
@@ -58,5 +58,5 @@ def _sizes(name: str, module: nn.Module, parameters: int, layers: Mapping[str, L
             yield f"costs name {path} in {name}, which is not there"
             continue
         weight = getattr(own, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.numel() != layer.size:
+        if not isinstance(weight, Tensor) or weight.numel() != layer.size:
             yield f"costs give {path} in {name} {layer.rows} x {layer.columns} values"
