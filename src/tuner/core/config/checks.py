@@ -24,7 +24,6 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     found.extend(_memory(config))
     found.extend(_optimizer(config))
     found.extend(_mode(config))
-    found.extend(_compile(config))
     found.extend(quantize_problems(config))
     return as_errors(found, raw)
 
@@ -174,22 +173,6 @@ def _ema(config: RunConfig) -> Iterator[Problem]:
     if not (config.checkpoint.save_ema or config.ema.feedback or seen):
         fix = "set checkpoint.save_ema, or take ema out"
         yield ("ema", "enabled"), "has no effect: the average is neither saved nor looked at", fix
-
-
-def _compile(config: RunConfig) -> Iterator[Problem]:
-    compile, level = config.compile, config.memory.checkpointing
-    if not compile.enabled:
-        for key in sorted(changed_keys(compile)):
-            yield Unused(("compile", key), "has no effect while compile.enabled is off", "set compile.enabled")
-        return
-    if level in ("keep_attention", "selective"):
-        why = f"{level!r} chooses among operations, which a compiler joins"
-        yield ("memory", "checkpointing"), why, "use 'block' or 'off' with compile"
-    if config.memory.swap_blocks and compile.mode not in ("default", "max-autotune-no-cudagraphs"):
-        why = f"{compile.mode!r} records where weights lie, and streamed ones move"
-        yield ("compile", "mode"), why, "use 'default' with memory.swap_blocks"
-    if compile.mode != "default" and compile.backend != "inductor":
-        yield ("compile", "mode"), f"has no effect with the backend {compile.backend!r}", "take it out"
 
 
 def _mode(config: RunConfig) -> Iterator[Problem]:

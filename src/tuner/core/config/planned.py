@@ -16,6 +16,7 @@ from tuner.core.errors import UsageError
 PLANNED: Mapping[str, str] = {
     # whole sections
     "quantize.args": "arguments of quantization libraries",
+    "compile": "compiled blocks",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",
     "hooks": "commands after checkpoints and uploads",
@@ -105,7 +106,6 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "noise.prediction_type": "models here predict the velocity of a flow; it is not a choice",
     "noise.zero_terminal_snr": "it belongs to models with a beta schedule; a flow ends in pure noise anyway",
     "loss.v_pred_like_loss": "it belongs to noise-prediction models",
-    "compile.per_block": "blocks are always compiled one by one; nothing else works with the other options",
     "latents.feature_cache": "single images need no feature cache; there is none to switch off",
     "precision.weights": "trained weights are kept in precision.compute; optimizer.rounding says how they are rounded",
     "quantize.on": "weights are quantized one at a time on the device where they stay",

@@ -91,20 +91,6 @@ class MemoryConfig(Section):
     program needs the memory, or where sizes vary much."""
 
 
-class CompileConfig(Section):
-    """Compiled blocks. The blocks of the denoiser are compiled one by one, whatever else is done to them."""
-
-    enabled: bool = False
-    """Compile. The first steps take minutes; what was compiled is kept in ``cache.dir`` for later runs."""
-    backend: str = "inductor"
-    """A compiler that torch knows."""
-    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """How much the compiler tries."""
-    dynamic: Literal["auto", False] = "auto"
-    """``auto``: from the second size of pictures on, one graph for all sizes. ``false``: one graph for each size, which
-    is a little faster and takes longer to compile."""
-
-
 class AttentionConfig(Section):
     """The attention kernel."""
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.compute.compiling import compile_blocks, keep_compiled
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.base import changed_keys
 from tuner.core.memory.checkpointing import apply_checkpointing
@@ -32,7 +30,7 @@ log = logging.getLogger(__name__)
 def prepare_blocks(
     models: Models, network: Network, config: RunConfig, facts: ModelFacts, device: torch.device
 ) -> Streaming | None:
-    """Compile, stream and recompute as configured. Comes after the adapters: all of it runs the adapted blocks.
+    """Stream and recompute as ``memory`` says. Comes after the adapters: recomputation runs the adapted blocks.
 
     Recomputation is outside, so that it fetches the weights of a streamed block again. Modulations are computed ahead
     of the blocks unless blocks are streamed: then their weights travel with the block that needs them.
@@ -41,11 +39,6 @@ def prepare_blocks(
     assert denoiser is not None
     for key in sorted(changed_keys(memory) & WITHOUT_EFFECT.get(device.type, set())):
         log.warning("memory.%s saves nothing on a device of type %s", key, device.type)
-    sequence = [block for each in facts.block_lists for block in denoiser.get_submodule(each.path).children()]
-    if config.compile.enabled:
-        if config.compile.backend == "inductor":
-            keep_compiled(Path(config.cache.dir) / "compiled")
-        compile_blocks(sequence, config.compile)
     streaming = None
     if memory.swap_blocks:
         streaming = stream_blocks(denoiser, facts.block_lists, memory.swap_blocks, device)
@@ -55,6 +48,7 @@ def prepare_blocks(
     else:
         cache_modulations(denoiser, facts.modulation, [each.path for each in facts.block_lists])
     offload = None if memory.offload_activations == "off" else open_offload(memory.offload_activations, device)
+    sequence = [block for each in facts.block_lists for block in denoiser.get_submodule(each.path).children()]
     apply_checkpointing(sequence, memory.checkpointing, memory.checkpoint_every, offload=offload)
     return streaming
 

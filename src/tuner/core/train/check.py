@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tuner.core.adapters.targets import check_targets
-from tuner.core.compute.compiling import check_compile
 from tuner.core.config import RawConfig, RunConfig, examine_config, load_config
 from tuner.core.data.index import scan_source
 from tuner.core.data.inspect import inspect_indices
@@ -71,7 +70,6 @@ def check(
     _collected(problems, lambda: check_optimizer(config.optimizer))
     _collected(problems, lambda: check_ema(config))
     _collected(problems, lambda: check_quantize(config, pick_device()))
-    _collected(problems, lambda: check_compile(config.compile, pick_device()))
     _collected(problems, lambda: check_trackers(config.log))
     for name in config.extensions:
         _collected(problems, lambda name=name: catalog.entry(EXTENSIONS, name))  # type: ignore[misc]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from tuner.core.atomic import write_json
-from tuner.core.compute.compiling import check_compile
 from tuner.core.config import RunConfig
 from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
@@ -66,7 +65,6 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     check_ema(config)
     device = pick_device()
     check_quantize(config, device)
-    check_compile(config.compile, device)
     set_threads(config)
     with FolderLock(folder), EventLog(folder.events) as events:
         found = None if wanted == "none" else find_state(folder, wanted)

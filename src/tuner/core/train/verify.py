@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval
-from tuner.core.compute.compiling import check_compile
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.quantized import multiplying
 from tuner.core.data.plan import plan_data
@@ -77,7 +76,6 @@ LEVERS = (
         section="memory",
         neutral={"checkpointing": "off", "checkpoint_every": 1, "offload_activations": "off"},
     ),
-    Lever(name="compiled blocks", section="compile", neutral={"enabled": False}),
     Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False}),
     Lever(name="quantized arithmetic", section="quantize", neutral={"activations": None}, exact=False),
 )
@@ -128,7 +126,6 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     set_threads(config)
     device = pick_device()
     check_quantize(config, device)
-    check_compile(config.compile, device)
     plan = plan_data(config, run.facts)
     require_cache_folder(config)
     caches = Caches(run, plan, device, None)
