@@ -2,7 +2,8 @@
 
 Writes a synthetic set of weight files of the real sizes (28 blocks and adapter in bfloat16, 0.6B text encoder, image
 autoencoder; random weights, about 6 GB) and one captioned picture, runs ``tuner train`` on it for one step at 256x256
-in a process of its own, reports that process's peak resident memory, and removes the files.
+in a process of its own, reports that process's peak resident memory beside what ``tuner plan`` predicts, and removes
+the files.
 
     python -m benchmarks.full_size [--dir FOLDER] [--limit-gb 20] [--json]
 """
@@ -17,7 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuner.core.plan.plan import Plan
 
 EDGE = 256
 VAE_BASE = 96
@@ -59,6 +63,7 @@ def main() -> int:
 def measure(folder: Path) -> dict[str, Any]:
     """Make the files, then train one step in a child process, which tells its own peak memory."""
     config = write_files(folder)
+    predicted = plan_of(config)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     started = time.monotonic()
     child = subprocess.run([sys.executable, "-c", RUN, str(config)], stdout=subprocess.PIPE, text=True, check=False)
@@ -69,7 +74,28 @@ def measure(folder: Path) -> dict[str, Any]:
         "files_gb": round(size / 1e9, 2),
         "seconds": round(time.monotonic() - started, 1),
         "peak_rss_gb": round(peak / 1e9, 2),
+        "peak_predicted_gb": round(predicted.host / 1e9, 2),
+        "step_rss_gb": round(step_memory(folder) / 1e9, 2),
+        "step_predicted_gb": round(predicted.phase("step").host / 1e9, 2),
     }
+
+
+def step_memory(folder: Path) -> int:
+    """Resident memory of the process after the step, as the run recorded it; 0 when it did not get there."""
+    from tuner.core.track.events import read_events
+
+    found = [event for event in read_events(folder / "out" / "events.jsonl") if event.get("state") == "compared"]
+    return int(found[-1]["step_host_bytes"]) if found else 0
+
+
+def plan_of(config: Path) -> Plan:
+    """What the plan of this configuration expects on a CPU."""
+    from tuner.core.config import load_config
+    from tuner.core.plan.devices import CPU
+    from tuner.core.plan.plan import predict
+    from tuner.core.plan.prepare import prepare
+
+    return predict(*prepare(load_config(config)), CPU)
 
 
 def write_files(folder: Path) -> Path:

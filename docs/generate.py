@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -236,7 +236,8 @@ def _plain(text: str | None) -> str:
 
 def hooks_page() -> str:
     """Hook signatures and docstrings, and the data classes they pass."""
-    from tuner.core import hooks, types
+    import tuner
+    from tuner.core import costs, hooks, types
 
     version = ".".join(map(str, types.API_VERSION))
     parts = [NOTE, "# Hooks\n", f"{_paragraphs(hooks.__doc__)}\n", f"Version of the hook API: **{version}**.\n"]
@@ -252,8 +253,11 @@ def hooks_page() -> str:
             parts += [f"### {name}\n", f"```python\n{_signature(name, function)}\n```\n"]
             parts += [f"{_paragraphs(function.__doc__)}\n"]
     parts += ["## Data classes\n", "All are imported from `tuner`.\n"]
-    for name in _class_names(types):
+    for name in _class_names(types, tuner.__all__):
         parts += _class_part(name, getattr(types, name))
+    parts += ["## Costs\n", f"{_paragraphs(costs.__doc__)}\n", "All are imported from `tuner.core.costs`.\n"]
+    for name in _class_names(costs):
+        parts += _class_part(name, getattr(costs, name))
     return "\n".join(parts)
 
 
@@ -264,12 +268,11 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
     return f"def {name}({inside}) -> {signature.return_annotation}"
 
 
-def _class_names(module: Any) -> list[str]:
-    """Data classes of a module in the order of the file."""
-    import tuner
-
+def _class_names(module: Any, among: Collection[str] | None = None) -> list[str]:
+    """Data classes of a module in the order of the file, those in ``among`` alone where it is given."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name in tuner.__all__]
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [name for name in names if among is None or name in among]
 
 
 def _class_part(name: str, value: Any) -> Iterator[str]:

@@ -11,7 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.models import REDUCED, build, make_inputs, saved_bytes
 from benchmarks.trace import Counting, Traffic, tensor_bytes, trace
+from tests.core.plan.plans import prepared
 from tuner.core.memory.checkpointing import LEVELS
+from tuner.core.plan.memory import activations
+from tuner.core.plan.time import step_cost
 
 REFERENCE_OPERATIONS = {"off": 11_046, "block": 16_305}
 """Operations of kohya-ss/sd-scripts' full-size step at 1024 px, rank-16 LoRA."""
@@ -51,6 +54,20 @@ def test_levels_between_keep_and_repeat_what_they_say(full: dict[str, Traffic]) 
     assert full["selective"].counts["mm"] == full["off"].counts["mm"] < full["keep_attention"].counts["mm"]
 
 
+def declared(family: str, level: str) -> tuple[float, float]:
+    """(bytes that autograd keeps, bytes moved) as the plugin declares them for `tuner plan`."""
+    config, facts, work = prepared(family, memory={"checkpointing": level})
+    kept, _ = activations(config, facts.costs, work.shapes[0])
+    return 2 * kept, step_cost(config, facts.costs, work.shapes[0]).moved
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_declared_costs_are_those_that_are_counted(full: dict[str, Traffic], level: str) -> None:
+    kept, moved = declared("anima", level)
+    assert full[level].saved == pytest.approx(kept, rel=0.05)
+    assert full[level].elementwise + full[level].small_products == pytest.approx(moved, rel=0.1)
+
+
 @pytest.mark.parametrize("shape", REFERENCE_SAVED_REDUCED_MIB)
 def test_the_reduced_model_in_bf16_keeps_few_activations(shape: tuple[int, int, int]) -> None:
     batch, height, width = shape
@@ -75,6 +92,9 @@ def test_the_recomputed_step_of_other_families_does_not_grow(family: str) -> Non
     assert found.operations <= 1.1 * operations
     # An input per block, and what stands outside the blocks.
     assert found.saved <= 1.7 * 2**30
+    kept, moved = declared(family, "block")
+    assert found.saved == pytest.approx(kept, rel=0.05)
+    assert found.elementwise + found.small_products == pytest.approx(moved, rel=0.1)
 
 
 def test_views_and_allocations_cost_nothing_and_the_rest_its_inputs_and_outputs() -> None:

@@ -56,23 +56,23 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _show(plan)
         if not fits and plan.memory is not None:
-            out(f"does not fit: {_gb(plan.needed())} of {_gb(plan.memory)}; add --vram to find what does")
+            out(f"does not fit: {_size(plan.needed())} of {_size(plan.memory)}; add --vram to find what does")
     return 0 if fits else 1
 
 
 def _show(plan: Plan) -> None:
-    from tuner.core.plan.plan import duration
+    from tuner.core.track.progress import duration
 
     heading(f"on {plan.device}: {plan.trained / 1e6:.1f} million values train")
     table(
         ("phase", "on the device", "needed there", "host memory"),
-        [(each.name, _gb(each.device), _gb(plan.needed(each)), _gb(each.host)) for each in plan.phases],
+        [(each.name, _size(each.device), _size(plan.needed(each)), _size(each.host)) for each in plan.phases],
     )
     step = plan.phase("step")
     if step.device:
-        out("a step holds " + ", ".join(f"{name} {_gb(size)}" for name, size in step.parts.items()))
+        out("a step holds " + ", ".join(f"{name} {_size(size)}" for name, size in step.parts.items()))
     for name, size in plan.disk.items():
-        out(f"disk: {name} {_gb(size)}")
+        out(f"disk: {name} {_size(size)}")
     if plan.seconds is None:
         out("time: not known for this device; name one with --device")
     else:
@@ -85,12 +85,12 @@ def _show(plan: Plan) -> None:
 def _tell(choice: Choice) -> None:
     best = choice.best
     if not choice.fits:
-        out(f"does not fit into {_gb(choice.memory)}: the least that is needed is {_gb(best.plan.needed())}")
+        out(f"does not fit into {_size(choice.memory)}: the least that is needed is {_size(best.plan.needed())}")
     elif not best.changes:
-        out(f"fits into {_gb(choice.memory)} as it is: {_gb(best.plan.needed())}")
+        out(f"fits into {_size(choice.memory)} as it is: {_size(best.plan.needed())}")
     else:
-        as_is = _gb(choice.as_is.plan.needed())
-        out(f"fits into {_gb(choice.memory)} with {_gb(best.plan.needed())}; as it is, it needs {as_is}")
+        as_is = _size(choice.as_is.plan.needed())
+        out(f"fits into {_size(choice.memory)} with {_size(best.plan.needed())}; as it is, it needs {as_is}")
     for key, value in best.changes:
         out(f"  --set {key}={_text(value)}")
     for line in choice.why:
@@ -119,7 +119,7 @@ def _text(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _gb(size: float) -> str:
-    from tuner.core.plan.plan import gb
+def _size(size: float) -> str:
+    from tuner.core.track.progress import byte_size
 
-    return gb(size) if size else "-"
+    return byte_size(size) if size else "-"

@@ -107,7 +107,8 @@ class CostRules:
 
     blocks: all blocks of the denoiser in the order in which they run. outer: its layers outside of the blocks, by path;
     outer_other: values of its other parameters there. token: pixels along the side of one token. text_rows: rows of
-    text that a sample brings to the blocks. parts: the other components by name.
+    text that a sample brings to the blocks. parts: the other components by name. joined: values of matrices that are
+    put beside each other after loading; a C library keeps the memory of the parts, so a process on a CPU stays larger.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -116,6 +117,7 @@ class CostRules:
     token: int
     text_rows: int
     parts: Mapping[str, PartCost]
+    joined: int = 0
 
     @property
     def parameters(self) -> int:

@@ -41,6 +41,10 @@ class UsageError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.why, self.fix, self.parts)
 
 
+class NotHereError(UsageError):
+    """A file, folder or repository that is not on this machine."""
+
+
 def _rebuild(
     cls: type[UsageError],
     what: str,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuner.core.errors import UsageError
+from tuner.core.errors import NotHereError, UsageError
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -167,7 +167,7 @@ def _read_header_text(path: Path) -> tuple[bytes, int, int]:
                 raise _something_else(path, start)
             text = file.read(length)
     except FileNotFoundError as error:
-        raise UsageError("no such file", where=str(path), fix="check the path") from error
+        raise NotHereError("no such file", where=str(path), fix="check the path") from error
     except IsADirectoryError as error:
         raise UsageError("a file is wanted here, this is a folder", where=str(path)) from error
     except OSError as error:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.core.errors import UsageError
+from tuner.core.errors import NotHereError, UsageError
 from tuner.core.files import INDEX_SUFFIX, find_weights, weight_header
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".ggu
 PATTERNS = ("*.safetensors", "*.sft", "*.json", "*.txt", "*.model")
 DENOISER_FOLDERS = ("transformer",)
 _here_only: ContextVar[bool] = ContextVar("_here_only", default=False)
-
-
-class NotHereError(UsageError):
-    """A file, folder or repository that is not on this machine."""
 
 
 @contextmanager

@@ -148,11 +148,15 @@ class Blocks:
 
     outside: full-match patterns on names of a block's parameters that the denoiser uses outside of the block's
     ``forward`` (modulations computed ahead for all blocks, say); they stay on the device when the block does not.
+    axes: arguments of a block's ``forward`` with an axis that differs between calls: name (``name.key`` inside a
+    dictionary) to the axis and what it counts, ``image`` tokens, rows of ``text``, or both as one sequence, ``joint``.
+    A compiled block then has one graph for all sizes; without them, one per size.
     """
 
     path: str
     count: int
     outside: tuple[str, ...] = ()
+    axes: Mapping[str, tuple[int, Literal["image", "text", "joint"]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

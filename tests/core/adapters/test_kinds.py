@@ -282,6 +282,20 @@ def test_sizes_of_kronecker_factors_are_those_of_lycoris(size: int, factor: int,
     assert two_factors(size, factor) == want
 
 
+def test_a_limit_can_be_set_when_a_file_without_one_decides_the_sizes(tmp_path: Path) -> None:
+    models, network = build("oft with a limit")
+    randomize(network)
+    path = tmp_path / "a.safetensors"
+    save_adapter(network_tensors(network), MAPS.formats[1], path, {})
+    again = toy_models()
+    start = {"type": "oft", "rank": "from_file", "init_from": str(path), "constraint": 0.005}
+    loaded = inject_lora(again, toy_config(start), FACTS)
+    tensors = network_tensors(loaded)
+    limit = {key: float(value) for key, value in tensors.items() if key.endswith(".alpha")}
+    assert limit and all(value == pytest.approx(0.005) for value in limit.values())
+    assert not torch.equal(run(again), run(models))
+
+
 def test_sizes_of_butterflies() -> None:
     assert butterfly_sizes(96, 12) == (4, 8, 12)
     assert butterfly_sizes(6, 4) == (0, 0, 0)

@@ -53,8 +53,12 @@ def a_set(**settings: Any) -> dict[str, Any]:
             "network.block_size: is replaced by network.block_count",
         ),
         (
-            {"network": {"type": "oft", "rank": "from_file", "init_from": "x", "constraint": 0.1}},
-            "network.constraint: comes from the file",
+            {"network": {"type": "oft", "rank": "from_file", "init_from": "x", "block_size": 4}},
+            "network.block_size: comes from the file",
+        ),
+        (
+            {"network": {"rank": "from_file", "init_from": "x", "rules": [{"match": "x", "rank": 4}]}},
+            "network.rules[0].rank: comes from the file",
         ),
         (
             {"network": {"type": "loha", "rules": [{"match": "x", "block_size": 4}]}},

@@ -27,7 +27,7 @@ from tuner.core.adapters.layers import (
 )
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.adapters.norms import NormLayer, inject_norm, is_norm
-from tuner.core.adapters.targets import Target, join_fused, norm_targets, rate_of, rules_for, select_targets
+from tuner.core.adapters.targets import Options, Target, join_fused, norm_targets, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.config.network import LOW_RANK
 from tuner.core.errors import UsageError
@@ -306,6 +306,7 @@ def _targets_of_file(
                         lr=lr,
                         group=group,
                         kind=kinds[component, path],
+                        options=Options(constraint=network.constraint),
                     )
                 )
     return tuple(targets)

@@ -92,7 +92,7 @@ class OftLayer(ChangeLayer):
         linear = only_linear(base, target, self.kind)
         super().__init__(making.dropout, making.keys, making.rng, making.device)
         self.rows = (linear.out_features,)
-        self.alpha = float(stored["alpha"]) if stored and "alpha" in stored else target.options.constraint
+        self.alpha = target.options.constraint or (float(stored["alpha"]) if stored else 0.0)
         shape = tuple(stored["oft_blocks"].shape) if stored else self.shape(target)
         if shape[-1] * shape[-3] != self.rows[0]:
             raise UsageError(f"{target.key} has {self.rows[0]} rows, the file's blocks make {shape[-1] * shape[-3]}")
@@ -123,8 +123,10 @@ class OftLayer(ChangeLayer):
 
     def rescaled(self, parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         """The file's limit is applied to its blocks: this layer may have another one."""
-        given = parts["alpha"] if "alpha" in parts else torch.zeros(())
-        return {"oft_blocks": limited(parts["oft_blocks"], float(given), self.rows[0]), **self.fixed()}
+        given = float(parts["alpha"])
+        if given == self.alpha:
+            return dict(parts)
+        return {"oft_blocks": limited(parts["oft_blocks"], given, self.rows[0]), **self.fixed()}
 
 
 class BoftLayer(OftLayer):

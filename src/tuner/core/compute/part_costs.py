@@ -24,7 +24,7 @@ PUBLIC_CLIP_G = ClipSizes(vocab=49408, width=1280, layers=32, heads=20, mlp_widt
 """OpenCLIP's ViT-bigG/14."""
 
 KL_BASE, KL_PARAMETERS = 128, 83_819_683
-"""Width and weights of the 16-channel autoencoder that several families share."""
+"""Width and weights of the common autoencoder with 16 channels and a factor of 8."""
 _KL_WORK, _KL_DECODE_WORK = 512.0, 768.0
 _KL_OPERATIONS, _KL_DECODE_OPERATIONS = 4.13e6, 9.46e6
 

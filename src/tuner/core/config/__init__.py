@@ -36,6 +36,7 @@ from tuner.core.config.optimizer import LoraPlus, LrRule, OptimizerConfig, Sched
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, MetadataConfig, SampleConfig, ValidateConfig
 from tuner.core.config.quantize import ParityConfig, QuantizeConfig
 from tuner.core.config.run import RunConfig
+from tuner.core.config.speed import CompileConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
 from tuner.core.config.train import AttentionConfig, ClipGrad, MemoryConfig, PrecisionConfig, TrainConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "CaptionsConfig",
     "CheckpointConfig",
     "ClipGrad",
+    "CompileConfig",
     "ComponentSource",
     "CropConfig",
     "DataConfig",

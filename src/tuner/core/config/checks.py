@@ -15,6 +15,7 @@ from tuner.core.config.jsonc import Path
 from tuner.core.config.network import kind_problems
 from tuner.core.config.quantize import quantize_problems
 from tuner.core.config.run import RunConfig
+from tuner.core.config.speed import compile_problems
 from tuner.core.errors import UsageError
 
 
@@ -25,6 +26,7 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     found.extend(_optimizer(config))
     found.extend(_mode(config))
     found.extend(quantize_problems(config))
+    found.extend(compile_problems(config))
     return as_errors(found, raw)
 
 

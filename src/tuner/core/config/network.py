@@ -67,7 +67,8 @@ class NetworkConfig(Section):
     block_count: Count | None = None
     """``oft``: number of blocks of every weight, in place of ``block_size``; it must divide the rows of each."""
     constraint: NotNegative = 0.0
-    """``oft``, ``boft``: limit on the rotation of a weight, times its rows; 0 is none. Useful are 1e-4 to 1e-2."""
+    """``oft``, ``boft``: limit on the rotation of a weight, times its rows; 0 is none, or that of the file with rank
+    ``from_file``. Useful are 1e-4 to 1e-2."""
     on_input: bool = False
     """``ia3``: scale the inputs of modules instead of their outputs."""
     train_norms: bool = False
@@ -142,14 +143,16 @@ def kind_problems(network: NetworkConfig) -> Iterator[tuple[tuple[str | int, ...
     if network.block_count is not None and "block_size" in changed:
         yield ("network", "block_size"), "is replaced by network.block_count", "keep one of the two"
     if network.rank == "from_file":
-        for key in ("factor", "full_matrix", "decompose_both", "block_size", "block_count", "constraint", "on_input"):
+        for key in ("factor", "full_matrix", "decompose_both", "block_size", "block_count", "on_input"):
             if key in changed:
                 yield ("network", key), "comes from the file with network.rank 'from_file'", "take it out"
     for number, rule in enumerate(network.rules):
         for key in sorted(changed_keys(rule) - {"match", "lr"}):
             place = ("network", "rules", number, key)
             kinds = KEYS_OF_KINDS[key]
-            if kind not in kinds and not (key == "rank" and rule.rank == 0):
+            if network.rank == "from_file":
+                yield place, "comes from the file with network.rank 'from_file'", "take it out"
+            elif kind not in kinds and not (key == "rank" and rule.rank == 0):
                 yield place, f"has no effect with network.type {kind!r}, only with {_listed(kinds)}", "take it out"
             elif key in ("rank", "alpha") and network.full_matrix and rule.rank != 0:
                 yield place, "has no effect with network.full_matrix", "take it out"

@@ -16,7 +16,6 @@ from tuner.core.errors import UsageError
 PLANNED: Mapping[str, str] = {
     # whole sections
     "quantize.args": "arguments of quantization libraries",
-    "compile": "compiled blocks",
     "evaluate": "scores of sample pictures",
     "webhook": "notifications",
     "hooks": "commands after checkpoints and uploads",
@@ -86,7 +85,6 @@ PLANNED: Mapping[str, str] = {
     "sample.cfg_start": "guidance from a later step on",
     "sample.command": "an external program for samples",
     "sample.compare_base": "a switch for the base column; the contact sheet always begins with it",
-    "sample.compile": "compiled samples",
     "sample.preview_every": "previews while sampling",
     "sample.sampler": "other samplers",
     "sample.seed_device": "noise on the accelerator; it is drawn on the CPU, so pictures compare across devices",
@@ -108,6 +106,9 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "loss.v_pred_like_loss": "it belongs to noise-prediction models",
     "latents.feature_cache": "single images need no feature cache; there is none to switch off",
     "precision.weights": "trained weights are kept in precision.compute; optimizer.rounding says how they are rounded",
+    "compile.per_block": "blocks are always compiled one by one; a graph of the whole model would fit one picture "
+    "size, and neither streamed nor recomputed blocks",
+    "sample.compile": "samples run through the blocks that train; compile.enabled compiles them for both",
     "quantize.on": "weights are quantized one at a time on the device where they stay",
     "network.conv_rank": "trained blocks have no 3x3 convolutions",
     "sample.watermark": "it belongs to another model family",

@@ -13,6 +13,7 @@ from tuner.core.config.objective import GuidanceConfig, LossConfig, NoiseConfig
 from tuner.core.config.optimizer import OptimizerConfig, ScheduleConfig
 from tuner.core.config.outputs import CheckpointConfig, LogConfig, SampleConfig, ValidateConfig
 from tuner.core.config.quantize import QuantizeConfig
+from tuner.core.config.speed import CompileConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
 from tuner.core.config.train import AttentionConfig, MemoryConfig, PrecisionConfig, TrainConfig
 
@@ -52,6 +53,8 @@ class RunConfig(Section):
     """Trading time for memory."""
     attention: AttentionConfig = AttentionConfig()
     """The attention kernel."""
+    compile: CompileConfig = CompileConfig()
+    """Compiled blocks."""
     ema: EmaConfig = EmaConfig()
     """A running average of what trains."""
     checkpoint: CheckpointConfig

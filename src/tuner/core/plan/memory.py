@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tuner.core.costs import BlockCost, CostRules
     from tuner.core.types import ModelFacts
 
-PROCESS = {"cpu": 0.5e9, "cuda": 1.5e9}
+PROCESS = {"cpu": 0.45e9, "cuda": 1.5e9}
 """Host memory of the program itself: Python, torch and, for a GPU, its libraries."""
 OPTIMIZER_CHUNK = 1 << 28
 """Bytes of float32 copies while weights in bfloat16 are updated; as in `tuner.core.optim.update`."""
@@ -68,11 +68,13 @@ def phases(
     found.append(_saving(step, trained))
     base = PROCESS["cpu" if device.kind == "cpu" else "cuda"]
     shared = device.kind == "cpu"
+    kept = costs.joined * BYTES[config.precision.compute] if shared and not config.quantize.denoiser else 0
+    after_loading = ("step", "preview", "save")
     return tuple(
         Phase(
             name=each.name,
             device=0.0 if shared else each.device,
-            host=base + each.host + (each.device if shared else 0.0),
+            host=base + each.host + (each.device if shared else 0.0) + (kept if each.name in after_loading else 0.0),
             parts=each.parts,
         )
         for each in found

@@ -14,6 +14,7 @@ from tuner.core.plan.time import update_seconds
 from tuner.core.plan.trained import trained_values
 from tuner.core.plan.weights import denoiser_weights
 from tuner.core.plan.work import Work
+from tuner.core.track.progress import byte_size, duration
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -74,8 +75,10 @@ class Plan:
         """The prediction in one line."""
         parts = []
         if self.peak:
-            parts.append(f"{gb(self.phase('step').device)} on the device in a step, {gb(self.peak)} at most")
-        parts.append(f"{gb(self.host)} of host memory")
+            parts.append(
+                f"{byte_size(self.phase('step').device)} on the device in a step, {byte_size(self.peak)} at most"
+            )
+        parts.append(f"{byte_size(self.host)} of host memory")
         if self.seconds is not None:
             parts.append(f"{self.seconds:.2f} s per step")
         if self.run_seconds is not None:
@@ -153,16 +156,3 @@ def _notes(config: RunConfig, facts: ModelFacts, work: Work, known: bool) -> lis
     if config.network.rank == "from_file":
         notes.append("the ranks are in a file: rank 16 is assumed")
     return notes
-
-
-def gb(size: float) -> str:
-    """``4.2 GB``, of 10^9 bytes."""
-    return f"{size / 1e9:.1f} GB" if size >= 0.95e8 else f"{size / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """``3 h 20 min``, ``12 min``, ``40 s``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tuner.core.config import RawConfig, RunConfig, load_config
-from tuner.core.errors import UsageError
-from tuner.core.places import NotHereError, here_only
+from tuner.core.errors import NotHereError, UsageError
+from tuner.core.places import here_only
 from tuner.core.plan.work import Work, work_of
 from tuner.core.registry import Catalog, open_facts, open_public, typed_config
 from tuner.core.types import ModelFacts
@@ -39,4 +40,10 @@ def prepare(
                 why=absent.what,
                 fix=unknown.fix,
             ) from absent
-    return config, facts, work_of(config, facts)
+    return config, facts, replace(work_of(config, facts), common=_is_common(document))
+
+
+def _is_common(document: Mapping[str, Any]) -> bool:
+    """Whether no set names a size of micro-batches of its own."""
+    data = document["data"]
+    return not any("batch_size" in part for part in (*data["sets"], data.get("defaults", {})))

@@ -11,6 +11,7 @@ from tuner.core.plan.devices import DEVICES, Device
 from tuner.core.plan.plan import Plan, costs_of, predict
 from tuner.core.plan.trained import FULL, trained_values
 from tuner.core.plan.work import Work
+from tuner.core.track.progress import byte_size
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -153,7 +154,7 @@ def _streams(config: RunConfig, facts: ModelFacts, full: bool) -> Sequence[int]:
 def _divisors(config: RunConfig, work: Work) -> list[int]:
     """What micro-batches can be divided by. Sets that name their own sizes keep them."""
     size = config.train.batch_size
-    if any(each.batch_size is not None for each in config.data.sets):
+    if not work.common:
         return [1]
     return [each for each in range(1, size + 1) if all(shape.batch % each == 0 for shape in work.shapes)]
 
@@ -219,6 +220,6 @@ def _reasons(best: Candidate, planner: _Planner) -> Iterator[str]:
         if key.startswith("quantize.text_encoder"):
             saved = other.plan.needed(other.plan.phase("captions")) - best.plan.needed(best.plan.phase("captions"))
         slower = best.seconds / other.seconds - 1
-        effect = f"{saved / 1e9:.1f} GB less" if saved >= 0 else f"{-saved / 1e9:.1f} GB more"
+        effect = f"{byte_size(abs(saved))} {'less' if saved >= 0 else 'more'}"
         pace = "as fast" if abs(slower) < 0.005 else f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
         yield f"{key} = {value}: {effect} than without, {pace}; {kind}"

@@ -31,13 +31,15 @@ class Shape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """shapes: everything that is trained on. updates: of the whole run, None when it is not known. captions: texts that
-    are cached; pixels: of all images that are. seen: whether the data was there; else one size per set is assumed."""
+    are cached; pixels: of all images that are. seen: whether the data was there; else one size per set is assumed.
+    common: whether no set names its own size of micro-batches, so that ``train.batch_size`` is that of all."""
 
     shapes: tuple[Shape, ...]
     updates: int | None
     captions: int = 0
     pixels: int = 0
     seen: bool = True
+    common: bool = False
 
     def divided(self, by: int) -> Work:
         """The same work in micro-batches of a ``by``-th of the size."""

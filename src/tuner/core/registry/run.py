@@ -115,9 +115,7 @@ def open_public(config: RunConfig, catalog: Catalog, raw: RawConfig | None = Non
     return _resolved(config, facts, catalog, entry, raw), facts
 
 
-def _resolved(
-    config: RunConfig, facts: ModelFacts, catalog: Catalog, entry: Entry, raw: RawConfig | None
-) -> RunConfig:
+def _resolved(config: RunConfig, facts: ModelFacts, catalog: Catalog, entry: Entry, raw: RawConfig | None) -> RunConfig:
     """The configuration checked against the facts and completed by them."""
     maps = catalog.load(entry, "descriptor", facts.key_maps)
     formats = _formats(maps, kinds_of(config.network))

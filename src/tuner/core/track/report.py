@@ -107,6 +107,10 @@ def _heading(record: _Record, name: str) -> str:
         count = _images_of(delta)
         note += f", {count} image{'' if count == 1 else 's'}" if count else ""
         entries.append(("held-out loss against the base", _signed(delta.get("delta")), note))
+    compared = {event["state"]: event for event in record.of("plan")}.get("compared", {})
+    for key, words in (("device_bytes", "device memory"), ("step_seconds", "time of a step")):
+        if compared.get(f"{key}_error") is not None:
+            entries.append((f"{words} against the plan", f"{compared[f'{key}_error']:+.0%}", "tuner plan"))
     exports = [event for event in record.of("export") if event.get("weights") != "ema"]
     for export in exports[-1:]:
         keys, matched = export.get("keys"), export.get("matched")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,10 @@ import torch
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.base import changed_keys
 from tuner.core.memory.checkpointing import apply_checkpointing
+from tuner.core.memory.compiling import compile_blocks
 from tuner.core.memory.offload import open_offload
 from tuner.core.memory.streaming import Streaming, stream_blocks
+from tuner.core.train.compiling import compile_settings
 from tuner.core.types import Models, Network
 
 if TYPE_CHECKING:
@@ -28,10 +31,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare_blocks(
-    models: Models, network: Network, config: RunConfig, facts: ModelFacts, device: torch.device
+    models: Models,
+    network: Network,
+    config: RunConfig,
+    facts: ModelFacts,
+    device: torch.device,
+    tokens: Sequence[int] = (),
 ) -> Streaming | None:
-    """Stream and recompute as ``memory`` says. Comes after the adapters: recomputation runs the adapted blocks.
+    """Compile, stream and recompute blocks as ``compile`` and ``memory`` say. Comes after adapters, which are part of them.
 
+    tokens: of every picture size to come, for ``compile``. Compilation is inside, so that whoever calls a block may
+    change where its weights are and which tensors it gets.
     Recomputation is outside, so that it fetches the weights of a streamed block again. Modulations are computed ahead
     of the blocks unless blocks are streamed: then their weights travel with the block that needs them.
     """
@@ -39,6 +49,12 @@ def prepare_blocks(
     assert denoiser is not None
     for key in sorted(changed_keys(memory) & WITHOUT_EFFECT.get(device.type, set())):
         log.warning("memory.%s saves nothing on a device of type %s", key, device.type)
+    if config.compile.enabled:
+        settings = compile_settings(config, facts, tokens)
+        compile_blocks(denoiser, facts.block_lists, settings)
+        band = settings.band
+        found = "a graph for each picture size" if band is None else f"one graph for {band.low} to {band.high} tokens"
+        log.info("blocks are compiled by %s: %s", settings.backend, found)
     streaming = None
     if memory.swap_blocks:
         streaming = stream_blocks(denoiser, facts.block_lists, memory.swap_blocks, device)

@@ -25,6 +25,7 @@ from tuner.core.plan.work import cached_pixels
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, family_of, model_schema, open_facts
 from tuner.core.track.trackers import check_trackers
 from tuner.core.train.averaging import check_ema
+from tuner.core.train.compiling import check_compile
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.prompts import resolve_prompts
@@ -70,6 +71,7 @@ def check(
     _collected(problems, lambda: check_optimizer(config.optimizer))
     _collected(problems, lambda: check_ema(config))
     _collected(problems, lambda: check_quantize(config, pick_device()))
+    _collected(problems, lambda: check_compile(config, pick_device()))
     _collected(problems, lambda: check_trackers(config.log))
     for name in config.extensions:
         _collected(problems, lambda name=name: catalog.entry(EXTENSIONS, name))  # type: ignore[misc]

@@ -26,6 +26,7 @@ from tuner.core.train.averaging import check_ema
 from tuner.core.train.caching import Caches
 from tuner.core.train.check import check_network
 from tuner.core.train.checkpoint import find_state
+from tuner.core.train.compiling import check_compile, compiler
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, not_writable, open_folder, require_writable
 from tuner.core.train.quantizing import check_quantize
@@ -65,8 +66,9 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     check_ema(config)
     device = pick_device()
     check_quantize(config, device)
+    check_compile(config, device)
     set_threads(config)
-    with FolderLock(folder), EventLog(folder.events) as events:
+    with FolderLock(folder), EventLog(folder.events) as events, compiler(config):
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
@@ -170,7 +172,7 @@ def resolved(run: Run) -> dict[str, Any]:
 # What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
 FREE_ON_RESUME = (
     "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
-    "validate.timesteps", "log", "checkpoint", "memory",
+    "validate.timesteps", "log", "checkpoint", "memory", "compile",
     "cache.dir", "cache.verify", "data.workers", "data.prefetch",
 )  # fmt: skip
 
@@ -185,7 +187,8 @@ def check_same_run(folder: RunFolder, run: Run) -> None:
         raise UsageError(
             "this is not the configuration that the run folder was made with",
             where=", ".join(changed[:8]),
-            why="on resume only lengths, samples, validation, logging, retention, workers and memory may differ",
+            why="on resume only lengths, samples, validation, logging, retention, workers, memory and compilation may "
+            "differ",
             fix="restore these values, or start a new run in another checkpoint.dir",
         )
 

@@ -28,6 +28,7 @@ from tuner.core.train.average import LossAverage
 from tuner.core.train.averaging import ema_path, start_average
 from tuner.core.train.blocks import prepare_blocks
 from tuner.core.train.checkpoint import CheckpointWriter, Position, State, list_checkpoints, write_state
+from tuner.core.train.compiling import token_counts
 from tuner.core.train.device import empty_cache
 from tuner.core.train.due import Due
 from tuner.core.train.empty import EmptyCaption
@@ -35,6 +36,7 @@ from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
+from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.state import RunState, check_continues, next_position
 from tuner.core.train.step import TrainStep
@@ -71,7 +73,8 @@ class Trainer:
         self.models = caches.load_for_steps()
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
-        prepare_blocks(self.models, self.network, self.config, self.facts, device)
+        tokens = token_counts(plan, caches.prompts, self.facts)
+        prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer,
@@ -101,6 +104,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
         )
+        self.probe = Probe(run, plan, device, events)
         self.validator = self._validator()
         self.previewer = self._previewer()
 
@@ -121,9 +125,11 @@ class Trainer:
             if self.position.step == 0 and self.config.sample.at_start:
                 self._preview(0)
             loop = self._loop(interrupt)
+            self.probe.start()
             with self._progress() as self.bar:
                 self.position, reason = loop.train(self.position, self.bar)
             self.bar = None
+            self.probe.finish()
             if reason == "interrupted":
                 return reason, self._stop()
             self._save_state_at_end()
@@ -205,6 +211,7 @@ class Trainer:
             empty_cache(self.device)
         for batch in batches:
             self.ledger.add(batch.items)
+        self.probe.add(step, metrics["seconds"])
         everything = {**metrics, **self.run.extensions.extra_metrics(step, metrics)}
         self.trackers.log(step, everything)
         self.run.extensions.on_step_end(step, everything)

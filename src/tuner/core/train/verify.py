@@ -26,6 +26,7 @@ from tuner.core.errors import UsageError
 from tuner.core.registry import open_run
 from tuner.core.train.blocks import prepare_blocks
 from tuner.core.train.caching import Caches
+from tuner.core.train.compiling import check_compile, compiler, token_counts
 from tuner.core.train.device import empty_cache, pick_device
 from tuner.core.train.measure import losses_and_gradient, shake
 from tuner.core.train.quantizing import check_quantize
@@ -77,6 +78,11 @@ LEVERS = (
         neutral={"checkpointing": "off", "checkpoint_every": 1, "offload_activations": "off"},
     ),
     Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False}),
+    Lever(
+        name="compiled blocks",
+        section="compile",
+        neutral={"enabled": False, "backend": "inductor", "mode": "default", "dynamic": "auto"},
+    ),
     Lever(name="quantized arithmetic", section="quantize", neutral={"activations": None}, exact=False),
 )
 
@@ -126,6 +132,7 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     set_threads(config)
     device = pick_device()
     check_quantize(config, device)
+    check_compile(config, device)
     plan = plan_data(config, run.facts)
     require_cache_folder(config)
     caches = Caches(run, plan, device, None)
@@ -185,7 +192,8 @@ def _measure(
 ) -> _Measured:
     """The step of ``run`` with an adapter that acts. prepared: with everything that a run does to the blocks."""
     try:
-        return _measure_loaded(run, Caches(run, plan, device, None), batches, device, prepared, nudge)
+        with compiler(run.config):
+            return _measure_loaded(run, Caches(run, plan, device, None), batches, device, prepared, nudge)
     finally:
         gc.collect()
         empty_cache(device)
@@ -197,7 +205,7 @@ def _measure_loaded(
     models = caches.load_for_steps()
     network = run.model.build_network(models)
     if prepared:
-        prepare_blocks(models, network, run.config, run.facts, device)
+        prepare_blocks(models, network, run.config, run.facts, device, token_counts(caches.plan, (), run.facts))
     shake(network, run.config.train.seed)
     parameters = [each for group in network.param_groups for each in group.params.values() if each.requires_grad]
     denoiser, arithmetic = models.denoiser, run.config.quantize.activations

@@ -74,6 +74,7 @@ def cost_rules(
         outer_other=width,
         token=TOKEN,
         text_rows=text_rows,
+        joined=sizes.blocks * (3 * width * width + 2 * width * sizes.text_width),
         parts={
             "qwen3": _encoder(encoder),
             "llm_adapter": _adapter(adapter),

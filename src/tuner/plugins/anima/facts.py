@@ -141,7 +141,14 @@ def _described(
         latent_channels=denoiser.out_channels,
         spatial_factor=8,
         resolution_multiple=16,
-        block_lists=(Blocks(path="blocks", count=denoiser.blocks, outside=(r"adaln_modulation_.*",)),),
+        block_lists=(
+            Blocks(
+                path="blocks",
+                count=denoiser.blocks,
+                outside=(r"adaln_modulation_.*",),
+                axes={"x": (1, "image"), "rope": (1, "image"), "context": (1, "text"), "context_bias": (0, "text")},
+            ),
+        ),
         lora=LORA,
         key_maps="tuner.plugins.anima.names:MAPS",
         dtypes=DtypeRules(compute=("bfloat16", "float32"), vae="float32", text="bfloat16"),

@@ -83,6 +83,7 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
         token=TOKEN,
         text_rows=text_rows,
         parts=parts,
+        joined=(6 * sizes.blocks + 3 * sizes.singles) * width * width,
     )
 
 

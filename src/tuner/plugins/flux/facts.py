@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tuner.core.compute.encoder_sizes import clip_names, clip_sizes, t5_names, t5_sizes
 from tuner.core.compute.part_costs import PUBLIC_CLIP_L, PUBLIC_T5, autoencoder_cost, clip_cost, t5_cost
@@ -171,10 +171,7 @@ def _described(
         latent_channels=LATENT_CHANNELS,
         spatial_factor=8,
         resolution_multiple=16,
-        block_lists=(
-            Blocks(path="transformer_blocks", count=sizes.blocks),
-            Blocks(path="single_transformer_blocks", count=sizes.singles),
-        ),
+        block_lists=block_lists(sizes),
         modulation=() if sizes.flavour == "chroma" else (_MODULATIONS,),
         # Chroma's approximator makes every modulation of the model: few weights, and all errors pass through them.
         no_quantize=(*OUTER_LAYERS, r"distilled_guidance_layer\..*") if sizes.flavour == "chroma" else OUTER_LAYERS,
@@ -195,6 +192,25 @@ def _described(
         stored="tuner.plugins.flux.stored:stored",
         groups=GROUPS,
         costs=cost_rules(sizes, limits["t5"], parts),
+    )
+
+
+def block_lists(sizes: DenoiserSizes) -> tuple[Blocks, Blocks]:
+    """Blocks of two streams, then blocks of one; in Chroma the latter are handed both sides as one sequence."""
+    axes: dict[str, tuple[int, Literal["image", "text", "joint"]]] = {
+        "hidden_states": (1, "image"),
+        "encoder_hidden_states": (1, "text"),
+        "image_rotary_emb": (1, "joint"),
+    }
+    single = dict(axes)
+    if sizes.flavour == "chroma":
+        del single["encoder_hidden_states"]
+        single["hidden_states"] = (1, "joint")
+    name = "attention_mask" if sizes.flavour == "chroma" else "joint_attention_kwargs.attention_mask"
+    axes[name] = single[name] = (-1, "joint")
+    return (
+        Blocks(path="transformer_blocks", count=sizes.blocks, axes=axes),
+        Blocks(path="single_transformer_blocks", count=sizes.singles, axes=single),
     )
 
 

@@ -63,6 +63,7 @@ def cost_rules(sizes: DenoiserSizes, text_rows: int, parts: Mapping[str, PartCos
         token=VAE_FACTOR * sizes.patch,
         text_rows=text_rows,
         parts=parts,
+        joined=(6 * sizes.blocks + 3 * len(sizes.dual)) * sizes.width**2,
     )
 
 

@@ -107,7 +107,13 @@ def _described(
         latent_channels=denoiser.in_channels,
         spatial_factor=VAE_FACTOR,
         resolution_multiple=VAE_FACTOR * denoiser.patch,
-        block_lists=(Blocks(path="transformer_blocks", count=denoiser.blocks),),
+        block_lists=(
+            Blocks(
+                path="transformer_blocks",
+                count=denoiser.blocks,
+                axes={"hidden_states": (1, "image"), "encoder_hidden_states": (1, "text")},
+            ),
+        ),
         modulation=(r"transformer_blocks\.\d+\.norm1(_context)?\.linear",),
         lora=lora_rules(dual=bool(denoiser.dual)),
         key_maps="tuner.plugins.sd3.names:MAPS",
