@@ -396,8 +396,8 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a published
-    model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
+    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a
+    published model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     """
 
     name: str
