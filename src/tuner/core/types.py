@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tuner.core.costs import CostRules
-    from tuner.core.files import TensorInfo
+    from tuner.core.files import TensorInfo, WeightHeader
 
 API_VERSION = (1, 0)
 """(major, minor) of the hook contract: a plugin runs when its major is equal and its minor is not newer."""
@@ -211,6 +211,31 @@ class LoraRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where the values of one tensor of a weight file are in the loaded model.
+
+    names: the parameters ``component:name`` whose rows it holds, one below the other. exchange: the two halves of its
+    rows stand in the other order in the file.
+    """
+
+    names: tuple[str, ...]
+    exchange: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A weight file (with its shards) that may be written again with trained values.
+
+    name: what is added to the run's name, empty for the denoiser's file. header: all that the file holds, under its own
+    names. tensors: those of its names that are parameters of components that may train.
+    """
+
+    name: str
+    header: WeightHeader
+    tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DtypeRules:
     """compute: dtypes the denoiser may run in, the first is the default; vae, text: defaults of those components."""
 
@@ -320,9 +345,13 @@ class ModelFacts:
     anything is loaded. modulation: full-match regular expressions on paths of linears inside the blocks that read one
     vector per sample, known before the first block; the denoiser's forward opens
     ``compute.modulation_cache.modulations`` around its blocks.
+    stored: ``module:function`` of (RunConfig) to the `StoredFile`s of the model, for full fine-tuning; empty: it cannot
+    be fully trained. groups: names for parameters that may have rates of their own in full fine-tuning, with full-match
+    patterns on ``component:parameter``; the first that matches counts.
     no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
-    what this model cannot do, and why: the text of the refusal. Names: a component (training it), or ``quantize.`` with
-    a method. costs: what ``tuner plan`` calculates with; None: no plan for this model.
+    what this model cannot do, and why: the text of the refusal. Names: a component (training it), ``full.`` with a
+    component, or ``quantize.`` with a method. costs: what ``tuner plan`` calculates with; None: no plan for this
+    model.
     """
 
     family: str
@@ -353,6 +382,8 @@ class ModelFacts:
     architecture: str = ""
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     no_quantize: tuple[str, ...] = OUTER_LAYERS
+    stored: str = ""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
     costs: CostRules | None = None
 
@@ -365,8 +396,8 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a published
-    model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
+    counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a
+    published model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     """
 
     name: str

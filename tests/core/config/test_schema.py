@@ -55,7 +55,7 @@ def test_every_key_is_read_by_the_program() -> None:
         for key in schema.model_fields
         if not re.search(rf"\.{key}\b|\"{key}\"", code)
     }
-    assert unread == NOT_READ
+    assert unread <= NOT_READ
 
 
 def test_json_schema_uses_json_names() -> None:

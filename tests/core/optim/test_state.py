@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,3 +182,42 @@ def test_a_schedule_free_optimizer_refuses_a_decaying_schedule() -> None:
     setup = Setup("adamw_schedulefree")
     with pytest.raises(UsageError, match="cannot follow the schedule 'cosine'"):
         LrSchedule(setup.optimizer, ScheduleConfig(name="cosine"), 20)
+
+
+class Halves(torch.Tensor):
+    """A tensor made of two others and a dtype, as torchao keeps its 8-bit states."""
+
+    def __new__(cls, low, high, dtype):
+        return torch.Tensor._make_wrapper_subclass(cls, low.shape, dtype=dtype)
+
+    def __init__(self, low, high, dtype) -> None:
+        self.low, self.high, self.wanted = low, high, dtype
+
+    def __tensor_flatten__(self):
+        return ["low", "high"], [self.wanted, self.low.shape]
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, size, stride):
+        return cls(parts["low"], parts["high"], context[0])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        return args[0]
+
+
+def test_state_made_of_several_tensors_survives_when_its_package_is_known(tmp_path, monkeypatch) -> None:
+    def saved() -> tuple[dict, dict]:
+        setup = Setup("sgd")
+        value = Halves(torch.arange(12.0).reshape(4, 3), torch.ones(4, 3), torch.bfloat16)
+        setup.optimizer.state[setup.names["a.down"]] = {"exp_avg": value}
+        return through_files(setup, tmp_path)
+
+    with pytest.raises(UsageError, match="Halves, which is not restored"):
+        load_optimizer_state((other := Setup("sgd")).optimizer, other.names, *saved())
+    monkeypatch.setattr(Halves, "__module__", "torchao")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(Halves=Halves))
+    other = Setup("sgd")
+    load_optimizer_state(other.optimizer, other.names, *saved())
+    restored = other.optimizer.state[other.names["a.down"]]["exp_avg"]
+    assert isinstance(restored, Halves) and restored.wanted == torch.bfloat16
+    assert torch.equal(restored.low, torch.arange(12.0).reshape(4, 3)) and torch.equal(restored.high, torch.ones(4, 3))

@@ -64,7 +64,7 @@ def save_adapter(
     strings = {key: value for key, value in metadata.items() if key not in HASHES}
     strings |= _hashes(entries, data, strings)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_header(entries, strings))
+        file.write(header_bytes(entries, strings))
         file.write(data)
     return path
 
@@ -76,7 +76,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, safetensors.torch.load_file(path)
 
 
-def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON of a safetensors header. The library keeps metadata in random order; sorted, bytes repeat."""
     content = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     text = json.dumps({**content, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
@@ -89,7 +89,7 @@ def _hashes(entries: Mapping[str, object], data: memoryview, metadata: Mapping[s
 
     The second one is defined on a file whose metadata are the `ss_` keys alone.
     """
-    header = _header(entries, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header = header_bytes(entries, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     start = max(LEGACY_OFFSET - len(header), 0)
     inside = header[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES]
     window = bytes(inside) + bytes(data[start : start + LEGACY_BYTES - len(inside)])

@@ -36,6 +36,8 @@ class TrainedNetwork(nn.Module, ABC):
     """
 
     strength: float = 1.0
+    has_base: bool = True
+    """Whether strength 0 is possible."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tuner.core.adapters.checkpoints import checkpoint_dtype, save_checkpoint, stored_files
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.formats import format_by_name, key_maps
 from tuner.core.compute.dtypes import dtype_by_name
@@ -27,15 +28,25 @@ def save_configured(
     metadata: Mapping[str, str],
     own: Mapping[str, object],
 ) -> list[Path]:
-    """One safetensors file in ``checkpoint.format`` and ``checkpoint.dtype``; returns its path.
+    """One safetensors file in ``checkpoint.format`` and ``checkpoint.dtype``, or the files of a whole model in the
+    layout that they had; returns the paths.
 
     own: the model's strings for the header, which win over ``metadata``; neither is written when
     ``checkpoint.metadata.embed`` is off.
     """
+    if config.train.mode == "full":
+        strings = {**metadata, **_full_strings(facts, own)} if config.checkpoint.metadata.embed else {}
+        return save_checkpoint(tensors, stored_files(config, facts), path, strings, checkpoint_dtype(config))
     fmt = format_by_name(key_maps(facts), config.checkpoint.format)
     dtype = dtype_by_name(config.checkpoint.dtype or config.precision.adapter)
     strings = {**metadata, **{key: str(value) for key, value in own.items()}}
     return [save_adapter(tensors, fmt, path, strings if config.checkpoint.metadata.embed else {}, dtype)]
+
+
+def _full_strings(facts: ModelFacts, own: Mapping[str, object]) -> dict[str, str]:
+    """The model's strings for an adapter, without what belongs to adapters alone."""
+    kept = {key: str(value) for key, value in own.items() if not key.startswith("ss_network_")}
+    return {"format": "pt", **kept, "modelspec.architecture": facts.architecture}
 
 
 def adapter_strings(config: RunConfig, facts: ModelFacts) -> dict[str, object]:

@@ -24,6 +24,7 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     found = [*_data(config), *_cache(config), *_outputs(config), *_network(config), *_ema(config), *_extensions(config)]
     found.extend(_memory(config))
     found.extend(_optimizer(config))
+    found.extend(_mode(config))
     found.extend(quantize_problems(config))
     found.extend(compile_problems(config))
     return as_errors(found, raw)
@@ -174,6 +175,40 @@ def _ema(config: RunConfig) -> Iterator[Problem]:
     if not (config.checkpoint.save_ema or config.ema.feedback or seen):
         fix = "set checkpoint.save_ema, or take ema out"
         yield ("ema", "enabled"), "has no effect: the average is neither saved nor looked at", fix
+
+
+def _mode(config: RunConfig) -> Iterator[Problem]:
+    """What belongs to adapters alone, and to whole models alone."""
+    train = config.train
+    for name in train.stop_component_at:
+        if name not in train.components:
+            yield ("train", "stop_component_at", name), "has no effect: it does not train", "add it to train.components"
+    if len(train.stop_component_at) == len(train.components):
+        yield ("train", "stop_component_at"), "nothing would train in the end", "leave a component out"
+    if train.mode == "lora":
+        if train.freeze:
+            yield ("train", "freeze"), "has no effect on an adapter", "use network.exclude, or train.mode 'full'"
+        for number, rule in enumerate(config.optimizer.lr_rules):
+            if rule.group is not None:
+                fix = "use match, or train.mode 'full'"
+                yield ("optimizer", "lr_rules", number, "group"), "adapters have no such groups", fix
+        return
+    fix = "take it out, or train an adapter with train.mode 'lora'"
+    for key in sorted(changed_keys(config.network)):
+        yield Unused(("network", key), "has no effect with train.mode 'full'", fix)
+    if config.precision.adapter != "fp32":
+        yield Unused(("precision", "adapter"), "has no effect with train.mode 'full'", fix)
+    if config.checkpoint.format is not None and "format" in changed_keys(config.checkpoint):
+        yield Unused(
+            ("checkpoint", "format"), "has no effect: whole models keep the layout that they had", "take it out"
+        )
+    for name in config.quantize.methods():
+        if name in train.components:
+            path = ("quantize", "denoiser") if name == "denoiser" else ("quantize", "text_encoder", name)
+            yield path, "quantized weights cannot train", "take it out, or train an adapter"
+    if config.memory.swap_blocks:
+        why = "streamed blocks are frozen: nothing of them is ever written back"
+        yield ("memory", "swap_blocks"), why, "use optimizer.fuse and memory.checkpointing to save memory"
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

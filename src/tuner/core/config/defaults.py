@@ -37,8 +37,10 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
     texts = {
         name: precision.compute if name in config.train.components else frozen_text for name in facts.text_components
     }
+    full = config.train.mode == "full"
     alpha = config.network.alpha
-    if alpha is None and has_rank(config.network) and isinstance(config.network.rank, int) and config.network.rank > 0:
+    ranked = not full and has_rank(config.network)
+    if alpha is None and ranked and isinstance(config.network.rank, int) and config.network.rank > 0:
         alpha = float(config.network.rank)
     return _with(
         config,
@@ -57,8 +59,8 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         checkpoint=_with(
             checkpoint,
             name=checkpoint.name or FilePath(checkpoint.dir).name or "adapter",
-            format=checkpoint.format or next(iter(formats), None),
-            dtype=checkpoint.dtype or precision.adapter,
+            format=None if full else checkpoint.format or next(iter(formats), None),
+            dtype=checkpoint.dtype or (precision.compute if full else precision.adapter),
         ),
         sample=_with(
             sample,
@@ -111,8 +113,18 @@ def facts_problems(
     """Every problem of the configuration that needs the model's facts to be seen."""
     document = raw if raw is not None else RawConfig()
     found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
-    found += [*_blocks(config, facts), *unknown_quantized(config, facts)]
+    found += [*_blocks(config, facts), *unknown_quantized(config, facts), *_full(config, facts)]
     return as_errors(found, document)
+
+
+def _full(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
+    if config.train.mode != "full":
+        return
+    if not facts.stored:
+        yield ("train", "mode"), "this model does not say how its weight files are made", "train an adapter"
+    for index, name in enumerate(config.train.components):
+        if reason := facts.capabilities.get(f"full.{name}"):
+            yield ("train", "components", index), f"{name!r}: {reason}", "train an adapter on it, or take it out"
 
 
 def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> Iterator[Problem]:

@@ -23,10 +23,19 @@ class LoraPlus(Section):
 class LrRule(Section):
     """A learning rate for part of the trainable parameters."""
 
-    match: str
+    match: str | None = None
     """Regular expression that must match a whole parameter name, ``component:path``."""
+    group: str | None = None
+    """Instead of ``match``, in full training: a group of parameters that the model names, or ``base`` for those that
+    are in none."""
     lr: NotNegative
     """Learning rate; 0 keeps these parameters as they are."""
+
+    @model_validator(mode="after")
+    def _one(self) -> LrRule:
+        if (self.match is None) == (self.group is None):
+            raise ValueError("give match or group")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -66,11 +66,8 @@ PLANNED: Mapping[str, str] = {
     "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
-    "train.freeze": "freezing by pattern",
-    "train.stop_component_at": "stopping a component early",
     "precision.gradients": "a dtype for gradients",
     "precision.tf32": "a switch for TF32",
-    "precision.weights": "dtypes of fully trained weights",
     "memory.group_offload": "grouped offload",
     "memory.stream_linear": "streamed linear layers",
     "attention.args": "arguments of attention kernels",
@@ -108,6 +105,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "noise.zero_terminal_snr": "it belongs to models with a beta schedule; a flow ends in pure noise anyway",
     "loss.v_pred_like_loss": "it belongs to noise-prediction models",
     "latents.feature_cache": "single images need no feature cache; there is none to switch off",
+    "precision.weights": "trained weights are kept in precision.compute; optimizer.rounding says how they are rounded",
     "compile.per_block": "blocks are always compiled one by one; a graph of the whole model would fit one picture "
     "size, and neither streamed nor recomputed blocks",
     "sample.compile": "samples run through the blocks that train; compile.enabled compiles them for both",
@@ -124,7 +122,6 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "network.type": dict.fromkeys(("controlnet", "singlora"), "other adapter types"),
     "noise.timesteps": {"list": "timesteps from a list"},
     "precision.compute": {"fp16": "fp16 with loss scaling"},
-    "train.mode": {"full": "full fine-tuning"},
 }
 
 _SECRETS = frozenset(

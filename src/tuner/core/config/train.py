@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tuner.core.config.base import Count, CountOrZero, Dtype, Positive, Section
+from tuner.core.config.base import Count, CountOrZero, Dtype, Positive, Section, StepCount
 
 
 class ClipGrad(Section):
@@ -27,8 +27,9 @@ class ClipGrad(Section):
 class TrainConfig(Section):
     """What trains and for how long. A step is one optimizer update."""
 
-    mode: Literal["lora"] = "lora"
-    """Train an adapter and keep the base frozen."""
+    mode: Literal["lora", "full"] = "lora"
+    """Train an adapter and keep the base frozen, or train the weights themselves. Those are kept and updated in
+    ``precision.compute``; see ``optimizer.rounding`` for bfloat16."""
     components: tuple[str, ...] = Field(("denoiser",), min_length=1)
     """Parts of the model that train."""
     steps: Count | None = None
@@ -41,6 +42,11 @@ class TrainConfig(Section):
     """Micro-batches per update. The loss is the mean over all samples of the update."""
     clip_grad: ClipGrad | None = ClipGrad(norm=1.0)
     """Limit on gradients; null for none."""
+    freeze: tuple[str, ...] = ()
+    """Full training: regular expressions of parameters that do not train; each must match a whole name,
+    ``component:path``. ``bitfit`` freezes all but the biases."""
+    stop_component_at: dict[str, StepCount] = Field(default_factory=dict)
+    """By component: the update, or the share of the run, from which on it no longer trains."""
     seed: int = Field(0, ge=0)
     """Every random choice follows from it."""
     cpu_threads: Count | None = None

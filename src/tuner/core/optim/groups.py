@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from tuner.core.config import OptimizerConfig
+    from tuner.core.config.optimizer import LrRule
     from tuner.core.types import ParamGroup
 
 
@@ -60,10 +61,21 @@ def full_name(component: str, name: str) -> str:
     return name if ":" in name else f"{component}:{name}"
 
 
+def _matches(rule: LrRule, group: ParamGroup, path: str) -> bool:
+    if rule.match is None:
+        return rule.group == _short_name(group)
+    return re.fullmatch(rule.match, path) is not None
+
+
+def _short_name(group: ParamGroup) -> str:
+    """The name without the component before it."""
+    return group.name.removeprefix(f"{group.component} ")
+
+
 def _base_rate(config: OptimizerConfig, group: ParamGroup, name: str) -> float:
     path = full_name(group.component, name)
     for rule in config.lr_rules:
-        if re.fullmatch(rule.match, path):
+        if _matches(rule, group, path):
             return rule.lr
     if group.lr is not None:
         return group.lr
@@ -89,13 +101,20 @@ def _check_reach(config: OptimizerConfig, groups: Sequence[ParamGroup], text_com
                 why=f"this run trains {', '.join(sorted(components))}",
                 fix=f"did you mean {near[0]!r}?" if near else "remove it, or add it to train.components",
             )
-    paths = [full_name(group.component, name) for group in groups for name in group.params]
+    paths = [(group, full_name(group.component, name)) for group in groups for name in group.params]
     for number, rule in enumerate(config.lr_rules):
-        if not any(re.fullmatch(rule.match, path) for path in paths):
+        if rule.group is not None and not any(_matches(rule, *each) for each in paths):
+            known = dict.fromkeys(_short_name(group) for group in groups)
+            raise UsageError(
+                f"no parameter that trains is in a group {rule.group!r}",
+                where=f"optimizer.lr_rules[{number}].group",
+                why=f"there are {', '.join(known)}",
+            )
+        if not any(_matches(rule, *each) for each in paths):
             raise UsageError(
                 "this learning-rate rule matches no parameter",
                 where=f"optimizer.lr_rules[{number}].match",
-                why=f"{rule.match!r} must match a whole name such as {paths[0]!r}" if paths else None,
+                why=f"{rule.match!r} must match a whole name such as {paths[0][1]!r}" if paths else None,
             )
     if config.loraplus is None:
         return

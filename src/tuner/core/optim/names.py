@@ -26,8 +26,15 @@ class Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _bitsandbytes(attribute: str, state: float) -> Entry:
-    return Entry(module="bitsandbytes.optim", attribute=attribute, package="bitsandbytes", separate=True, bytes=state)
+def _bitsandbytes(attribute: str, state: float, **fixed: float) -> Entry:
+    return Entry(
+        module="bitsandbytes.optim",
+        attribute=attribute,
+        package="bitsandbytes",
+        separate=True,
+        bytes=state,
+        fixed=fixed,
+    )
 
 
 def _dadaptation(attribute: str, state: float) -> Entry:
@@ -55,7 +62,7 @@ BUILTIN: Mapping[str, Entry] = {
     "dadapt_adan": _dadaptation("DAdaptAdan", 20),
     "dadapt_adagrad": _dadaptation("DAdaptAdaGrad", 12),
     "dadapt_lion": _dadaptation("DAdaptLion", 8),
-    "dadapt_sgd": _dadaptation("DAdaptSGD", 8),
+    "dadapt_sgd": _dadaptation("DAdaptSGD", 12),
     # No schedule.
     "adamw_schedulefree": _schedule_free("AdamWScheduleFree", 8),
     "radam_schedulefree": _schedule_free("RAdamScheduleFree", 8),
@@ -66,7 +73,7 @@ BUILTIN: Mapping[str, Entry] = {
     "ademamix": _bitsandbytes("AdEMAMix", 12),
     "ademamix8bit": _bitsandbytes("AdEMAMix8bit", 3),
     "lion8bit": _bitsandbytes("Lion8bit", 1),
-    "sgd8bit": _bitsandbytes("SGD8bit", 1),
+    "sgd8bit": _bitsandbytes("SGD8bit", 1, momentum=0.9),
     "paged_adamw": _bitsandbytes("PagedAdamW", 8),
     "paged_adamw8bit": _bitsandbytes("PagedAdamW8bit", 2),
     "paged_ademamix": _bitsandbytes("PagedAdEMAMix", 12),
@@ -81,7 +88,7 @@ BUILTIN: Mapping[str, Entry] = {
     "ranger": Entry(module="optimi", attribute="Ranger", package="torch-optimi", bytes=12),
     "stableadamw": Entry(module="optimi", attribute="StableAdamW", package="torch-optimi", bytes=8),
     "came": Entry(module="pytorch_optimizer", attribute="CAME", package="pytorch-optimizer", bytes=4),
-    "soap": Entry(module="pytorch_optimizer", attribute="SOAP", package="pytorch-optimizer", bytes=24),
+    "soap": Entry(module="pytorch_optimizer", attribute="SOAP", package="pytorch-optimizer", bytes=28),
 }
 """A schedule-free optimizer, one that estimates its rate, and one whose package counts steps for all parameters at once
 is not ``separate``; neither is one whose package does not say."""

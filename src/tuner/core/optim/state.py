@@ -120,6 +120,8 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Size):
         value = tuple(value)
     if isinstance(value, tuple | list):
@@ -176,6 +178,11 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], used: set[str], device: t
         return tensor if value["cpu"] else tensor.to(device)
     if "float" in value:
         return float(value["float"])
+    if "dtype" in value:
+        dtype = getattr(torch, value["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise _differs(f"there is no dtype {value['dtype']!r}")
+        return dtype
     if "wrapper" in value:
         return _decode_wrapper(value["wrapper"], tensors, used, device)
     kind, items = next(iter(value.items()))

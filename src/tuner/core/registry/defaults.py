@@ -23,7 +23,11 @@ def noise_target(latents: Tensor, noise: Tensor, sigmas: Tensor) -> NoiseTarget:
 
 @hookimpl(trylast=True)
 def build_network(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
-    """A LoRA chosen by the facts and ``config.network``."""
+    """An adapter chosen by the facts and ``config.network``, or the weights themselves."""
+    if config.train.mode == "full":
+        from tuner.core.adapters.weights import train_weights
+
+        return train_weights(models, config, facts)
     from tuner.core.adapters.lora import inject_lora
 
     return inject_lora(models, config, facts)

@@ -95,6 +95,8 @@ class Bench:
         }
         for each in documents:
             document = merged(document, each)
+        if document["train"].get("mode") == "full":
+            del document["network"]
         return document
 
     @cached_property

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tuner.core.adapters.network import load_network_tensors
+from tuner.core.adapters.checkpoints import stored_files
+from tuner.core.adapters.network import load_network_tensors, network_tensors
 from tuner.core.errors import UsageError
+from tuner.core.files import safetensors_header
 from tuner.core.testing.bench import STEPS, Bench, assert_near, losses
 from tuner.core.track.events import read_events
 from tuner.core.train.checkpoint import STATE_TENSORS, list_checkpoints
@@ -63,6 +65,25 @@ class RunChecks:
         others, _ = bench.adapted(reopened)
         expected = bench.predict(bench.run, models, batch)
         assert_near(bench.predict(reopened, others, batch), expected)
+
+    def test_whole_weights_train_and_their_file_is_the_model(self, bench: Bench) -> None:
+        """Every tensor under its old name; opened as the model, it predicts what was trained."""
+        if not bench.facts.stored:
+            with pytest.raises(UsageError, match=r"train\.mode"):
+                bench.open(train={"mode": "full"})
+            return
+        folder = bench.train("whole", train={"mode": "full"}, optimizer={"lr": 1e-3})
+        run = bench.open(train={"mode": "full"})
+        models, network = bench.adapted(run)
+        state = load_file(list_checkpoints(RunFolder(folder, "adapter"))[-1] / STATE_TENSORS)
+        before = {name: value.clone() for name, value in network_tensors(network).items()}
+        load_network_tensors(network, {name: state[f"network/{name}"] for name in before})
+        assert any(not value.equal(before[name]) for name, value in network_tensors(network).items())
+        assert list(safetensors_header(adapter(folder))) == list(stored_files(run.config, run.facts)[0].header)
+        reopened = bench.open(model={"path": str(adapter(folder))})
+        others = reopened.model.load_models(["denoiser"])
+        batch = bench.batch()
+        assert_near(bench.predict(reopened, others, batch), bench.predict(run, models, batch))
 
 
 def adapter(folder: Path) -> Path:

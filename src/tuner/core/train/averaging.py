@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from tuner.core.adapters.checkpoints import file_beside, read_checkpoint, stored_files
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.lora import with_own_alphas
-from tuner.core.adapters.network import load_network_tensors
+from tuner.core.adapters.network import load_network_tensors, network_tensors
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import is_schedule_free
@@ -42,11 +44,14 @@ def ema_path(path: Path) -> Path:
     return path.with_name(f"ema_{path.name}")
 
 
-def start_average(ema: Ema, network: Network, facts: ModelFacts, path: Path) -> None:
-    """Set the average to the adapter in ``path``. UsageError when that is not exactly this network's shape."""
+def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> None:
+    """Set the average to the adapter, or the model's weights, in ``path``. UsageError when they have another shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
     try:
-        tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)
+        if network.kind == "full":
+            tensors = _read_weights(network, config, facts, path)
+        else:
+            tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)
         load_network_tensors(network, tensors)
         ema.take()
     except UsageError as error:
@@ -59,3 +64,12 @@ def start_average(ema: Ema, network: Network, facts: ModelFacts, path: Path) -> 
         with torch.no_grad():
             for name, parameter in ema.params.items():
                 parameter.copy_(kept[name])
+
+
+def _read_weights(network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> dict[str, Tensor]:
+    """The values of the file and of those beside it, as a training writes them, by parameter."""
+    shapes = {name: value.shape for name, value in network_tensors(network).items()}
+    tensors: dict[str, Tensor] = {}
+    for file in stored_files(config, facts):
+        tensors.update(read_checkpoint(file_beside(path, file), file, shapes))
+    return tensors

@@ -38,7 +38,7 @@ def prepare_blocks(
     device: torch.device,
     tokens: Sequence[int] = (),
 ) -> Streaming | None:
-    """Compile, stream and recompute blocks as ``compile`` and ``memory`` say. Comes after adapters, which are part of them.
+    """Compile, stream and recompute blocks as ``compile`` and ``memory`` say, with the adapters that are in them.
 
     tokens: of every picture size to come, for ``compile``. Compilation is inside, so that whoever calls a block may
     change where its weights are and which tensors it gets.

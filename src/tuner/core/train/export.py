@@ -6,7 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.core.adapters.export import verify_export
+from tuner.core.adapters.checkpoints import (
+    VerifiedCheckpoint,
+    checkpoint_dtype,
+    stored_files,
+    verify_checkpoint,
+)
+from tuner.core.adapters.export import Verified, verify_export
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.network import network_tensors
 from tuner.core.train.metadata import export_metadata
@@ -44,8 +50,13 @@ def export(
         metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in network_tensors(network).items()}
     files = run.model.save(network, tensors, path, metadata)
-    for file in files:
-        verified = verify_export(file, tensors, key_maps(run.facts))
+    stored = stored_files(run.config, run.facts) if network.kind == "full" else ()
+    for number, file in enumerate(files):
+        verified: Verified | VerifiedCheckpoint
+        if network.kind == "full":
+            verified = verify_checkpoint(file, tensors, stored[number], checkpoint_dtype(run.config))
+        else:
+            verified = verify_export(file, tensors, key_maps(run.facts))
         told = {"keys": verified.keys, "modules": verified.modules, "format": verified.format}
         events.emit("export", path=file.name, weights="ema" if averaged else "train", **told)
         log.info("%s: %s", file.name, verified)

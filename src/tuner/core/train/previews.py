@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.network import adapter_eval, adapter_strength
+from tuner.core.adapters.network import adapter_eval, adapter_strength, trained
 from tuner.core.atomic import atomic_path
 from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.train.folder import RunFolder
@@ -78,18 +78,31 @@ class Previewer:
         preview and kept in the run folder. ``on_image`` is called after each of the `images_due`.
         """
         folder = self.folder.samples / f"step-{step:06d}"
-        base = self._render(self._base_folder(), 0, strength=0.0, on_image=on_image)
+        base = self._base(on_image)
         present = []
         for suffix, weights in looks:
             with weights():
                 images = self._render(folder, step, strength=1.0, suffix=suffix, on_image=on_image)
             present.append((_title(step, suffix), images))
-        write_sheet(folder / SHEET, self.prompts, [("base", base), *self._earlier(step, len(present)), *present])
+        write_sheet(folder / SHEET, self.prompts, [*base, *self._earlier(step, len(present)), *present])
         return Preview(step, tuple(path for _, images in present for path in images), folder / SHEET)
+
+    def draw_base(self, on_image: OnImage | None = None) -> None:
+        """Make the base pictures now, while the weights are still the base model's own."""
+        self._render(self._base_folder(), 0, strength=1.0, on_image=on_image)
+
+    def _base(self, on_image: OnImage | None) -> list[tuple[str, list[Path]]]:
+        """The column of the base, if it can be had: fully trained weights have none for prompts that are new."""
+        folder = self._base_folder()
+        if trained(self.network).has_base:
+            return [("base", self._render(folder, 0, strength=0.0, on_image=on_image))]
+        paths = self._paths(folder)
+        return [("base", paths)] if all(path.is_file() for path in paths) else []
 
     def images_due(self, looks: Sequence[Look]) -> int:
         """How many pictures the next preview has to sample."""
-        return len(looks) * len(self.prompts) + sum(not path.is_file() for path in self._paths(self._base_folder()))
+        missing = sum(not path.is_file() for path in self._paths(self._base_folder()))
+        return len(looks) * len(self.prompts) + (missing if trained(self.network).has_base else 0)
 
     def _base_folder(self) -> Path:
         # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from tuner.core.types import Network
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RunState:
-    """The parts of a run whose values a checkpoint holds. names: trained parameters by name."""
+    """The parts of a run whose values a checkpoint holds. names: trained parameters by name. base_losses: of the
+    held-out images, by the base model, where it is gone once weights have trained.
+    """
 
     network: Network
     optimizer: torch.optim.Optimizer
@@ -35,6 +37,7 @@ class RunState:
     ema: Ema | None
     average: LossAverage
     ledger: Ledger
+    base_losses: list[list[float]] | None = None
 
     def capture(self, position: Position) -> State:
         """The present values; tensors are live, so write them before the next update."""
@@ -51,6 +54,7 @@ class RunState:
                 "optimizer": optimizer_scalars,
                 "loss_average": self.average.values,
                 "ledger": self.ledger.state(),
+                "base_losses": self.base_losses,
             },
         )
 
@@ -64,6 +68,7 @@ class RunState:
             self.ema.load(_below(state.tensors, "ema/"))
         self.average.values = list(state.scalars["loss_average"])
         self.ledger.load(state.scalars["ledger"])
+        self.base_losses = state.scalars.get("base_losses")
 
 
 def check_continues(state: State, folder: RunFolder, *, total: int, seed: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.adapters.network import adapter_summary, count_parameters
+from tuner.core.adapters.network import adapter_summary, count_parameters, trained
 from tuner.core.data.ledger import Ledger
 from tuner.core.errors import UsageError
 from tuner.core.optim import (
@@ -40,7 +40,7 @@ from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
 from tuner.core.train.state import RunState, check_continues, next_position
 from tuner.core.train.step import TrainStep
-from tuner.core.train.updates import build_update, rate_scale
+from tuner.core.train.updates import Stops, build_update, rate_scale
 from tuner.core.train.validation import Validator
 from tuner.core.types import Batch, TextEmbeds
 
@@ -83,6 +83,7 @@ class Trainer:
             self.facts.text_components,
             scale=rate_scale(self.config),
         )
+        self.stops = Stops(self.config.train.stop_component_at, self.network.param_groups, self.total)
         self.update = build_update(self.config, self.optimizer, self.network, self.facts)
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
@@ -115,7 +116,9 @@ class Trainer:
         if state is not None:
             self._restore(state)
         elif self.ema is not None and self.config.ema.init_from is not None:
-            start_average(self.ema, self.network, self.facts, Path(self.config.ema.init_from))
+            start_average(self.ema, self.network, self.config, self.facts, Path(self.config.ema.init_from))
+        if state is None:
+            self._look_at_base()
         self._announce()
         with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path, self.position.step) as trackers:
             self.trackers = trackers
@@ -135,6 +138,17 @@ class Trainer:
         files = self._export_final()
         self._write_views()
         return reason, files
+
+    def _look_at_base(self) -> None:
+        """What later looks are compared with, while the weights are still the base model's own."""
+        if trained(self.network).has_base:
+            return
+        if self.validator is not None:
+            with self._inner_stage("validation of the base", None) as progress:
+                self.state.base_losses = self.validator.measure_base(progress.advance)
+        if self.previewer is not None:
+            with self._inner_stage("samples of the base", None) as progress:
+                self.previewer.draw_base(progress.advance)
 
     def _loop(self, interrupt: Interrupt) -> Loop:
         config = self.config
@@ -186,6 +200,7 @@ class Trainer:
 
     def _set_rates(self, step: int) -> dict[str, float]:
         self.schedule.set(step)
+        self.stops.apply(step)
         return learning_rates(self.optimizer)
 
     def _batches(self, epoch: int, start: int, step: int) -> Iterator[Batch]:
@@ -274,7 +289,14 @@ class Trainer:
 
     def _doubts(self) -> Iterator[str]:
         """What is allowed and hardly ever meant."""
-        if self.config.precision.adapter != "fp32":
+        config = self.config
+        bf16 = config.train.mode == "full" and config.precision.compute == "bf16"
+        if bf16 and config.optimizer.rounding == "nearest":
+            yield (
+                "weights train in bfloat16 and are rounded to the nearest: updates below 1/256 of a weight are lost; "
+                'set optimizer.rounding to "stochastic" or "kahan"'
+            )
+        if config.precision.adapter != "fp32":
             yield (
                 "precision.adapter is bf16: a step smaller than 1/256 of a weight is lost in rounding; "
                 "fp32 costs little memory for an adapter"
@@ -428,6 +450,8 @@ class Trainer:
         """Take up a saved state; UsageError when it belongs to another network or optimizer."""
         check_continues(state, self.folder, total=self.total, seed=self.config.train.seed)
         self.state.restore(state)
+        if self.validator is not None and not trained(self.network).has_base:
+            self.validator.use_base(self.state.base_losses)
         strict = self.config.checkpoint.strict_data
         self.position, changes = next_position(state.position, self.plan, self.folder, strict=strict)
         if changes:

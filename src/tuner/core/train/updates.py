@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from tuner.core.config import steps_of
 from tuner.core.optim import FusedUpdate, Update
 
 if TYPE_CHECKING:
@@ -12,7 +15,28 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tuner.core.config import RunConfig
-    from tuner.core.types import ModelFacts, Network
+    from tuner.core.types import ModelFacts, Network, ParamGroup
+
+log = logging.getLogger(__name__)
+
+
+class Stops:
+    """Components that train only up to an update, ``train.stop_component_at``."""
+
+    def __init__(self, stops: Mapping[str, int | str], groups: Sequence[ParamGroup], total: int) -> None:
+        self._waiting = {name: steps_of(count, total) for name, count in stops.items()}
+        self._groups = groups
+
+    def apply(self, step: int) -> None:
+        """Before update ``step`` (from 0): parameters that are to stop get no gradient any more."""
+        for name in [name for name, stop in self._waiting.items() if step >= stop]:
+            del self._waiting[name]
+            log.info("%s stops training at step %d", name, step)
+            for group in self._groups:
+                if group.component == name:
+                    for parameter in group.params.values():
+                        parameter.requires_grad_(False)
+                        parameter.grad = None
 
 
 def rate_scale(config: RunConfig) -> float:

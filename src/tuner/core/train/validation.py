@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval, adapter_strength
+from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, loss_weight, reduce_loss
 from tuner.core.rng import Rng
 from tuner.core.types import Batch, Models, Network, TextEmbeds
@@ -71,6 +72,26 @@ class Validator:
         self.seed = config.train.seed if settings.seed is None else settings.seed
         self.sigmas = [timestep / 1000 for timestep in settings.timesteps]
         self._base: Tensor | None = None
+
+    @torch.no_grad()
+    def measure_base(self, on_images: OnImages | None = None) -> list[list[float]]:
+        """Measure the model as it is now, before it trains, as what later measurements are compared with."""
+        with adapter_eval(self.network):
+            self._base = self._measure(on_images, shuffled=False)
+        losses: list[list[float]] = self._base.tolist()
+        return losses
+
+    def use_base(self, losses: list[list[float]] | None) -> None:
+        """Go on with what `measure_base` returned in an earlier part of the run."""
+        wanted = (sum(len(batch.items) for batch in self.batches()), len(self.sigmas))
+        if losses is None or (len(losses), len(losses[0])) != wanted:
+            raise UsageError(
+                "the base model was measured in another way when this run began",
+                where="validate",
+                why="its weights have changed since, so it cannot be measured again",
+                fix="restore validate.timesteps and validate.max_batches",
+            )
+        self._base = torch.tensor(losses)
 
     @torch.no_grad()
     def run(self, step: int, on_images: OnImages | None = None) -> Validation:

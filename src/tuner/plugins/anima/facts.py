@@ -160,7 +160,9 @@ def _described(
         no_quantize=(*OUTER_LAYERS, *NO_QUANTIZE),
         banded_latents=True,
         architecture=f"anima-{flavour}",
-        capabilities={"quantize.fp8_unscaled": UNSCALED},
+        capabilities={"quantize.fp8_unscaled": UNSCALED, "full.qwen3": WHOLE_ENCODER},
+        stored="tuner.plugins.anima.stored:stored",
+        groups=GROUPS,
         modules={
             "denoiser": denoiser_modules(denoiser.blocks),
             "llm_adapter": adapter_modules(adapter.layers),
@@ -182,6 +184,16 @@ def _vae_size(found: sources.Sources) -> tuple[int, int]:
     # One time slice of each 3-D kernel is kept.
     sizes = (math.prod(shape) // (shape[2] if len(shape) == 5 else 1) for shape in shapes.values())
     return sum(sizes), shapes["encoder.conv1.weight"][0]
+
+
+GROUPS = {
+    "self_attn": (r"denoiser:.*\.self_attn\..*",),
+    "cross_attn": (r"denoiser:.*\.cross_attn\..*",),
+    "mlp": (r"denoiser:.*\.mlp\..*",),
+    "mod": (r"denoiser:.*\.adaln_modulation.*",),
+}
+"""Parts of the denoiser that may have rates of their own; the LLM adapter is a component."""
+WHOLE_ENCODER = "no program loads an Anima text encoder of its own"
 
 
 def named_shapes(header: Header, rule: Callable[[Iterable[str]], dict[str, str]]) -> dict[str, TensorInfo]:

@@ -69,6 +69,14 @@ TEXT = {"clip_l": r"text_model\.encoder\.layers\..*", "t5": r"encoder\.block\..*
 
 
 _NO_CONTROL = "control networks are planned and not built yet"
+WHOLE_ENCODER = "its file belongs to many models, and programs load it from there"
+GROUPS = {
+    "attn": (r"denoiser:.*transformer_blocks\.\d+\.attn\..*",),
+    "mlp": (r"denoiser:transformer_blocks\.\d+\.ff(_context)?\..*",
+            r"denoiser:single_transformer_blocks\.\d+\.proj_(mlp|out)\..*"),
+    "mod": (r"denoiser:.*transformer_blocks\.\d+\.norm\w*\.linear\..*", r"denoiser:norm_out\..*"),
+}  # fmt: skip
+"""Parts of the denoiser that may have rates of their own in full training."""
 CAPABILITIES = {"controlnet": _NO_CONTROL, "all+ffs+embedder+controlnet": _NO_CONTROL}
 
 
@@ -180,7 +188,9 @@ def _described(
         padding_masks=("t5",),
         zero_padding=True,
         architecture=ARCHITECTURES[sizes.flavour],
-        capabilities=CAPABILITIES,
+        capabilities=CAPABILITIES | dict.fromkeys(("full.clip_l", "full.t5"), WHOLE_ENCODER),
+        stored="tuner.plugins.flux.stored:stored",
+        groups=GROUPS,
         costs=cost_rules(sizes, limits["t5"], parts),
     )
 

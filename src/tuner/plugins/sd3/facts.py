@@ -130,8 +130,18 @@ def _described(
         padding_masks=("clip", "t5") if "t5" in names else ("clip",),
         zero_padding="t5" in names,
         architecture=ARCHITECTURES[flavour],
+        stored="tuner.plugins.sd3.stored:stored",
+        groups=GROUPS,
         costs=cost_rules(denoiser, sum(limits.values()), parts),
     )
+
+
+GROUPS = {
+    "attn": (r"denoiser:transformer_blocks\.\d+\.attn2?\..*",),
+    "mlp": (r"denoiser:transformer_blocks\.\d+\.ff(_context)?\..*",),
+    "mod": (r"denoiser:transformer_blocks\.\d+\.norm1(_context)?\.linear\..*", r"denoiser:norm_out\..*"),
+}
+"""Parts of the denoiser that may have rates of their own in full training."""
 
 
 def text_fields(

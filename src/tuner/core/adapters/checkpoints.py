@@ -1,0 +1,193 @@
+"""Whole models as files: the file that was loaded, with the trained values in the place of the old ones.
+
+Names, their order, and everything that did not train stay as they were: other parts of an all-in-one file, buffers,
+frozen components. Tensors are written one by one, so that memory holds one of them beside the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters.files import header_bytes
+from tuner.core.atomic import atomic_path
+from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.compute.weights import read_tensors
+from tuner.core.errors import UsageError
+from tuner.core.files import DTYPE_BYTES, TensorInfo, safetensors_header
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.types import ModelFacts, StoredFile, StoredTensor
+
+COPY_BYTES = 1 << 24
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedCheckpoint:
+    """keys: of the file. trained: those with values that took part in the training; the others are as they were."""
+
+    keys: int
+    trained: int
+    format: str = "checkpoint"
+
+    @property
+    def modules(self) -> int:
+        return self.trained
+
+    def __str__(self) -> str:
+        return f"{self.trained} trained tensors, {self.keys - self.trained} as they were"
+
+
+def stored_files(config: RunConfig, facts: ModelFacts) -> tuple[StoredFile, ...]:
+    """The files that hold the components that train, as the model's plugin describes them."""
+    module, _, attribute = facts.stored.partition(":")
+    files: tuple[StoredFile, ...] = getattr(importlib.import_module(module), attribute)(config)
+    trained = set(config.train.components)
+    return tuple(
+        each
+        for each in files
+        if any(name.partition(":")[0] in trained for stored in each.tensors.values() for name in stored.names)
+    )
+
+
+def checkpoint_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype that trained values are written in."""
+    return dtype_by_name(config.checkpoint.dtype or config.precision.compute)
+
+
+def save_checkpoint(
+    tensors: Mapping[str, Tensor],
+    files: Sequence[StoredFile],
+    path: Path,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> list[Path]:
+    """Write every file of ``files`` with trained values in ``dtype``; returns the paths, ``path`` first.
+
+    tensors: by ``component:parameter``, as `network_tensors` gives them. Each file appears complete or not at all.
+    OSErrors (disk full) pass through.
+    """
+    written = []
+    for file in files:
+        target = file_beside(path, file)
+        _write(tensors, file, target, metadata, dtype)
+        written.append(target)
+    return written
+
+
+def file_beside(path: Path, file: StoredFile) -> Path:
+    """Where a file goes when the denoiser's is ``path``."""
+    return path.with_name(f"{path.stem}_{file.name}{path.suffix}") if file.name else path
+
+
+def verify_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], file: StoredFile, dtype: torch.dtype
+) -> VerifiedCheckpoint:
+    """Read a written file back and compare every tensor with memory, or with the file it was copied from.
+
+    UsageError naming the first that differs.
+    """
+    header = safetensors_header(path)
+    if list(header) != list(file.header):
+        raise UsageError("the written file has other tensors than the one that was loaded", where=str(path))
+    trained = 0
+    for key, value in read_tensors(header):
+        stored = file.tensors.get(key)
+        if stored is not None and _trained(tensors, stored):
+            expected = _assembled(tensors, stored, dtype)
+            trained += 1
+        else:
+            [(_, expected)] = read_tensors(file.header.renamed({key: key}))
+        if value.dtype != expected.dtype or not _same_bytes(value, expected):
+            raise UsageError("the written file differs from the trained weights", where=f"{path}, {key}")
+    return VerifiedCheckpoint(keys=len(header), trained=trained)
+
+
+def read_checkpoint(path: Path, file: StoredFile, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """(``component:parameter``, values) of the parameters in ``shapes``, from a file that `save_checkpoint` wrote."""
+    header = safetensors_header(path)
+    wanted = {key: stored for key, stored in file.tensors.items() if all(name in shapes for name in stored.names)}
+    missing = [key for key in wanted if key not in header]
+    if missing:
+        raise UsageError(f"the file lacks {missing[0]}", where=str(path), why="it is of another model")
+    for key, value in read_tensors(header.renamed({key: key for key in wanted})):
+        stored = wanted[key]
+        value = torch.cat(value.chunk(2)[::-1]) if stored.exchange else value
+        rows = [shapes[name][0] if shapes[name] else 1 for name in stored.names]
+        parts = torch.split(value, rows) if len(rows) > 1 else (value,)
+        yield from zip(stored.names, parts, strict=True)
+
+
+def _write(
+    tensors: Mapping[str, Tensor], file: StoredFile, path: Path, metadata: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    entries: dict[str, object] = {}
+    start = 0
+    for key, info in file.header.items():
+        stored = file.tensors.get(key)
+        kind = NAMES[dtype] if _trained(tensors, stored) else info.dtype
+        size = DTYPE_BYTES[kind]
+        for side in info.shape:
+            size *= side
+        entries[key] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [start, start + size]}
+        start += size
+    with atomic_path(path) as temporary, temporary.open("wb") as target:
+        target.write(header_bytes(entries, metadata))
+        for key, info in file.header.items():
+            stored = file.tensors.get(key)
+            if stored is not None and _trained(tensors, stored):
+                value = _assembled(tensors, stored, dtype)
+                if tuple(value.shape) != info.shape:
+                    raise UsageError(
+                        f"{key} has shape {info.shape} in the loaded file and {tuple(value.shape)} now", where=str(path)
+                    )
+                value.view(-1).view(torch.uint8).numpy().tofile(target)
+            else:
+                _copy(info, target)
+
+
+def _trained(tensors: Mapping[str, Tensor], stored: StoredTensor | None) -> bool:
+    return stored is not None and all(name in tensors for name in stored.names)
+
+
+def _assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The values of one tensor of a file, on the CPU and contiguous: the only copy that is made."""
+    parts = [tensors[name] for name in stored.names]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
+    value = torch.empty(shape, dtype=dtype)
+    start = 0
+    for part in parts:
+        rows = value.narrow(0, start, part.shape[0]) if len(parts) > 1 else value
+        if stored.exchange:
+            for target, half in zip(rows.chunk(2), part.chunk(2)[::-1], strict=True):
+                target.copy_(half)
+        else:
+            rows.copy_(part)
+        start += part.shape[0] if part.ndim else 0
+    return value
+
+
+def _copy(info: TensorInfo, target: BinaryIO) -> None:
+    with info.path.open("rb") as source:
+        source.seek(info.start)
+        left = info.stop - info.start
+        while left:
+            block = source.read(min(left, COPY_BYTES))
+            if not block:
+                raise UsageError("the weight file is cut short", where=str(info.path))
+            target.write(block)
+            left -= len(block)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )

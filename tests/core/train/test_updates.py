@@ -1,0 +1,88 @@
+"""Ways to apply the optimizer, through whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tuner.core.errors import UsageError
+from tuner.core.track.events import read_events
+from tuner.core.train.run import train
+
+FREE = {"train__clip_grad": None, "schedule": {"name": "constant"}}
+
+
+def steps(folder: Path) -> list[tuple[float, float]]:
+    events = read_events(folder / "events.jsonl")
+    return [(each["loss"], each["grad_norm"]) for each in events if each["kind"] == "step"]
+
+
+@pytest.mark.parametrize("fuse", ["parameter", "block"])
+def test_fused_updates_train_the_same_and_go_on_exactly(make_config, tmp_path, fuse):
+    def config(name, optimizer, **options):
+        return make_config(
+            checkpoint__dir=str(tmp_path / name),
+            optimizer={"lr": 1e-3, "args": {"fused": False}, **optimizer},
+            memory__checkpointing="block",
+            **FREE,
+            **options,
+        )
+
+    plain, fused = config("plain", {}, train__steps=4), config("fused", {"fuse": fuse}, train__steps=4)
+    train(plain)
+    train(config("fused", {"fuse": fuse}, train__steps=2))
+    train(fused, resume="auto")
+    for one, other in zip(steps(tmp_path / "fused"), steps(tmp_path / "plain"), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    [path], [expected] = ((tmp_path / name).glob("*.safetensors") for name in ("fused", "plain"))
+    before, after = load_file(expected), load_file(path)
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_rounding_state_in_host_memory_and_a_bfloat16_adapter_go_on_exactly(make_config, tmp_path):
+    options = {
+        "precision": {"compute": "bf16", "adapter": "bf16"},
+        "optimizer": {"name": "adamw_bf16", "lr": 1e-3, "rounding": "stochastic", "offload": True},
+        "schedule": {"name": "constant"},
+    }
+    train(make_config(checkpoint__dir=str(tmp_path / "whole/run"), train__steps=4, **options))
+    train(make_config(checkpoint__dir=str(tmp_path / "parts/run"), train__steps=2, **options))
+    train(make_config(checkpoint__dir=str(tmp_path / "parts/run"), train__steps=4, **options), resume="auto")
+    whole, parts = (next((tmp_path / name / "run").glob("*.safetensors")) for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_torch_scheduler_sets_the_rates_and_goes_on_where_it_was(make_config, tmp_path):
+    options = {
+        "optimizer": {"lr": 1e-3, "lr_scale": "sqrt"},
+        "train__batch_size": 2,
+        "train__accumulate": 2,
+        "schedule": {"class": "torch.optim.lr_scheduler.ExponentialLR", "args": {"gamma": 0.5}},
+    }
+    train(make_config(train__steps=2, **options))
+    folder = train(make_config(train__steps=4, **options), resume="auto").folder
+    rates = [next(iter(each["lr"].values())) for each in read_events(folder / "events.jsonl") if each["kind"] == "step"]
+    assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2.5e-4])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": {"lr": 1, "fuse": "block"}}, "the norm of all gradients is known only after"),
+        ({"optimizer": {"lr": 1, "fuse": "block"}, "train__accumulate": 2, **FREE}, "an update of its own"),
+        ({"optimizer": {"lr": 1, "lr_scale": "linear"}}, "every update has one sample"),
+        ({"optimizer": {"lr": 1, "rounding": "kahan"}}, "kahan rounding has no effect"),
+        ({"schedule": {"class": "torch.optim.lr_scheduler.StepLR", "warmup": 3}}, "warmup is not used with a class"),
+        ({"schedule": {"class": "torch.optim.lr_scheduler.StepLR"}}, "refuses its settings"),
+        ({"schedule": {"class": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "follows a measured value"),
+        ({"schedule": {"class": "nowhere"}}, "is no import path"),
+        ({"schedule": {"args": {"gamma": 1}}}, "args is not used by the schedule"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_has_no_effect_or_cannot_work_is_an_error(make_config, options, words):
+    with pytest.raises(UsageError, match=words):
+        train(make_config(**options))
