@@ -158,6 +158,10 @@ def test_more_checkpoints_take_more_disk():
     many = planned("anima", checkpoint={"every": 100}).disk["checkpoints"]
     assert planned("anima", checkpoint={"every": 100, "keep_last": 2}).disk["checkpoints"] < many
     assert planned("anima", checkpoint={"every": "10%"}).disk["checkpoints"] == many > few
+    config, facts, work = prepared("anima", checkpoint={"state": "none"})
+    changes = {"train.mode": "full", "checkpoint.dtype": None}
+    full = predict(changed_config(config, changes), facts, work, CPU)
+    assert full.disk["checkpoints"] == 2 * 2 * facts.costs.parameters
 
 
 def test_devices_are_found_by_short_names_and_by_what_drivers_call_them():

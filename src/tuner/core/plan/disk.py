@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tuner.core.config.base import steps_of
 from tuner.core.data.texts import cached_fields
 from tuner.core.plan.memory import Trained
+from tuner.core.plan.trained import FULL
 from tuner.core.plan.weights import BYTES
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def text_bytes(count: int, config: RunConfig, facts: ModelFacts) -> int:
 
 def disk_use(config: RunConfig, facts: ModelFacts, work: Work, trained: Trained) -> dict[str, float]:
     """Bytes by what they are for. Captions are at most so many."""
-    item = BYTES[config.checkpoint.dtype or config.precision.adapter]
+    kept_in = config.precision.compute if str(config.train.mode) == FULL else config.precision.adapter
+    item = BYTES[config.checkpoint.dtype or kept_in]
     exported = trained.values * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
     kept = _checkpoints(config, work)
     states = {"none": 0, "last": min(kept, 1), "every": kept}[config.checkpoint.state]
