@@ -18,6 +18,7 @@ from tuner.core.plan.plan import predict
 from tuner.core.plan.search import Choice, changed_config, fit
 
 GIB = 2**30
+PAGE = Path(__file__).parents[3] / "docs/explanation/memory.md"
 ATTENTION = [r".*attn2?\.(to_[qkv]|to_out\.0)"]
 
 
@@ -61,6 +62,7 @@ def test_a_plan_is_within_15_percent_of_what_was_published(name: str) -> None:
     step = plan.phase("step")
     found = step.device if row.of == "step" else plan.needed(step)
     assert found == pytest.approx(row.published, rel=0.15)
+    assert f"| {found / 1e9:.2f} GB |" in PAGE.read_text(encoding="utf-8")
 
 
 def levers(level: str, method: str | None = None, streamed: int = 0) -> dict[str, Any]:
@@ -121,7 +123,6 @@ the page on memory is this one."""
 
 
 TITLES = {"anima": "Anima", "flux": "FLUX.1 dev", "sd35-medium": "SD3.5 medium", "sd35-large": "SD3.5 large"}
-PAGE = Path(__file__).parents[3] / "docs/explanation/memory.md"
 
 
 def page_row(model: str, card: int, choice: Choice) -> str:
