@@ -347,7 +347,8 @@ class ModelPlugin:
     detect: (Header) -> flavour or None. facts: (RunConfig, Header) -> ModelFacts. hooks: module with ``@hookimpl``
     functions; the only one that may import torch. presets: package with ``*.json``. key_maps: the KeyMaps, for tools
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
-    counts}; called by checks only, so it may import a tokenizer library.
+    counts}; called by checks only, so it may import a tokenizer library. importers: the ``Importers`` of
+    ``tuner.core.config.foreign``, what other trainers call the options of this model.
     """
 
     name: str
@@ -360,6 +361,7 @@ class ModelPlugin:
     presets: str | None = None
     key_maps: str | None = None
     count_tokens: str | None = None
+    importers: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
