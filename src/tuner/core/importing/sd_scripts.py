@@ -83,10 +83,16 @@ def _import(
         _family(into, line, choice)
     values = _run_options(into, line, given, choice) if not only_data else {}
     _data(into, given, data, base, needed=not only_data)
+    _caches(into, values)
     if not only_data:
-        _caches(into, values)
         _prompts(into, base)
-    return finish(TOOL, into, schema_of(catalog, choice), only_data=only_data)
+        return finish(TOOL, into, schema_of(catalog, choice))
+    # A data section says nothing about caches: the run that includes it has to.
+    result = finish(TOOL, into, schema_of(catalog, choice), only_data=True)
+    unsaid = result.config.pop("cache", {})
+    result.rows = [row for row in result.rows if not any(path[0] == "cache" for path in row.keys)]
+    result.open += [f"images or captions are drawn anew: set cache.{key} to {value!r}" for key, value in unsaid.items()]
+    return result
 
 
 def _file_options(document: Document) -> list[Given]:

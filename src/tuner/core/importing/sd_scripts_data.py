@@ -224,7 +224,7 @@ class DataImport:
             geometry = self._geometry(levels)
             size, batch = look_up(levels, "resolution"), look_up(levels, "batch_size")
             draft = SetDraft(
-                size.value if size else 1024,
+                _square(size.value) if size else 1024,
                 batch.value if batch else 1,
                 [size.row] if size else [],
                 [batch.row] if batch else [],
@@ -256,7 +256,7 @@ class DataImport:
         upscale = look_up(levels, "bucket_no_upscale")
         if enabled is None or not enabled.value:
             row = (
-                enabled.row if enabled else self._default("enable_bucket", False, "buckets are off unless they are on")
+                enabled.row if enabled else self._default("enable_bucket", False, "buckets are off there unless enable_bucket is given")
             )
             if row is not None or enabled is not None:
                 part.put("buckets.enabled", False, row)
@@ -270,7 +270,7 @@ class DataImport:
                 low, high = limits["min_bucket_reso"], limits["max_bucket_reso"]
                 if low is not None:
                     part.put("buckets.min", low.value, low.row)
-                row = high.row if high else self._default("max_bucket_reso", 1024, "twice the resolution here")
+                row = high.row if high else self._default("max_bucket_reso", 1024, "the longest side of a bucket is 1024 there unless it is given, here twice the resolution")
                 if row is not None:
                     part.put("buckets.max", high.value if high else 1024, row)
             if step := limits["bucket_reso_steps"]:
@@ -328,9 +328,11 @@ class DataImport:
             _no_use([least], "without token_warmup_step it does nothing there either")
         extension = look_up(levels, "caption_extension")
         if look_up(levels, "metadata_file") is None:
-            if extension is not None:
+            if extension is not None and extension.value == ".txt":
+                extension.row.note = "the default here"
+            elif extension is not None:
                 part.put("captions.extension", extension.value, extension.row)
-            elif row := self._default("caption_extension", ".caption", ".txt here"):
+            elif row := self._default("caption_extension", ".caption", "captions are .caption files there unless it is given"):
                 part.put("captions.extension", ".caption", row)
         if look_up(levels, "class_tokens") is None and self.known:
             part.put("captions.on_missing", "empty", self._default("class_tokens", None, "an image without caption is"
@@ -341,8 +343,7 @@ class DataImport:
         if not self.known:
             return None
         if name not in self.told:
-            shown = f"{name} is {value!r} there unless it is given; {note}" if value is not None else note
-            self.told[name] = self.into.add(Given(name, value, "default"), "default", shown)
+            self.told[name] = self.into.add(Given(name, value, "default"), "default", note)
         return self.told[name]
 
 
@@ -369,6 +370,10 @@ def _disown(part: Part, why: str) -> None:
     for _, row in part.owners:
         if not row.keys:
             row.note = why
+
+
+def _square(size: Any) -> Any:
+    return size[0] if isinstance(size, list) and len(set(size)) == 1 else size
 
 
 def _steps(value: float) -> int | str:

@@ -68,7 +68,7 @@ GENERAL = (
     option("dataloader_prefetch", "data.prefetch", "flag", values={True: Settings({}, "always on")},
            off=(None, False)),
     option("dataloader_prefetch_qlen", "data.prefetch", "int", needs=("dataloader_prefetch", (True,))),
-    option("vae_batch_size", "cache.vae_batch_size", "int", default=4),
+    option("vae_batch_size", "cache.vae_batch_size", "int"),
     option("write_batch_size", note="encodings are written one by one"),
     *ignored("delete_unwanted_images delete_problematic_images", "images are never deleted; they are left out and "
              "listed", "flag"),
