@@ -13,7 +13,8 @@ from tuner.core.registry import Catalog
 
 CATALOG = Catalog()
 LORA = {
-    "anima": "anima_train_network.py --pretrained_model_name_or_path dit.safetensors --qwen3 qwen3 --vae vae.safetensors",
+    "anima": "anima_train_network.py --pretrained_model_name_or_path dit.safetensors --qwen3 qwen3"
+    " --vae vae.safetensors",
     "flux": "flux_train_network.py --pretrained_model_name_or_path dev.safetensors --clip_l clip_l.safetensors"
     " --t5xxl t5.safetensors --ae ae.safetensors",
     "sd3": "sd3_train_network.py --pretrained_model_name_or_path sd35.safetensors",

@@ -152,7 +152,8 @@ def test_counts_of_an_imported_set_equal_those_of_sd_scripts(case, tmp_path: Pat
 
 def test_sets_that_differ_in_size_alone_become_one_with_lists(tmp_path: Path):
     subset = '[[datasets.subsets]]\nimage_dir = "a"\ncaption_extension = ".txt"\n'
-    text = f"[[datasets]]\nresolution = 1024\nbatch_size = 2\n{subset}[[datasets]]\nresolution = 512\nbatch_size = 8\n{subset}"
+    sizes = ((1024, 2), (512, 8))
+    text = "".join(f"[[datasets]]\nresolution = {size}\nbatch_size = {batch}\n{subset}" for size, batch in sizes)
     result = dataset(tmp_path, text)
     entry = only_set(result)
     assert entry.tiers() == (((1024, 1024), 2), ((512, 512), 8))

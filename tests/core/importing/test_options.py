@@ -64,8 +64,11 @@ def test_no_option_of_a_table_is_hidden_by_another_spelling() -> None:
 
 @pytest.mark.parametrize("family", LORA)
 def test_a_command_line_becomes_a_configuration_that_passes_every_check(family: str) -> None:
-    result = lora(family, "--network_dim 8 --learning_rate 1e-4 --max_train_epochs 3 --network_train_unet_only"
-                          " --mixed_precision bf16 --output_dir out --network_module networks.lora_" + family)  # fmt: skip
+    options = (
+        "--network_dim 8 --learning_rate 1e-4 --max_train_epochs 3 --network_train_unet_only --mixed_precision bf16"
+        " --output_dir out --network_module networks.lora_"
+    )
+    result = lora(family, options + family)
     assert result.exit_code == 0
     assert result.open == []
     _, problems = examine_config(RawConfig(result.config), model_schema(CATALOG, family))

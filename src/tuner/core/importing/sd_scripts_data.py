@@ -84,6 +84,14 @@ SPELLINGS = {
 }
 PLACES = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
 """Options of a command line that say where the data is."""
+_DEFAULTS = {
+    "enable_bucket": "buckets are off there unless enable_bucket is given",
+    "max_bucket_reso": "the longest side of a bucket is 1024 there unless it is given, here twice the resolution",
+    "caption_extension": "captions are .caption files there unless it is given",
+    "class_tokens": "an image without caption is trained with an empty one there; take it out to be told about such"
+    " images",
+}
+"""Why a default of that program is written out."""
 _RESIZES = {"linear": "bilinear", "cubic": "bicubic"}
 _FOLDER = re.compile(r"(\d+)_(.*)")
 
@@ -255,9 +263,7 @@ class DataImport:
         limits = {name: look_up(levels, name) for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")}
         upscale = look_up(levels, "bucket_no_upscale")
         if enabled is None or not enabled.value:
-            row = (
-                enabled.row if enabled else self._default("enable_bucket", False, "buckets are off there unless enable_bucket is given")
-            )
+            row = enabled.row if enabled else self._default("enable_bucket", False)
             if row is not None or enabled is not None:
                 part.put("buckets.enabled", False, row)
             _no_use([*limits.values(), upscale], "without enable_bucket it does nothing there either")
@@ -270,7 +276,7 @@ class DataImport:
                 low, high = limits["min_bucket_reso"], limits["max_bucket_reso"]
                 if low is not None:
                     part.put("buckets.min", low.value, low.row)
-                row = high.row if high else self._default("max_bucket_reso", 1024, "the longest side of a bucket is 1024 there unless it is given, here twice the resolution")
+                row = high.row if high else self._default("max_bucket_reso", 1024)
                 if row is not None:
                     part.put("buckets.max", high.value if high else 1024, row)
             if step := limits["bucket_reso_steps"]:
@@ -332,18 +338,17 @@ class DataImport:
                 extension.row.note = "the default here"
             elif extension is not None:
                 part.put("captions.extension", extension.value, extension.row)
-            elif row := self._default("caption_extension", ".caption", "captions are .caption files there unless it is given"):
+            elif row := self._default("caption_extension", ".caption"):
                 part.put("captions.extension", ".caption", row)
         if look_up(levels, "class_tokens") is None and self.known:
-            part.put("captions.on_missing", "empty", self._default("class_tokens", None, "an image without caption is"
-                     " trained with an empty one there; take it out to be told about such images"))  # fmt: skip
+            part.put("captions.on_missing", "empty", self._default("class_tokens", None))
 
-    def _default(self, name: str, value: Any, note: str) -> Row | None:
+    def _default(self, name: str, value: Any) -> Row | None:
         """One row for a default of the other program, however many sets and sources it counts for."""
         if not self.known:
             return None
         if name not in self.told:
-            self.told[name] = self.into.add(Given(name, value, "default"), "default", note)
+            self.told[name] = self.into.add(Given(name, value, "default"), "default", _DEFAULTS[name])
         return self.told[name]
 
 
