@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.tiny_anima import make_tiny_anima
+from tests.fixtures.tiny_flux import make_tiny_flux
+from tests.fixtures.tiny_sd3 import make_tiny_sd3
 from tuner.cli.main import main
 from tuner.core.config.jsonc import parse
+from tuner.core.importing.sd_scripts import import_words
+from tuner.core.registry import Catalog, open_facts, typed_config
 
 COMMAND = (
     "anima_train_network.py --pretrained_model_name_or_path=anima.safetensors --qwen3=qwen3 --vae=vae.safetensors"
@@ -57,6 +61,28 @@ def test_a_command_line_becomes_a_file_that_resolves(folder: Path, capsys: pytes
     (entry,) = resolved["data"]["sets"]
     assert entry["sources"][0]["path"] == str(folder / "images")
     assert entry["sources"][0]["repeats"] == 2
+
+
+SD_SCRIPTS = (
+    " --cache_latents_to_disk --sdpa --seed 42 --gradient_checkpointing --mixed_precision bf16 --network_dim 4"
+    " --network_train_unet_only --optimizer_type adamw8bit --learning_rate 1e-4 --fp8_base --max_train_epochs 4"
+)
+FLUX = (
+    "flux_train_network.py --network_module networks.lora_flux --timestep_sampling shift --guidance_scale 1.0"
+    " --discrete_flow_shift 3.1582 --model_prediction_type raw --network_args train_double_block_indices=0 single_dim=0"
+)
+SD3 = "sd3_train_network.py --network_module networks.lora_sd3 --clip_l_dropout_rate 0.1 --network_args x_mlp_dim=2"
+
+
+@pytest.mark.parametrize(("command", "make"), [(FLUX, make_tiny_flux), (SD3, make_tiny_sd3)], ids=["flux", "sd3"])
+def test_what_is_mapped_fits_the_weights_of_the_model(command: str, make, folder: Path) -> None:
+    section = make(folder)
+    result = import_words((command + SD_SCRIPTS).split(), Catalog(), model=None, base=folder)
+    assert result.exit_code == 0
+    document = result.config | {"model": section.get("model", section) | {"family": result.config["model"]["family"]}}
+    opened = open_facts(typed_config(document, Catalog(), base_dir=folder), Catalog())
+    assert opened.config.network.alpha == 1.0
+    assert opened.config.quantize.denoiser == "fp8_unscaled"
 
 
 def test_the_report_is_json_for_scripts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ _NO_BETAS = "it belongs to noise-prediction models with a schedule of betas"
 _OTHER_MODELS = "it belongs to other model families"
 _DEAD = "it does nothing for flow models there either"
 _ONE_STORE = "one store, found by content, holds everything encoded here"
+_VIDEO = "it aligns frames of a video"
 _EMA = ("use_ema", (True,))
 _EVAL = "it needs an evaluation data set; hold images out with validate.split"
 
@@ -47,6 +48,7 @@ GENERAL = (
     option("train_text_encoder", kind="flag", convert=to.text_trained, off=(None, False)),
     option("text_encoder_lr", kind="float", convert=to.text_trained),
     *ignored("fully_unload_text_encoder offload_during_startup", "text encoders are freed after caching", "flag"),
+    *ignored("text_encoder_4_precision", "no model here has four text encoders"),
     option("save_text_encoder", "checkpoint.include", "flag", off=(None, False)),
     option("text_encoder_limit", "train.stop_component_at", "int", off=(None, 100), needs=("train_text_encoder",
                                                                                           (True,))),
@@ -85,6 +87,7 @@ GENERAL = (
     *ignored("read_batch_size image_processing_batch_size enable_multiprocessing", "it is chosen here"),
     *ignored("debug_aspect_buckets debug_dataset_loader print_filenames print_sampler_statistics",
              "tuner check lists images and buckets"),
+    *unbuilt("enable_nsfw_check", "filters that look at what a picture shows"),
     option("aws_max_pool_connections", "data.storage", "int", off=(None, 128)),
     option("conditioning_multidataset_sampling", "data.conditioning.sampling"),
     option("vae_dtype", "precision.vae", "text", off=(None, "default", "")),
@@ -118,7 +121,12 @@ GENERAL = (
     option("layersync_enabled", "loss.layersync.enabled", "flag", off=(None, False)),
     *(option(f"layersync_{name}", f"loss.layersync.{name}", needs=("layersync_enabled", (True,)))
       for name in ("student_block", "teacher_block", "lambda")),
-    option("crepa_enabled", refused="not_applicable", note="it aligns frames of a video", off=(None, False)),
+    option("crepa_enabled", refused="not_applicable", note=_VIDEO, off=(None, False)),
+    *ignored(" ".join(f"crepa_{name}" for name in (
+        "adjacent_distance", "adjacent_tau", "block_index", "cumulative_neighbors", "cutoff_step", "decay_steps",
+        "encoder_frames_batch_size", "encoder_image_size", "lambda", "lambda_end", "model", "normalize_by_frames",
+        "power", "scheduler", "similarity_ema_decay", "similarity_threshold", "spatial_align", "teacher_block_index",
+        "threshold_mode", "use_backbone_features", "warmup_steps")), _VIDEO),
     # network
     option("lora_type", kind="text", values={"standard": Settings({}, "LoRA, as here"),
                                              "lycoris": Settings({"network.lycoris": {}})}),
@@ -220,6 +228,7 @@ GENERAL = (
     option("checkpointing_rolling_steps", kind="int", convert=to.rolling),
     option("checkpoints_rolling_total_limit", "checkpoint.rolling.keep", "int",
            needs=("checkpointing_rolling_steps", tuple(range(1, 10000)))),
+    *ignored("delete_invalid_checkpoints", "files are checked when they are written, and never deleted", "flag"),
     *ignored("checkpointing_use_tempdir", "files are always written under another name first", "flag"),
     option("resume_from_checkpoint", kind="text", convert=to.resume, off=(None, "")),
     option("modelspec_comment", "checkpoint.metadata.comment"),
