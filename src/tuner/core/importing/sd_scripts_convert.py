@@ -100,37 +100,33 @@ def optimizer(value: Any, given: Given) -> Settings:
         }
         note = "relative_step and scale_parameter are on there unless they are given" if len(made) > 1 else ""
         changed = len(made) > 1
-    if name.lower().startswith("sgdnesterov"):
-        made |= {"optimizer.args.nesterov": True}
-        if "optimizer_args.momentum" not in given:
-            made |= {"optimizer.args.momentum": 0.9}
     return Settings(made, note, changed)
 
 
 _OPTIMIZERS = {
     "adamw": "adamw",
     "adamw8bit": "adamw8bit",
-    "pagedadamw": "bitsandbytes.optim.PagedAdamW",
-    "pagedadamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "pagedadamw": "paged_adamw",
+    "pagedadamw8bit": "paged_adamw8bit",
     "pagedadamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
     "lion": "lion",
-    "lion8bit": "bitsandbytes.optim.Lion8bit",
-    "pagedlion8bit": "bitsandbytes.optim.PagedLion8bit",
-    "sgdnesterov": "sgd",
-    "sgdnesterov8bit": "bitsandbytes.optim.SGD8bit",
+    "lion8bit": "lion8bit",
+    "pagedlion8bit": "paged_lion8bit",
+    "sgdnesterov": "sgd_nesterov",
+    "sgdnesterov8bit": "sgd8bit",
     "dadaptation": "dadaptation.experimental.DAdaptAdamPreprint",
     "dadaptadampreprint": "dadaptation.experimental.DAdaptAdamPreprint",
-    "dadaptadagrad": "dadaptation.DAdaptAdaGrad",
-    "dadaptadam": "dadaptation.DAdaptAdam",
-    "dadaptadan": "dadaptation.DAdaptAdan",
+    "dadaptadagrad": "dadapt_adagrad",
+    "dadaptadam": "dadapt_adam",
+    "dadaptadan": "dadapt_adan",
     "dadaptadanip": "dadaptation.experimental.DAdaptAdanIP",
-    "dadaptlion": "dadaptation.DAdaptLion",
-    "dadaptsgd": "dadaptation.DAdaptSGD",
+    "dadaptlion": "dadapt_lion",
+    "dadaptsgd": "dadapt_sgd",
     "prodigy": "prodigy",
     "adafactor": "adafactor",
-    "radamschedulefree": "schedulefree.RAdamScheduleFree",
+    "radamschedulefree": "radam_schedulefree",
     "adamwschedulefree": "adamw_schedulefree",
-    "sgdschedulefree": "schedulefree.SGDScheduleFree",
+    "sgdschedulefree": "sgd_schedulefree",
 }
 
 
@@ -174,7 +170,12 @@ def low_bits(value: Any, given: Given) -> Settings:
 
 def weights_dtype(name: str) -> Convert:
     def convert(value: Any, given: Given) -> Settings:
-        return Settings({"precision.adapter" if given.get(NETWORK) else "precision.weights": name})
+        if given.get(NETWORK):
+            return Settings({"precision.adapter": name})
+        if name == "bf16":
+            note = "weights are kept in precision.compute; here all updates are rounded at random, not only fused ones"
+            return Settings({"optimizer.rounding": "stochastic"}, note, changed=True)
+        return Settings({"precision.weights": name})
 
     return convert
 

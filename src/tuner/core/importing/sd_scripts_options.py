@@ -60,7 +60,7 @@ GENERAL = (
     option("fused_backward_pass", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
     option("blockwise_fused_optimizers", "optimizer.fuse", "flag", values={True: "block"}, off=(None, False)),
     option("fused_optimizer_groups", kind="int", off=(None, 0), convert=lambda value, given: Settings(
-        {"optimizer.fuse": "groups"})),
+        {"optimizer.fuse": "block"}, "parameters are updated by blocks instead of by groups", changed=True)),
     option("lr_scheduler", "schedule.name", "text", values=to.LR_SCHEDULERS, default="constant"),
     option("lr_warmup_steps", convert=to.steps_or_share("schedule.warmup"), off=(None, 0, "0")),
     option("lr_decay_steps", convert=to.steps_or_share("schedule.decay"), off=(None, 0, "0")),
