@@ -30,6 +30,7 @@ QWEN3 = {
 
 class TestAnima(ModelConformance):
     plugin = "anima"
+    compiler = "inductor"
 
     def tiny_config(self, tmp_path: Path) -> dict[str, Any]:
         return {"model": make_tiny_anima(tmp_path / "model")}

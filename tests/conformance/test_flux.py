@@ -23,6 +23,7 @@ class FluxConformance(ModelConformance):
 
 class TestDev(FluxConformance):
     flavour = "dev"
+    compiler = "inductor"
 
 
 class TestSchnell(FluxConformance):

@@ -27,6 +27,7 @@ class TestMedium(SD3Conformance):
 
 class TestMedium35(SD3Conformance):
     flavour = "sd35m"
+    compiler = "inductor"
 
 
 class TestLarge35(SD3Conformance):

@@ -9,26 +9,29 @@ from typing import Any, ClassVar
 import pytest
 
 # The assertions below are what an author reads: let pytest show the values in them.
-for _name in ("plugin_checks", "encoding_checks", "network_checks", "run_checks"):
+for _name in ("compile_checks", "plugin_checks", "encoding_checks", "network_checks", "run_checks"):
     pytest.register_assert_rewrite(f"tuner.core.testing.{_name}")
 
 from tuner.core.testing.bench import Bench  # noqa: E402
+from tuner.core.testing.compile_checks import CompileChecks  # noqa: E402
 from tuner.core.testing.encoding_checks import EncodingChecks  # noqa: E402
 from tuner.core.testing.network_checks import NetworkChecks  # noqa: E402
 from tuner.core.testing.plugin_checks import PluginChecks  # noqa: E402
 from tuner.core.testing.run_checks import RunChecks  # noqa: E402
 
 
-class ModelConformance(PluginChecks, EncodingChecks, NetworkChecks, RunChecks):
+class ModelConformance(PluginChecks, EncodingChecks, NetworkChecks, RunChecks, CompileChecks):
     """Subclass it in a test module; pytest runs the rest. All on the CPU, in under a minute for a model of a few MB.
 
     plugin: the name the model is installed under. lr: a rate at which the tiny model learns one batch in 20 steps.
     round_trip: largest error of decoding encoded pixels, for codecs that can be exact even with random weights.
+    compiler: what compiles the blocks; where this machine cannot run it, ``aot_eager`` stands in.
     """
 
     plugin: ClassVar[str] = ""
     lr: ClassVar[float] = 1e-2
     round_trip: ClassVar[float | None] = None
+    compiler: ClassVar[str] = "eager"
 
     def tiny_config(self, tmp_path: Path) -> dict[str, Any]:
         """Write a tiny model below ``tmp_path``, once per class, and return settings with at least a ``model`` section.
