@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ class CompileChecks:
             blocks = compile_blocks(denoiser, lists, CompileSettings(backend=backend, band=band))
             # The first block's input may need no gradient, which makes it another graph of the same code.
             if len(blocks.blocks) > 1:
-                blocks.blocks[0].forward = blocks.blocks[0].forward.inner
+                block: Any = blocks.blocks[0]
+                block.forward = block.forward.inner
             cache_modulations(denoiser, bench.facts.modulation, [each.path for each in lists])
             for each in lists:
                 apply_checkpointing(denoiser.get_submodule(each.path).children(), "block")
