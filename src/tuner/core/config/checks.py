@@ -222,6 +222,9 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
             yield ("optimizer", "fuse"), "the norm of all gradients is known only after the updates", fix
     sizes = {size for each in config.data.sets for size in each.batch_size or ()}
     if optimizer.lr_scale != "none" and sizes - {train.batch_size}:
+    if config.precision.gradients != "weights" and train.accumulate == 1:
+        fix = "set train.accumulate, or take it out"
+        yield Unused(("precision", "gradients"), "has no effect without accumulation: nothing is added up", fix)
         fix = "set train.batch_size, and no batch_size in data.sets"
         yield ("optimizer", "lr_scale"), "updates have several sizes, because sets name their own batch_size", fix
     if optimizer.lr_scale != "none" and train.batch_size * train.accumulate == 1:

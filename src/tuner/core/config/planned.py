@@ -66,8 +66,6 @@ PLANNED: Mapping[str, str] = {
     "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
-    "precision.gradients": "a dtype for gradients",
-    "precision.tf32": "a switch for TF32",
     "memory.group_offload": "grouped offload",
     "memory.stream_linear": "streamed linear layers",
     "attention.args": "arguments of attention kernels",
