@@ -69,8 +69,6 @@ PLANNED: Mapping[str, str] = {
     "memory.group_offload": "grouped offload",
     "memory.stream_linear": "streamed linear layers",
     "attention.args": "arguments of attention kernels",
-    "attention.fuse_qkv": "fused projections",
-    "attention.sample_backend": "a kernel of their own for samples",
     # outputs
     "checkpoint.include": "a choice of exported components",
     "checkpoint.low_memory": "a switch for low-memory saving; tensors are always written one by one",
@@ -113,7 +111,6 @@ NOT_APPLICABLE: Mapping[str, str] = {
 }
 
 PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
-    "attention.backend": dict.fromkeys(("flash", "xformers", "sage", "flex", "cudnn"), "other attention kernels"),
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
     "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),

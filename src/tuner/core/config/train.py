@@ -1,4 +1,4 @@
-"""``train``, ``precision``, ``memory``, ``attention``: what trains, for how long, and in which arithmetic."""
+"""``train``, ``precision``, ``memory``: what trains, for how long, and in which arithmetic."""
 
 from __future__ import annotations
 
@@ -95,12 +95,3 @@ class MemoryConfig(Section):
     empty_cache_every: Count | None = None
     """Give unused memory of the allocator back to the device every n updates. Costs time; it can help where another
     program needs the memory, or where sizes vary much."""
-
-
-class AttentionConfig(Section):
-    """The attention kernel."""
-
-    backend: Literal["sdpa"] = "sdpa"
-    """torch's scaled dot product attention."""
-    split: bool = False
-    """One sample at a time: less memory."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tuner.core.atomic import write_json
+from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RunConfig
 from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
@@ -67,6 +68,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     device = pick_device()
     check_quantize(config, device)
     check_compile(config, device)
+    check_attention(config, run.facts, device)
     set_torch(config)
     with FolderLock(folder), EventLog(folder.events) as events, compiler(config):
         found = None if wanted == "none" else find_state(folder, wanted)
@@ -154,11 +156,11 @@ def set_torch(config: RunConfig) -> None:
     """Threads and float32 products of this process."""
     if config.train.cpu_threads is not None:
         torch.set_num_threads(config.train.cpu_threads)
-
-
     # Not through torch's newer fp32_precision: the compiler reads these, and torch refuses a mix of both.
     torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
     torch.backends.cudnn.allow_tf32 = config.precision.tf32
+
+
 def write_records(folder: RunFolder, run: Run) -> None:
     """The resolved configuration and the versions that take part; on resume they replace equal ones."""
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval
+from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.quantized import multiplying
 from tuner.core.data.plan import plan_data
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 BATCHES = 2
 ROUNDING = 4.0
 """How many times the yardstick still counts as rounding: every operation rounds, the yardstick's input only once."""
-LEAST = 4 * torch.finfo(torch.float32).eps
 TF32_EPS = 2.0**-10
+LEAST = 4 * torch.finfo(torch.float32).eps
 """Smallest yardstick: the loss is a float32 sum, which two inputs can share to the last bit."""
 
 
@@ -78,7 +79,7 @@ LEVERS = (
         section="memory",
         neutral={"checkpointing": "off", "checkpoint_every": 1, "offload_activations": "off"},
     ),
-    Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False}),
+    Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False, "fuse_qkv": True}),
     Lever(
         name="compiled blocks",
         section="compile",
@@ -134,6 +135,7 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     device = pick_device()
     check_quantize(config, device)
     check_compile(config, device)
+    check_attention(config, run.facts, device)
     plan = plan_data(config, run.facts)
     require_cache_folder(config)
     caches = Caches(run, plan, device, None)
@@ -167,8 +169,6 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     )
 
 
-def _variants(config: RunConfig, plain: RunConfig) -> Iterator[tuple[str, RunConfig, bool]]:
-    """(name, configuration, whether only rounding may differ): each active lever alone, then all as configured."""
 def _half_ulp(config: RunConfig, device: torch.device) -> float:
     """Largest relative error of a number that takes part in a product."""
     dtype = dtype_by_name(config.precision.compute)
@@ -177,6 +177,8 @@ def _half_ulp(config: RunConfig, device: torch.device) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def _variants(config: RunConfig, plain: RunConfig) -> Iterator[tuple[str, RunConfig, bool]]:
+    """(name, configuration, whether only rounding may differ): each active lever alone, then all as configured."""
     active = [lever for lever in LEVERS if lever.active(config)]
     for lever in active:
         yield lever.name, lever.taken_from(config, plain), lever.exact
