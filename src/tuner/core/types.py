@@ -350,8 +350,8 @@ class ModelFacts:
     patterns on ``component:parameter``; the first that matches counts.
     no_quantize: full-match patterns on the paths of linears that stay as they are under ``quantize``. capabilities:
     what this model cannot do, and why: the text of the refusal. Names: a component (training it), ``full.`` with a
-    component, or ``quantize.`` with a method. costs: what ``tuner plan`` calculates with; None: no plan for this
-    model.
+    component, or ``quantize.`` with a method. hides_keys: whether attention gets masks on a GPU, which some kernels
+    cannot take. costs: what ``tuner plan`` calculates with; None: no plan for this model.
     """
 
     family: str
@@ -385,6 +385,7 @@ class ModelFacts:
     stored: str = ""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     capabilities: Mapping[str, str] = field(default_factory=dict)
+    hides_keys: bool = False
     costs: CostRules | None = None
 
 

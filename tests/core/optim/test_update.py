@@ -10,7 +10,7 @@ from torch import nn
 
 from tuner.core.config import OptimizerConfig
 from tuner.core.errors import UsageError
-from tuner.core.optim import FusedUpdate, Update, build_optimizer, optimizer_state_tensors
+from tuner.core.optim import FusedUpdate, Update, add_up_in_float32, build_optimizer, optimizer_state_tensors
 from tuner.core.types import ParamGroup
 
 
@@ -194,3 +194,32 @@ def test_state_leaves_the_device_after_each_update(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_work_is_refused_by_name(keys: dict[str, Any], dtype: torch.dtype, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Rig(dtype, **keys)
+
+
+@pytest.mark.parametrize("keys", [{}, {"offload": True}, {"rounding": "stochastic"}, {"rounding": "kahan"}], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16"])
+def test_micro_batches_in_bfloat16_are_added_up_in_float32(name: str, keys: dict[str, Any]) -> None:
+    rig, reference = Rig(torch.bfloat16, name=name, **keys), Rig(torch.bfloat16, name=name, **keys)
+    add_up_in_float32(rig.update.group_of)
+    for step in (1, 2):
+        rig.optimizer.zero_grad()
+        sums = {name: torch.zeros(value.shape) for name, value in rig.names.items()}
+        for micro in range(40):
+            rig.loss(100 * step + micro).backward()
+            parts = torch.autograd.grad(reference.loss(100 * step + micro), list(reference.names.values()))
+            for name, part in zip(sums, parts, strict=True):
+                sums[name] += part
+        assert same({name: value.grad for name, value in rig.names.items() if value.grad is not None}, sums)
+        rig.update(step)
+        # With rounding the update itself sees the sums, else what is nearest to them.
+        if "rounding" in keys:
+            add_up_in_float32(reference.update.group_of)
+        for name, value in reference.names.items():
+            value.grad = sums[name] if "rounding" in keys else sums[name].bfloat16()
+        reference.update(step)
+        assert same(rig.weights(), reference.weights())
+
+
+def test_float32_sums_of_what_is_float32_already_are_an_error() -> None:
+    with pytest.raises(UsageError, match="gradients in float32 have no effect"):
+        add_up_in_float32(Rig().update.group_of)

@@ -114,6 +114,7 @@ def test_full_fine_tuning_counts_weights_gradients_state_and_rounding():
     assert plain["activations and gradients"] == 2 * values
     assert found(optimizer__name="adamw8bit")["optimizer"] == 2 * values
     assert found(optimizer__rounding="kahan")["optimizer"] == 10 * values
+    assert found(precision__gradients="fp32", train__accumulate=2)["activations and gradients"] > 4 * values
     assert "optimizer" not in found(optimizer__offload=True)
     fused = found(optimizer__fuse="block")["activations and gradients"]
     assert fused < found(optimizer__fuse="off")["activations and gradients"] / 2

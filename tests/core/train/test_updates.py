@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tuner.core.errors import UsageError
@@ -55,6 +56,53 @@ def test_rounding_state_in_host_memory_and_a_bfloat16_adapter_go_on_exactly(make
     assert whole.read_bytes() == parts.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [("lora", {"compute": "bf16", "adapter": "bf16"}), ("full", {"compute": "bf16"})],
+    ids=["lora", "full"],
+)
+def test_bfloat16_gradients_added_up_in_float32_go_on_exactly(make_config, tmp_path, mode, precision):
+    options = {
+        "train__mode": mode,
+        "train__accumulate": 3,
+        "precision": {**precision, "gradients": "fp32"},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "rounding": "stochastic"},
+        "schedule": {"name": "constant"},
+        "memory__checkpointing": "block",
+    }
+    if mode == "full":
+        options |= {"network": {}, "compile": {"enabled": True, "backend": "eager"}}
+    for name, lengths in (("whole", (4,)), ("parts", (2, 4)), ("sums in bfloat16", (4,))):
+        if name.startswith("sums"):
+            options["precision"] = precision
+        for length in lengths:
+            config = make_config(checkpoint__dir=str(tmp_path / name / "run"), train__steps=length, **options)
+            train(config, resume="auto" if length > lengths[0] else None)
+    whole, parts, other = (
+        next((tmp_path / name / "run").glob("*.safetensors")) for name in ("whole", "parts", "sums in bfloat16")
+    )
+    assert whole.read_bytes() == parts.read_bytes()
+    assert whole.read_bytes() != other.read_bytes()
+
+
+@pytest.fixture
+def tf32():
+    """The flags of this process, which come back afterwards."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in flags]
+    yield flags
+    for each, value in zip(flags, before, strict=True):
+        each.allow_tf32 = value
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_allowed_or_not_as_the_configuration_says(make_config, tf32, allowed):
+    for each in tf32:
+        each.allow_tf32 = not allowed
+    train(make_config(precision={"compute": "fp32", "tf32": allowed}, train__steps=1))
+    assert [each.allow_tf32 for each in tf32] == [allowed, allowed]
+
+
 def test_a_torch_scheduler_sets_the_rates_and_goes_on_where_it_was(make_config, tmp_path):
     options = {
         "optimizer": {"lr": 1e-3, "lr_scale": "sqrt"},
@@ -75,6 +123,8 @@ def test_a_torch_scheduler_sets_the_rates_and_goes_on_where_it_was(make_config, 
         ({"optimizer": {"lr": 1, "fuse": "block"}, "train__accumulate": 2, **FREE}, "an update of its own"),
         ({"optimizer": {"lr": 1, "lr_scale": "linear"}}, "every update has one sample"),
         ({"optimizer": {"lr": 1, "rounding": "kahan"}}, "kahan rounding has no effect"),
+        ({"precision": {"compute": "bf16", "adapter": "bf16", "gradients": "fp32"}}, "nothing is added up"),
+        ({"precision": {"compute": "bf16", "gradients": "fp32"}, "train__accumulate": 2}, "is kept in float32"),
         ({"schedule": {"class": "torch.optim.lr_scheduler.StepLR", "warmup": 3}}, "warmup is not used with a class"),
         ({"schedule": {"class": "torch.optim.lr_scheduler.StepLR"}}, "refuses its settings"),
         ({"schedule": {"class": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "follows a measured value"),

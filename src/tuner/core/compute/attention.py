@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tuner.core.compute.attention_kernels import run_kernel
+from tuner.core.config.attention import KERNELS
 from tuner.core.errors import UsageError
 
-BACKENDS = ("sdpa",)
+
+class _Chosen:
+    """What `attending` asks for; None outside."""
+
+    def __init__(self) -> None:
+        self.kernel: str | None = None
+
+
+_chosen = _Chosen()
+
+
+@contextmanager
+def attending(backend: str | None) -> Iterator[None]:
+    """Compute all attention by ``backend`` inside, whatever callers of `attention` name; None changes nothing.
+
+    For the whole process, so only where nothing else computes.
+    """
+    before = _chosen.kernel
+    _chosen.kernel = before if backend is None else backend
+    try:
+        yield
+    finally:
+        _chosen.kernel = before
 
 
 def check_backend(backend: str) -> str:
     """``backend`` itself, or a UsageError that lists what exists."""
-    if backend not in BACKENDS:
+    if backend not in KERNELS:
         raise UsageError(
             f"Unknown attention backend {backend!r}.",
             where="attention.backend",
-            fix=f"Use one of: {', '.join(BACKENDS)}.",
+            fix=f"Use one of: {', '.join(KERNELS)}.",
         )
     return backend
 
@@ -31,21 +57,21 @@ def attention(
     part) or a float added to the logits. A query whose boolean row is all False gets exactly zero, whatever the
     kernel underneath does. split: one sample at a time, which lowers the peak of kernels that hold the logits.
     """
-    check_backend(backend)
+    kernel = check_backend(_chosen.kernel or backend)
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
     if split and q.shape[0] > 1:
-        parts = [_attend(*sample) for sample in _samples(q, k, v, bias)]
+        parts = [_attend(kernel, *sample) for sample in _samples(q, k, v, bias)]
         return torch.cat(parts)
-    return _attend(q, k, v, bias)
+    return _attend(kernel, q, k, v, bias)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or bias.dtype != torch.bool:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return run_kernel(kernel, q, k, v, bias)
     # Kernels disagree on fully masked rows (zero or NaN), so such rows attend everywhere and are zeroed afterwards.
     some = bias.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias | ~some)
+    out = run_kernel(kernel, q, k, v, bias | ~some)
     return torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device))
 
 

@@ -351,6 +351,16 @@ def give_up_sharing(linear: nn.Linear) -> None:
     group.members = ()
 
 
+def separate_projections(block: nn.Module) -> int:
+    """Take apart the groups whose members all lie inside ``block``; returns how many there were."""
+    linears = {module for module in block.modules() if isinstance(module, nn.Linear)}
+    groups = {id(group): group for each in linears if (group := each.__dict__.get("storage_group")) is not None}
+    inside = [group.members[0] for group in groups.values() if linears.issuperset(group.members)]
+    for linear in inside:
+        give_up_sharing(linear)
+    return len(inside)
+
+
 def _apply_and_relink(linear: nn.Linear, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Linear:
     type(linear)._apply(linear, fn, recurse)  # type: ignore[no-untyped-call]
     linear.__dict__["storage_group"].moved(linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tuner.core.config.attention import AttentionConfig
 from tuner.core.config.base import Dtype, EveryFields, Section, StepCount, steps_of
 from tuner.core.config.build import build_config, examine_config, run_schema
 from tuner.core.config.captions import CaptionsConfig, MetadataFields, Replacement, TagWarmup
@@ -38,7 +39,7 @@ from tuner.core.config.quantize import ParityConfig, QuantizeConfig
 from tuner.core.config.run import RunConfig
 from tuner.core.config.speed import CompileConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
-from tuner.core.config.train import AttentionConfig, ClipGrad, MemoryConfig, PrecisionConfig, TrainConfig
+from tuner.core.config.train import ClipGrad, MemoryConfig, PrecisionConfig, TrainConfig
 
 __all__ = [
     "AttentionConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from tuner.core.config.attention import attention_problems
 from tuner.core.config.base import changed_keys
 from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
@@ -27,6 +28,7 @@ def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     found.extend(_mode(config))
     found.extend(quantize_problems(config))
     found.extend(compile_problems(config))
+    found.extend(attention_problems(config))
     return as_errors(found, raw)
 
 
@@ -220,6 +222,9 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
         if train.clip_grad is not None and train.clip_grad.norm is not None:
             fix = 'set train.clip_grad to null, or to {"value": 1.0}'
             yield ("optimizer", "fuse"), "the norm of all gradients is known only after the updates", fix
+    if config.precision.gradients != "weights" and train.accumulate == 1:
+        fix = "set train.accumulate, or take it out"
+        yield Unused(("precision", "gradients"), "has no effect without accumulation: nothing is added up", fix)
     sizes = {size for each in config.data.sets for size in each.batch_size or ()}
     if optimizer.lr_scale != "none" and sizes - {train.batch_size}:
         fix = "set train.batch_size, and no batch_size in data.sets"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from tuner.core.config.attention import unsupported_masks
 from tuner.core.config.base import Dtype, Section
 from tuner.core.config.checks import as_errors
 from tuner.core.config.data_checks import Problem
@@ -114,6 +115,7 @@ def facts_problems(
     document = raw if raw is not None else RawConfig()
     found = [*_names(config, facts, tuple(formats)), *_noise(config, facts), *_geometry(config, facts)]
     found += [*_blocks(config, facts), *unknown_quantized(config, facts), *_full(config, facts)]
+    found += unsupported_masks(config, facts)
     return as_errors(found, document)
 
 

@@ -64,13 +64,9 @@ PLANNED: Mapping[str, str] = {
     "network.lycoris": "LyCORIS adapters",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
-    "precision.gradients": "a dtype for gradients",
-    "precision.tf32": "a switch for TF32",
     "memory.group_offload": "grouped offload",
     "memory.stream_linear": "streamed linear layers",
     "attention.args": "arguments of attention kernels",
-    "attention.fuse_qkv": "fused projections",
-    "attention.sample_backend": "a kernel of their own for samples",
     # outputs
     "checkpoint.include": "a choice of exported components",
     "checkpoint.low_memory": "a switch for low-memory saving; tensors are always written one by one",
@@ -113,7 +109,6 @@ NOT_APPLICABLE: Mapping[str, str] = {
 }
 
 PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
-    "attention.backend": dict.fromkeys(("flash", "xformers", "sage", "flex", "cudnn"), "other attention kernels"),
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
     "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),

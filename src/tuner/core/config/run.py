@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, SerializeAsAny
 
+from tuner.core.config.attention import AttentionConfig
 from tuner.core.config.base import Section
 from tuner.core.config.data import CacheConfig, DataConfig
 from tuner.core.config.ema import EmaConfig
@@ -15,7 +16,7 @@ from tuner.core.config.outputs import CheckpointConfig, LogConfig, SampleConfig,
 from tuner.core.config.quantize import QuantizeConfig
 from tuner.core.config.speed import CompileConfig
 from tuner.core.config.text import LatentsConfig, TextEncoderConfig
-from tuner.core.config.train import AttentionConfig, MemoryConfig, PrecisionConfig, TrainConfig
+from tuner.core.config.train import MemoryConfig, PrecisionConfig, TrainConfig
 
 
 class RunConfig(Section):

@@ -1,4 +1,4 @@
-"""``train``, ``precision``, ``memory``, ``attention``: what trains, for how long, and in which arithmetic."""
+"""``train``, ``precision``, ``memory``: what trains, for how long, and in which arithmetic."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ class PrecisionConfig(Section):
     """The image autoencoder. Left out: the model's own choice."""
     text_encoder: dict[str, Dtype] = Field(default_factory=dict)
     """Text encoders by name. Left out: the model's own choice."""
+    gradients: Literal["weights", "fp32"] = "weights"
+    """Dtype in which the micro-batches of an update are added up. ``fp32`` is for weights that train in bfloat16: the
+    sum is rounded once, or with ``optimizer.rounding`` not at all, and takes four bytes per value."""
+    tf32: bool = True
+    """Multiply float32 matrices in TF32 on NVIDIA GPUs from Ampere on: faster, with 10 bits of mantissa in place of 23.
+    Nothing changes for products in bfloat16 and on other devices. Not run on a GPU by this project yet."""
 
 
 class MemoryConfig(Section):
@@ -89,12 +95,3 @@ class MemoryConfig(Section):
     empty_cache_every: Count | None = None
     """Give unused memory of the allocator back to the device every n updates. Costs time; it can help where another
     program needs the memory, or where sizes vary much."""
-
-
-class AttentionConfig(Section):
-    """The attention kernel."""
-
-    backend: Literal["sdpa"] = "sdpa"
-    """torch's scaled dot product attention."""
-    split: bool = False
-    """One sample at a time: less memory."""

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from tuner.core.optim.state import optimizer_state_tensors as optimizer_state_tensors
     from tuner.core.optim.update import FusedUpdate as FusedUpdate
     from tuner.core.optim.update import Update as Update
+    from tuner.core.optim.update import add_up_in_float32 as add_up_in_float32
 
 _HOME = {
     "Ema": "ema",
     "FusedUpdate": "update",
     "LrSchedule": "schedules",
     "Update": "update",
+    "add_up_in_float32": "update",
     "build_optimizer": "registry",
     "check_optimizer": "registry",
     "ema_decay": "ema",

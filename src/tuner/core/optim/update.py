@@ -6,7 +6,7 @@ its state comes from host memory and goes there again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,8 @@ class Update:
     def __call__(self, step: int) -> None:
         """Update number ``step``, counted from 1."""
         if self.rounding == "nearest" and not self.offload:
-            self.optimizer.step()
+            with fitting_gradients(self.group_of):
+                self.optimizer.step()
             return
         with_gradient = [parameter for parameter in self.group_of if parameter.grad is not None]
         for chunk in self._chunks(with_gradient):
@@ -76,7 +77,8 @@ class Update:
             for parameter, data, converted in zip(parameters, kept, convert, strict=True):
                 if converted:
                     self._to_float32(parameter, data)
-            self.optimizer.step()
+            with fitting_gradients(parameters):
+                self.optimizer.step()
             for parameter, data, converted in zip(parameters, kept, convert, strict=True):
                 if converted:
                     self._round_back(parameter, data, step)
@@ -218,6 +220,42 @@ class FusedUpdate:
         self.update.apply(parameters, self._step)
         for parameter in parameters:
             parameter.grad = None
+
+
+def add_up_in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Let the gradients of these parameters be summed in float32, whatever dtype the parameters have.
+
+    Raises UsageError when they have float32 already.
+    """
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if all(parameter.dtype == torch.float32 for parameter in parameters):
+        raise UsageError(
+            "gradients in float32 have no effect",
+            where="precision.gradients",
+            why="everything that trains is kept in float32, and its gradients with it",
+            fix="take it out",
+        )
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+
+
+@contextmanager
+def fitting_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gradients have the dtype of their parameters, as torch's optimizers want it; those that had not are gone
+    afterwards."""
+    changed = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None or gradient.dtype == parameter.dtype:
+            continue
+        changed.append((parameter, gradient.dtype))
+        parameter.grad = None
+        parameter.grad_dtype = parameter.dtype
+        parameter.grad = gradient.to(parameter.dtype)
+    yield
+    for parameter, dtype in changed:
+        parameter.grad = None
+        parameter.grad_dtype = dtype
 
 
 def _cannot(config: OptimizerConfig, key: str, why: str) -> UsageError:

@@ -88,7 +88,7 @@ def trained_memory(config: RunConfig, costs: CostRules, values: int, state_bytes
     full = str(config.train.mode) == FULL
     optimizer = config.optimizer
     item = BYTES[config.precision.compute if full else config.precision.adapter]
-    gradients = values * item
+    gradients = values * (4 if config.precision.gradients == "fp32" else item)
     if optimizer.fuse != "off":
         count = sum(each.count for each in costs.blocks)
         block = max(each.parameters for each in costs.blocks) if full else values // count

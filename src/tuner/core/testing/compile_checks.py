@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
-from tuner.core.memory.compiling import Band, CompileSettings, check_backend, compile_blocks
+from tuner.core.memory.compiling import Band, Compiled, CompileSettings, check_backend, compile_blocks
 from tuner.core.testing.bench import Bench
 from tuner.core.train.measure import losses_and_gradient, shake
 
@@ -61,8 +60,9 @@ class CompileChecks:
             blocks = compile_blocks(denoiser, lists, CompileSettings(backend=backend, band=band))
             # The first block's input may need no gradient, which makes it another graph of the same code.
             if len(blocks.blocks) > 1:
-                block: Any = blocks.blocks[0]
-                block.forward = block.forward.inner
+                outermost = blocks.blocks[0].forward
+                assert isinstance(outermost, Compiled)
+                blocks.blocks[0].forward = outermost.inner
             cache_modulations(denoiser, bench.facts.modulation, [each.path for each in lists])
             for each in lists:
                 apply_checkpointing(denoiser.get_submodule(each.path).children(), "block")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.core.compute.linear import separate_projections
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.base import changed_keys
 from tuner.core.memory.checkpointing import apply_checkpointing
@@ -49,6 +50,9 @@ def prepare_blocks(
     assert denoiser is not None
     for key in sorted(changed_keys(memory) & WITHOUT_EFFECT.get(device.type, set())):
         log.warning("memory.%s saves nothing on a device of type %s", key, device.type)
+    sequence = [block for each in facts.block_lists for block in denoiser.get_submodule(each.path).children()]
+    if not config.attention.fuse_qkv and not sum(map(separate_projections, sequence)):
+        log.warning("attention.fuse_qkv has no effect: this model has no joint projections")
     if config.compile.enabled:
         settings = compile_settings(config, facts, tokens)
         compile_blocks(denoiser, facts.block_lists, settings)
@@ -64,7 +68,6 @@ def prepare_blocks(
     else:
         cache_modulations(denoiser, facts.modulation, [each.path for each in facts.block_lists])
     offload = None if memory.offload_activations == "off" else open_offload(memory.offload_activations, device)
-    sequence = [block for each in facts.block_lists for block in denoiser.get_submodule(each.path).children()]
     apply_checkpointing(sequence, memory.checkpointing, memory.checkpoint_every, offload=offload)
     return streaming
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tuner.core.adapters.targets import check_targets
+from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RawConfig, RunConfig, examine_config, load_config
 from tuner.core.data.index import scan_source
 from tuner.core.data.inspect import inspect_indices
@@ -75,6 +76,8 @@ def check(
     _collected(problems, lambda: check_trackers(config.log))
     for name in config.extensions:
         _collected(problems, lambda name=name: catalog.entry(EXTENSIONS, name))  # type: ignore[misc]
+    facts = opened.facts if opened is not None else None
+    _collected(problems, lambda: check_attention(config, facts, pick_device()))
     if opened is not None:
         config = opened.config
         problems.extend(_header_problems(opened))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval, adapter_strength, trained
 from tuner.core.atomic import atomic_path
+from tuner.core.compute.attention import attending
 from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.prompts import Prompt
@@ -68,10 +69,12 @@ class Previewer:
         encode_texts: EncodeTexts,
         load_vae: WithVae,
         device: torch.device,
+        kernel: str | None = None,
     ) -> None:
+        """kernel: of attention in samples; None for the one that trains."""
         self.model, self.models, self.network, self.facts = model, models, network, facts
         self.folder, self.prompts, self.device = folder, tuple(prompts), device
-        self.encode_texts, self.load_vae = encode_texts, load_vae
+        self.encode_texts, self.load_vae, self.kernel = encode_texts, load_vae, kernel
 
     def run(self, step: int, looks: Sequence[Look], on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates, once with each kind of weights. The base pictures are made with the first
@@ -149,7 +152,8 @@ class Previewer:
                 return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
 
             sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
-            return euler_sample(velocity, noise, sigmas).cpu()
+            with attending(self.kernel):
+                return euler_sample(velocity, noise, sigmas).cpu()
 
     def _paths(self, folder: Path, suffix: str = "") -> list[Path]:
         return [folder / f"{number:03d}{suffix}.png" for number in range(len(self.prompts))]

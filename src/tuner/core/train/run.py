@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tuner.core.atomic import write_json
+from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RunConfig
 from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
@@ -67,7 +68,8 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     device = pick_device()
     check_quantize(config, device)
     check_compile(config, device)
-    set_threads(config)
+    check_attention(config, run.facts, device)
+    set_torch(config)
     with FolderLock(folder), EventLog(folder.events) as events, compiler(config):
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
@@ -113,7 +115,7 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     run = open_run(raw, base_dir=base_dir)
     if run.config.cache.latents != "disk" and run.config.cache.text != "disk":
         raise UsageError("nothing would be cached", where="cache", fix='set cache.latents or cache.text to "disk"')
-    set_threads(run.config)
+    set_torch(run.config)
     plan = plan_data(run.config, run.facts)
     require_cache_folder(run.config)
     device = pick_device()
@@ -150,9 +152,13 @@ def tell_fresh_start(folder: RunFolder, events: EventLog) -> None:
         events.emit("resume", step=0)
 
 
-def set_threads(config: RunConfig) -> None:
+def set_torch(config: RunConfig) -> None:
+    """Threads and float32 products of this process."""
     if config.train.cpu_threads is not None:
         torch.set_num_threads(config.train.cpu_threads)
+    # Not through torch's newer fp32_precision: the compiler reads these, and torch refuses a mix of both.
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+    torch.backends.cudnn.allow_tf32 = config.precision.tf32
 
 
 def write_records(folder: RunFolder, run: Run) -> None:

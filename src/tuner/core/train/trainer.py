@@ -244,6 +244,7 @@ class Trainer:
             encode_texts=self._text,
             load_vae=lambda: self.caches.load(["vae"]),
             device=self.device,
+            kernel=self.config.attention.sample_backend,
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:

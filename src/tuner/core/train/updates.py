@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tuner.core.config import steps_of
-from tuner.core.optim import FusedUpdate, Update
+from tuner.core.optim import FusedUpdate, Update, add_up_in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,8 @@ def build_update(
     groups = network.param_groups
     names = {name: parameter for group in groups for name, parameter in group.params.items()}
     update = Update(config.optimizer, optimizer, names, config.train.seed)
+    if config.precision.gradients == "fp32":
+        add_up_in_float32(update.group_of)
     if config.optimizer.fuse == "off":
         return update
     clip = config.train.clip_grad

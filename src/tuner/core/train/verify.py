@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval
+from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.quantized import multiplying
 from tuner.core.data.plan import plan_data
@@ -30,7 +31,7 @@ from tuner.core.train.compiling import check_compile, compiler, token_counts
 from tuner.core.train.device import empty_cache, pick_device
 from tuner.core.train.measure import losses_and_gradient, shake
 from tuner.core.train.quantizing import check_quantize
-from tuner.core.train.run import require_cache_folder, set_threads
+from tuner.core.train.run import require_cache_folder, set_torch
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 BATCHES = 2
 ROUNDING = 4.0
 """How many times the yardstick still counts as rounding: every operation rounds, the yardstick's input only once."""
+TF32_EPS = 2.0**-10
 LEAST = 4 * torch.finfo(torch.float32).eps
 """Smallest yardstick: the loss is a float32 sum, which two inputs can share to the last bit."""
 
@@ -77,7 +79,7 @@ LEVERS = (
         section="memory",
         neutral={"checkpointing": "off", "checkpoint_every": 1, "offload_activations": "off"},
     ),
-    Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False}),
+    Lever(name="attention", section="attention", neutral={"backend": "sdpa", "split": False, "fuse_qkv": True}),
     Lever(
         name="compiled blocks",
         section="compile",
@@ -129,10 +131,11 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     """
     run = open_run(raw, base_dir=base_dir)
     config = run.config
-    set_threads(config)
+    set_torch(config)
     device = pick_device()
     check_quantize(config, device)
     check_compile(config, device)
+    check_attention(config, run.facts, device)
     plan = plan_data(config, run.facts)
     require_cache_folder(config)
     caches = Caches(run, plan, device, None)
@@ -149,8 +152,7 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
             why="every way is compared with it",
             fix="make it smaller for this check: --set train.batch_size=1, or a lower resolution of the data",
         ) from error
-    half = torch.finfo(dtype_by_name(config.precision.compute)).eps / 2
-    nudged = _measure(open_run(plain), plan, batches, device, prepared=False, nudge=half)
+    nudged = _measure(open_run(plain), plan, batches, device, prepared=False, nudge=_half_ulp(config, device))
     loss, gradient = base.difference(nudged)
     floor = max(loss, LEAST), max(gradient, LEAST)
     rows = []
@@ -165,6 +167,14 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     return Verification(
         device=str(device), batches=len(batches), plain_seconds=base.seconds, floor=floor, rows=tuple(rows)
     )
+
+
+def _half_ulp(config: RunConfig, device: torch.device) -> float:
+    """Largest relative error of a number that takes part in a product."""
+    dtype = dtype_by_name(config.precision.compute)
+    if dtype == torch.float32 and config.precision.tf32 and device.type == "cuda":
+        return TF32_EPS / 2
+    return torch.finfo(dtype).eps / 2
 
 
 def _variants(config: RunConfig, plain: RunConfig) -> Iterator[tuple[str, RunConfig, bool]]:

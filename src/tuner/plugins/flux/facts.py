@@ -188,6 +188,7 @@ def _described(
         padding_masks=("t5",),
         zero_padding=True,
         architecture=ARCHITECTURES[sizes.flavour],
+        hides_keys=masks_t5(config, sizes.flavour),
         capabilities=CAPABILITIES | dict.fromkeys(("full.clip_l", "full.t5"), WHOLE_ENCODER),
         stored="tuner.plugins.flux.stored:stored",
         groups=GROUPS,
