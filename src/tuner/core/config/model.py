@@ -20,21 +20,6 @@ class ComponentSource(Section):
     """Branch, tag or commit, when ``path`` is a hub id."""
 
 
-class MergedAdapter(Section):
-    """An adapter that becomes part of the base model."""
-
-    path: str
-    """An adapter file of this model, in any format."""
-    strength: float = 1.0
-    """Factor on its update; below 0 it is taken away."""
-
-    @model_validator(mode="after")
-    def _acts(self) -> MergedAdapter:
-        if self.strength == 0:
-            raise ValueError("at strength 0 it has no effect: take it out")
-        return self
-
-
 class ModelConfigBase(Section):
     """Keys that every model has."""
 
@@ -59,8 +44,6 @@ class ModelConfigBase(Section):
     """Tokenizer files by the plugin's names, where they are not beside the text encoder."""
     vae: ComponentSource | None = None
     """Weights of the image autoencoder."""
-    merge: tuple[MergedAdapter, ...] = ()
-    """Adapters that are added to the weights as they are loaded, before quantization and before anything trains."""
     mmap: bool = True
     """Map weight files into memory. Off reads them as plain files: faster on network disks and under WSL."""
     download_dir: str | None = None

@@ -93,9 +93,6 @@ class NetworkConfig(Section):
     """By block group: ``"all"``, ``"none"`` or a list of indices and ranges such as ``[0, "4-7"]``, counted from 0."""
     split_fused: bool = False
     """Separate adapters for projections that the model's files hold as one matrix. Off: one adapter spans them."""
-    max_norm: Positive | None = None
-    """Largest Frobenius norm of each module's update; an update of the weights that exceeds it is scaled down. LoRA
-    only."""
     init_from: str | None = None
     """Adapter file to start from."""
 
@@ -114,7 +111,6 @@ KEYS_OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "block_count": ("oft",),
     "constraint": ("oft", "boft"),
     "on_input": ("ia3",),
-    "max_norm": ("lora",),
 }
 """Keys of the section that only some kinds read, and those kinds."""
 

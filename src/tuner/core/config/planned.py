@@ -25,6 +25,7 @@ PLANNED: Mapping[str, str] = {
     "model.control_channels": "control inputs",
     "model.delete_downloads_after_load": "removing downloads",
     "model.load_to": "loading straight to the accelerator",
+    "model.merge": "merging adapters into the base before training",
     "model.token_routing": "token routing",
     "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
@@ -62,6 +63,7 @@ PLANNED: Mapping[str, str] = {
     "network.init": "other initialisations",
     "network.init_norm": "other initialisations",
     "network.lycoris": "LyCORIS adapters",
+    "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
     "memory.group_offload": "grouped offload",

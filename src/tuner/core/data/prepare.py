@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -68,13 +68,11 @@ def open_caches(
     device: str = "cpu",
     text_wrappers: Sequence[str] = (),
     latent_wrappers: Sequence[str] = (),
-    changes: Mapping[str, str] | None = None,
 ) -> DataCaches:
     """The caches that the configuration asks for; nothing is encoded yet.
 
     load: loads the named components onto ``device``; called only when something has to be encoded. text_wrappers,
-    latent_wrappers: names and versions of the extensions that may change encodings, part of the keys. changes: by
-    component, what was done to its weights after they were read, part of the keys too. Raises UsageError
+    latent_wrappers: names and versions of the extensions that may change encodings, part of the keys. Raises UsageError
     when captions or images change too much to be cached.
     """
     root = Path(config.cache.dir)
@@ -83,9 +81,8 @@ def open_caches(
     encoders = {component for field in fields.values() for component in field.of}
     # Entries that live in memory only cannot be stale, so the weight files need no hashing for them.
     kept = [*(encoders if config.cache.text == "disk" else ()), *(["vae"] if config.cache.latents == "disk" else ())]
-    changed = {name: (note,) for name, note in (changes or {}).items()}
     identities = {
-        name: " + ".join((digest, *changed.get(name, ()), *(latent_wrappers if name == "vae" else text_wrappers)))
+        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers)))
         for name, digest in component_identities(facts, kept, root).items()
     }
     latents = LatentCache(

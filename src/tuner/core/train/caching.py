@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.adapters.merging import merge_notes, read_merges
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
 from tuner.core.track.progress import Progress
@@ -44,7 +43,6 @@ class Caches:
             device=str(device),
             text_wrappers=run.extensions.wrapping("encode_text"),
             latent_wrappers=run.extensions.wrapping("encode_latents"),
-            changes=merge_notes(read_merges(config, facts)),
         )
         cached = cached_fields(config, facts) if self.data.text is not None else {}
         live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}

@@ -105,8 +105,6 @@ def check_network(config: RunConfig, facts: ModelFacts) -> None:
     """Raise a UsageError for patterns that match no module and for a start file that is no weight file."""
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
-    for entry in config.model.merge:
-        safetensors_header(entry.path)
     if config.train.mode == "full":
         return
     check_targets(config.network, config.train.components, facts)

@@ -14,7 +14,6 @@ from tuner.core.adapters.checkpoints import (
 )
 from tuner.core.adapters.export import Verified, verify_export
 from tuner.core.adapters.formats import key_maps
-from tuner.core.adapters.merging import read_merges
 from tuner.core.adapters.network import network_tensors
 from tuner.core.train.metadata import export_metadata
 
@@ -48,8 +47,6 @@ def export(
     """
     metadata = export_metadata(run.config, plan, name=name, step=step, epoch=epoch, total=total, averaged=averaged)
     if run.config.checkpoint.metadata.embed:
-        if run.config.model.merge:
-            metadata["tuner_merged_into_base"] = ", ".join(map(str, read_merges(run.config, run.facts)))
         metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in network_tensors(network).items()}
     files = run.model.save(network, tensors, path, metadata)

@@ -129,7 +129,6 @@ class Loop:
             "grad_norm": result.grad_norm,
             "seconds": seconds,
             "images_per_second": result.samples / seconds,
-            **result.extra,
         }
         extra = {"memory_bytes": memory} if memory else {}
         self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.merging import merge_adapters, read_merges
 from tuner.core.adapters.network import adapter_eval
 from tuner.core.compute.quantized import Arithmetic, multiplying, quantized_linears, set_arithmetic
 from tuner.core.errors import UsageError
@@ -59,8 +58,7 @@ def _cannot(what: str, where: str, why: str, use: str) -> UsageError:
 
 
 def load_components(run: Run, components: Collection[str], device: torch.device) -> Models:
-    """Load components on ``device``, with ``model.merge`` in them and quantized where the configuration says so: this
-    comes before everything else.
+    """Load components on ``device``, quantized where the configuration says so: this comes before everything else.
 
     What is quantized is loaded into host memory and goes to the device weight by weight, so that the device never holds
     it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it.
@@ -75,12 +73,9 @@ def load_components(run: Run, components: Collection[str], device: torch.device)
         plain = tuple(name for name in components if name not in methods and homes[name] == home)
         if plain:
             models = _joined(models, run.model.load_models(plain, default_placement(config, facts, str(home))))
-    merges = read_merges(config, facts)
-    merge_adapters(models, merges)
     if not methods:
         return models
     loaded = run.model.load_models(tuple(methods), default_placement(config, facts, "cpu"))
-    merge_adapters(loaded, merges)
     for name, method in methods.items():
         module = loaded.component(name)
         assert module is not None

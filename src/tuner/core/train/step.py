@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.limits import limit_norms
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, guided_target, loss_weight, reduce_loss, sigmas_from_draws, stratify
@@ -31,12 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean over the samples of the update. grad_norm: before clipping. samples: how many. extra: more numbers."""
+    """loss: mean over the samples of the update; grad_norm: before clipping; samples: how many."""
 
     loss: float
     grad_norm: float
     samples: int
-    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainStep:
@@ -90,10 +88,9 @@ class TrainStep:
                 fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
             )
         self.update(step)
-        limited = self._limit()
         if self.ema is not None:
             self.ema.update(step)
-        return StepResult(loss, grad_norm, samples, limited)
+        return StepResult(loss, grad_norm, samples)
 
     def _fused(self, step: int, batches: Sequence[Batch], update: FusedUpdate) -> StepResult:
         """The same with updates inside the backward pass, so that only the loss can be looked at before them."""
@@ -114,14 +111,9 @@ class TrainStep:
                 why="updates were part of the backward pass, so weights have changed; the last checkpoint is intact",
                 fix="go on from it with a lower optimizer.lr, or run once with precision.compute fp32",
             )
-        limited = self._limit()
         if self.ema is not None:
             self.ema.update(step)
-        return StepResult(loss, grad_norm, len(batch.items), limited)
-
-    def _limit(self) -> dict[str, float]:
-        limit = self.config.network.max_norm
-        return {} if limit is None else limit_norms(self.network, limit)
+        return StepResult(loss, grad_norm, len(batch.items))
 
     def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
         """(normal, uniform) draws [B] of the noise levels, one pair per micro-batch.
