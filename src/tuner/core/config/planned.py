@@ -25,7 +25,6 @@ PLANNED: Mapping[str, str] = {
     "model.control_channels": "control inputs",
     "model.delete_downloads_after_load": "removing downloads",
     "model.load_to": "loading straight to the accelerator",
-    "model.merge": "merging adapters into the base before training",
     "model.token_routing": "token routing",
     "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
