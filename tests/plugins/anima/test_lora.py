@@ -5,6 +5,7 @@ Golden data: executions of kohya-ss/sd-scripts on tiny random models, float32, C
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import Tensor
 from tests.helpers import golden, golden_path
 from tests.plugins.anima.golden_models import golden_models, place, predict
 from tuner.core.adapters.convert import convert_adapter
-from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import format_by_name
 from tuner.core.adapters.lora import detach, inject_lora
+from tuner.core.adapters.merging import merge_into, read_addition
 from tuner.core.adapters.network import adapter_strength, network_tensors
 from tuner.core.config import RunConfig
 from tuner.core.files import safetensors_header
@@ -118,16 +119,15 @@ def test_a_loaded_file_changes_the_prediction_as_in_the_reference(
 
 
 def test_merged_weights_equal_the_reference(models: Models) -> None:
-    tensors = read_adapter(SD_SCRIPTS, MAPS).tensors
     merged = {key: value for key, value in golden("anima/lora_effect.safetensors").items() if key.startswith("merged.")}
     assert len(merged) == 10
     for key, want in merged.items():
         match = re.fullmatch(r"merged\.mult([\d.]+?)\.((?:llm_adapter|blocks)\..*)\.weight", key)
         assert match is not None
         component, path = place(match[2])
-        weight = models.component(component).get_submodule(path).weight
-        down, up, alpha = (tensors[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
-        close(merged_weight(weight, {"down": down, "up": up, "alpha": alpha}, float(match[1])), want, 1e-6)
+        module = copy.deepcopy(models.component(component))
+        merge_into(module, component, [read_addition(SD_SCRIPTS, float(match[1]), MAPS, where="model.merge")])
+        close(module.get_submodule(path).weight, want, 1e-6)
 
 
 def test_the_default_format_folds_alpha_and_starts_another_run_with_the_same_prediction(

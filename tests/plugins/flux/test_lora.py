@@ -13,11 +13,11 @@ from tests.fixtures.tiny_flux import full_sizes, sizes_of
 from tests.helpers import delta_weight, golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.adapters.convert import convert_adapter
-from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
 from tuner.core.adapters.lora import adaptable_modules, detach, inject_lora
+from tuner.core.adapters.merging import merge_into, read_addition
 from tuner.core.adapters.network import adapter_strength, load_network_tensors, network_tensors
 from tuner.core.adapters.targets import select_targets
 from tuner.core.errors import UsageError
@@ -89,14 +89,9 @@ def test_a_file_of_another_program_acts_as_recorded(adapted, path):
 
 
 def test_merging_changes_the_weights_as_recorded():
-    adapter = read_adapter(SD_SCRIPTS, MAPS).tensors
-    weights = dict(golden_denoiser().named_parameters())
-    for component, path in modules_of(adapter):
-        down, up, alpha = (adapter[f"{component}:{path}.{part}"] for part in ("down", "up", "alpha"))
-        weights[f"{path}.weight"] = merged_weight(
-            weights[f"{path}.weight"].data, {"down": down, "up": up, "alpha": alpha}, 0.8
-        )
-    merged = original_tensors(weights)
+    denoiser = golden_denoiser()
+    merge_into(denoiser, "denoiser", [read_addition(SD_SCRIPTS, 0.8, MAPS, where="model.merge")])
+    merged = original_tensors(dict(denoiser.named_parameters()))
     for name, wanted in golden("flux/lora_merged_bfl.safetensors").items():
         assert (merged[name] - wanted).abs().max() < PARITY, name
 

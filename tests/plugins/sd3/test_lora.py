@@ -13,16 +13,16 @@ from tests.fixtures.tiny_parts import clip_shapes, t5_shapes
 from tests.helpers import delta_weight
 from tests.plugins.sd3.golden_models import golden_case, golden_file
 from tuner.core.adapters.convert import convert_adapter
-from tuner.core.adapters.deltas import merged_weight
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import encode_adapter, format_by_name, modules_of
 from tuner.core.adapters.lora import inject_lora
+from tuner.core.adapters.merging import merge_into, read_addition
 from tuner.core.adapters.network import adapter_strength, network_tensors
 from tuner.core.registry import open_run
 from tuner.core.types import Models
 from tuner.plugins.sd3.denoiser import build
 from tuner.plugins.sd3.facts import facts
-from tuner.plugins.sd3.names import CLASSES, EMBEDDER_KINDS, LORA, MAPS
+from tuner.plugins.sd3.names import CLASSES, EMBEDDER_KINDS, LORA, MAPS, exchanged, parameter_parts
 from tuner.plugins.sd3.sizes import DenoiserSizes
 
 TOLERANCE = 2e-5
@@ -83,13 +83,15 @@ def test_a_file_of_another_program_acts_as_recorded(adapted, flavour, kind):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_merged_matrices_are_the_recorded_ones(flavour):
-    weights = golden_case(flavour, "weights_f16")
-    lora = golden_case(flavour, "lora_sdscripts")
+def test_merged_matrices_are_the_recorded_ones(golden_model, flavour):
+    model = golden_model(flavour)
+    path = golden_file(flavour, "lora_sdscripts")
+    merge_into(model, "denoiser", [read_addition(path, 1.0, MAPS, where="model.merge")])
+    weights = dict(model.named_parameters())
     for name, expected in golden_case(flavour, "lora_merged_some").items():
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        down, up, alpha = (lora[f"{key}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
-        merged = merged_weight(weights[name].float(), {"down": down, "up": up, "alpha": alpha})
+        merged = torch.cat([weights[part] for part in parameter_parts(name)])
+        if exchanged(parameter_parts(name)[0].removesuffix(".weight"), len(model.transformer_blocks)):
+            merged = torch.cat(merged.chunk(2)[::-1])
         torch.testing.assert_close(merged, expected, rtol=0, atol=TOLERANCE)
 
 

@@ -204,6 +204,11 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
         yield Unused(
             ("checkpoint", "format"), "has no effect: whole models keep the layout that they had", "take it out"
         )
+    for number, entry in enumerate(config.data.sets):
+        for index, source in enumerate(entry.sources):
+            if source.enabled and source.role == "preserve":
+                why = "'preserve' needs the base model, which is gone once its own weights train"
+                yield ("data", "sets", number, "sources", index, "role"), why, "use 'regularisation', or an adapter"
     for name in config.quantize.methods():
         if name in train.components:
             path = ("quantize", "denoiser") if name == "denoiser" else ("quantize", "text_encoder", name)

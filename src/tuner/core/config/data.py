@@ -99,9 +99,9 @@ class SourceConfig(Section):
     """How often each image comes in an epoch."""
     weight: Positive = 1.0
     """Relative chance with ``data.sampling`` = ``weighted`` or ``uniform``."""
-    role: Literal["train", "regularisation", "validation"] = "train"
-    """``regularisation``: balanced to the training images, loss times ``data.regularisation_weight``; ``validation``:
-    held out."""
+    role: Literal["train", "regularisation", "preserve", "validation"] = "train"
+    """``regularisation``: balanced to the training images, loss times ``data.regularisation_weight``; ``preserve``:
+    trained towards what the model predicts without the adapter; ``validation``: held out."""
     limit: Count | None = None
     """Use a fixed random subset of so many images."""
     captions: CaptionsConfig = CaptionsConfig()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tuner.core.config.base import Section, changed_keys
+
+
+def _not_zero(value: float) -> float:
+    if value == 0:
+        raise ValueError("0 merges nothing; take the entry out")
+    return value
 
 
 class ComponentSource(Section):
@@ -18,6 +24,15 @@ class ComponentSource(Section):
     """Folder inside ``path``."""
     revision: str | None = None
     """Branch, tag or commit, when ``path`` is a hub id."""
+
+
+class MergedAdapter(Section):
+    """An adapter that becomes part of the base model."""
+
+    path: str
+    """Adapter file in any format that the model knows."""
+    strength: Annotated[float, AfterValidator(_not_zero)] = 1.0
+    """Factor on what the adapter changes; below 0 it is taken away."""
 
 
 class ModelConfigBase(Section):
@@ -44,6 +59,9 @@ class ModelConfigBase(Section):
     """Tokenizer files by the plugin's names, where they are not beside the text encoder."""
     vae: ComponentSource | None = None
     """Weights of the image autoencoder."""
+    merge: tuple[MergedAdapter, ...] = ()
+    """Adapters added to the weights as they are loaded, in this order, before quantization. The run trains on the
+    result: its adapter needs the same ones at the same strength."""
     mmap: bool = True
     """Map weight files into memory. Off reads them as plain files: faster on network disks and under WSL."""
     download_dir: str | None = None

@@ -79,6 +79,9 @@ class NetworkConfig(Section):
     """Share of rank components dropped, the rest scaled up."""
     module_dropout: Share = 0.0
     """Chance of a whole adapter to be skipped."""
+    max_norm: Positive | None = None
+    """``lora``: after every update, factors of a module whose whole change of the weight is larger than this (Frobenius
+    norm, alpha / rank included) are scaled down to it. Left out: no limit."""
     preset: str | None = None
     """Named choice of modules that the model offers."""
     targets: tuple[str, ...] | None = None
@@ -104,6 +107,7 @@ KEYS_OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "dropout": LOW_RANK,
     "rank_dropout": LOW_RANK,
     "split_fused": LOW_RANK,
+    "max_norm": ("lora",),
     "factor": ("lokr",),
     "full_matrix": ("lokr",),
     "decompose_both": ("lokr",),

@@ -25,7 +25,6 @@ PLANNED: Mapping[str, str] = {
     "model.control_channels": "control inputs",
     "model.delete_downloads_after_load": "removing downloads",
     "model.load_to": "loading straight to the accelerator",
-    "model.merge": "merging adapters into the base before training",
     "model.token_routing": "token routing",
     "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
@@ -63,7 +62,6 @@ PLANNED: Mapping[str, str] = {
     "network.init": "other initialisations",
     "network.init_norm": "other initialisations",
     "network.lycoris": "LyCORIS adapters",
-    "network.max_norm": "limits on adapter norms",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
     "memory.group_offload": "grouped offload",
@@ -112,7 +110,6 @@ NOT_APPLICABLE: Mapping[str, str] = {
 
 PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
-    "data.sets.*.sources.*.role": {"preserve": "preserving the base model's output"},
     "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
     "network.type": dict.fromkeys(("controlnet", "singlora"), "other adapter types"),
     "noise.timesteps": {"list": "timesteps from a list"},

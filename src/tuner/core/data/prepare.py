@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from tuner.core.data.cache import open_store
@@ -68,12 +69,14 @@ def open_caches(
     device: str = "cpu",
     text_wrappers: Sequence[str] = (),
     latent_wrappers: Sequence[str] = (),
+    merged: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> DataCaches:
     """The caches that the configuration asks for; nothing is encoded yet.
 
     load: loads the named components onto ``device``; called only when something has to be encoded. text_wrappers,
-    latent_wrappers: names and versions of the extensions that may change encodings, part of the keys. Raises UsageError
-    when captions or images change too much to be cached.
+    latent_wrappers: names and versions of the extensions that may change encodings, part of the keys. merged: component
+    to what was merged into its weights, part of the keys too. Raises UsageError when captions or images change too much
+    to be cached.
     """
     root = Path(config.cache.dir)
     text_store, latent_store = open_store(config.cache.text, root), open_store(config.cache.latents, root)
@@ -82,7 +85,7 @@ def open_caches(
     # Entries that live in memory only cannot be stale, so the weight files need no hashing for them.
     kept = [*(encoders if config.cache.text == "disk" else ()), *(["vae"] if config.cache.latents == "disk" else ())]
     identities = {
-        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers)))
+        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers), *merged.get(name, ())))
         for name, digest in component_identities(facts, kept, root).items()
     }
     latents = LatentCache(

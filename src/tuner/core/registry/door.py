@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.core.config.document import merged
+from tuner.core.errors import UsageError
 from tuner.core.registry.catalog import Catalog
 from tuner.core.registry.facade import ModelFacade
 from tuner.core.registry.run import open_run
@@ -33,5 +34,12 @@ def open_model(
     model: the ``model`` section of a configuration. settings: further sections, such as ``{"precision": {"compute":
     "fp32"}}``. base_dir: what relative paths are relative to, the current folder by default.
     """
+    if model.get("merge"):
+        raise UsageError(
+            "a model is opened as its files are",
+            where="model.merge",
+            why="adapters are merged in training runs alone",
+            fix="take it out",
+        )
     sections = merged(_NO_TRAINING, settings or {})
     return open_run(sections | {"model": {"family": name} | dict(model)}, base_dir=base_dir, catalog=catalog).model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -186,8 +186,23 @@ def open_run(
         facts=opened.facts,
         files=opened.files,
         extensions=Extensions(config.extensions, manager.hook),
-        manifest=_manifest([entry, *extensions.values()], catalog),
+        manifest=_manifest([entry, *extensions.values()], catalog) | _merged(config),
     )
+
+
+def _merged(config: RunConfig) -> dict[str, Any]:
+    """The adapters that become part of the base, by name and bytes; nothing where there is none."""
+    found = []
+    for number, each in enumerate(config.model.merge):
+        path = Path(each.path)
+        try:
+            with path.open("rb") as file:
+                digest = file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            where = f"{path}, model.merge[{number}]"
+            raise UsageError("cannot read the adapter", where=where, why=error.strerror) from error
+        found.append({"file": path.name, "strength": each.strength, "sha256": digest})
+    return {"merged": found} if found else {}
 
 
 def _title(entry: Entry) -> str:

@@ -12,6 +12,7 @@ import torch
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
 from tuner.core.track.progress import Progress
+from tuner.core.train.merging import merged_identities
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
 from tuner.core.train.quantizing import load_components
 from tuner.core.types import Models, TextEmbeds
@@ -43,6 +44,7 @@ class Caches:
             device=str(device),
             text_wrappers=run.extensions.wrapping("encode_text"),
             latent_wrappers=run.extensions.wrapping("encode_latents"),
+            merged=merged_identities(run),
         )
         cached = cached_fields(config, facts) if self.data.text is not None else {}
         live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}

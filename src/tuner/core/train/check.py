@@ -29,6 +29,7 @@ from tuner.core.train.averaging import check_ema
 from tuner.core.train.compiling import check_compile
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import RunFolder
+from tuner.core.train.merging import read_additions
 from tuner.core.train.prompts import resolve_prompts
 from tuner.core.train.quantizing import check_quantize
 from tuner.core.types import ModelFacts
@@ -102,7 +103,9 @@ def check(
 
 
 def check_network(config: RunConfig, facts: ModelFacts) -> None:
-    """Raise a UsageError for patterns that match no module and for a start file that is no weight file."""
+    """Raise a UsageError for patterns that match no module, a start file that is no weight file, and adapters that do
+    not belong to the model they are to be merged into."""
+    read_additions(config, facts)
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
     if config.train.mode == "full":

@@ -45,7 +45,16 @@ def export(
     Returns the written files. Raises UsageError when the file does not read back as what was trained, or when an
     extension's metadata clashes; OSErrors (a full disk) pass through.
     """
-    metadata = export_metadata(run.config, plan, name=name, step=step, epoch=epoch, total=total, averaged=averaged)
+    metadata = export_metadata(
+        run.config,
+        plan,
+        name=name,
+        step=step,
+        epoch=epoch,
+        total=total,
+        averaged=averaged,
+        merged=run.manifest.get("merged", ()),
+    )
     if run.config.checkpoint.metadata.embed:
         metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in network_tensors(network).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -130,6 +130,8 @@ class Loop:
             "seconds": seconds,
             "images_per_second": result.samples / seconds,
         }
+        if result.norms is not None:
+            metrics |= {f"adapter_norm_{name}": value for name, value in asdict(result.norms).items()}
         extra = {"memory_bytes": memory} if memory else {}
         self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
         self.chores.on_step(position.step, {**metrics, **{f"lr/{name}": rate for name, rate in rates.items()}}, group)

@@ -5,6 +5,8 @@ No time of day either: the same run gives the same bytes.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -14,11 +16,20 @@ if TYPE_CHECKING:
 
 
 def export_metadata(
-    config: RunConfig, plan: DataPlan, *, name: str, step: int, epoch: int, total: int, averaged: bool = False
+    config: RunConfig,
+    plan: DataPlan,
+    *,
+    name: str,
+    step: int,
+    epoch: int,
+    total: int,
+    averaged: bool = False,
+    merged: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, str]:
     """Strings for the header of an exported file; empty when ``checkpoint.metadata.embed`` is off.
 
-    averaged: the file holds the average of the weights.
+    averaged: the file holds the average of the weights. merged: the adapters that its base has in it, from the run's
+    manifest.
 
     ``ss_*`` are the names that kohya-ss/sd-scripts writes and other tools show; ``modelspec.*`` follow the Stability AI
     model metadata standard. The model plugin adds its own.
@@ -58,6 +69,8 @@ def export_metadata(
     facts.update({key: value for key, value in optional.items() if value})
     facts.update(_guidance(config))
     facts.update(_ema(config, averaged))
+    if merged:
+        facts["tuner_merged_into_base"] = json.dumps(list(merged))
     return {key: str(value) for key, value in facts.items()}
 
 

@@ -16,6 +16,7 @@ from tuner.core.errors import UsageError
 from tuner.core.memory.quantize import Quantized, quantize_component
 from tuner.core.registry.facade import default_placement
 from tuner.core.train.measure import losses_and_gradient
+from tuner.core.train.merging import merge_adapters
 from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def _cannot(what: str, where: str, why: str, use: str) -> UsageError:
 
 
 def load_components(run: Run, components: Collection[str], device: torch.device) -> Models:
-    """Load components on ``device``, quantized where the configuration says so: this comes before everything else.
+    """Load components on ``device``, with merged adapters, then quantized where the configuration says so: this comes
+    before everything else.
 
     What is quantized is loaded into host memory and goes to the device weight by weight, so that the device never holds
     it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it.
@@ -72,10 +74,13 @@ def load_components(run: Run, components: Collection[str], device: torch.device)
     for home in dict.fromkeys(homes.values()):
         plain = tuple(name for name in components if name not in methods and homes[name] == home)
         if plain:
-            models = _joined(models, run.model.load_models(plain, default_placement(config, facts, str(home))))
+            loaded = run.model.load_models(plain, default_placement(config, facts, str(home)))
+            merge_adapters(run, loaded, plain)
+            models = _joined(models, loaded)
     if not methods:
         return models
     loaded = run.model.load_models(tuple(methods), default_placement(config, facts, "cpu"))
+    merge_adapters(run, loaded, tuple(methods))
     for name, method in methods.items():
         module = loaded.component(name)
         assert module is not None

@@ -189,6 +189,10 @@ def check_same_run(folder: RunFolder, run: Run) -> None:
         return
     before = json.loads(folder.config.read_text(encoding="utf-8"))
     changed = [name for name in differences(before, resolved(run)) if not _is_free(name)]
+    if folder.manifest.is_file():
+        manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+        if manifest.get("merged", []) != run.manifest.get("merged", []):
+            changed = list(dict.fromkeys([*changed, "model.merge"]))
     if changed:
         raise UsageError(
             "this is not the configuration that the run folder was made with",

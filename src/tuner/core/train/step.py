@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tuner.core.adapters.limits import Norms, limit_norms
 from tuner.core.adapters.network import adapter_rng
 from tuner.core.errors import UsageError
 from tuner.core.flow import elementwise_loss, guided_target, loss_weight, reduce_loss, sigmas_from_draws, stratify
@@ -18,6 +19,7 @@ from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
 from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
 from tuner.core.train.empty import EmptyCaption
+from tuner.core.train.preserve import Preserved, with_preserved
 from tuner.core.types import Batch, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean over the samples of the update; grad_norm: before clipping; samples: how many."""
+    """loss: mean over the samples of the update; grad_norm: before clipping; samples: how many; norms: of the adapter's
+    changes, where they are limited."""
 
     loss: float
     grad_norm: float
     samples: int
+    norms: Norms | None = None
 
 
 class TrainStep:
@@ -58,6 +62,7 @@ class TrainStep:
         self.model, self.models, self.network, self.optimizer = model, models, network, optimizer
         self.config, self.device, self.live_text = config, device, tuple(live_text)
         self.total, self.empty, self.ema, self.update = total, empty, ema, update
+        self.preserved = Preserved(config.data, network)
         self.parameters = [parameter for group in network.param_groups for parameter in group.params.values()]
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -88,9 +93,15 @@ class TrainStep:
                 fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
             )
         self.update(step)
+        return StepResult(loss, grad_norm, samples, self._after(step))
+
+    def _after(self, step: int) -> Norms | None:
+        """What follows an update of the weights: their limit first, so that the average is of weights within it."""
+        limit = self.config.network.max_norm
+        norms = None if limit is None else limit_norms(self.network, limit)
         if self.ema is not None:
             self.ema.update(step)
-        return StepResult(loss, grad_norm, samples)
+        return norms
 
     def _fused(self, step: int, batches: Sequence[Batch], update: FusedUpdate) -> StepResult:
         """The same with updates inside the backward pass, so that only the loss can be looked at before them."""
@@ -111,9 +122,7 @@ class TrainStep:
                 why="updates were part of the backward pass, so weights have changed; the last checkpoint is intact",
                 fix="go on from it with a lower optimizer.lr, or run once with precision.compute fp32",
             )
-        if self.ema is not None:
-            self.ema.update(step)
-        return StepResult(loss, grad_norm, len(batch.items))
+        return StepResult(loss, grad_norm, len(batch.items), self._after(step))
 
     def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
         """(normal, uniform) draws [B] of the noise levels, one pair per micro-batch.
@@ -150,10 +159,14 @@ class TrainStep:
             given = None if guidance is None else guidance.repeat(len(noisy) // len(guidance))
             return self.model.predict(self.models, noisy, timesteps, text, given, rng=rng)
 
-        prediction, unconditional = self.empty.predict(
-            predict, noisy, target.timesteps, lambda: self._dropped(self.text(batch), draws)
-        )
+        def text() -> TextEmbeds:
+            return self._dropped(self.text(batch), draws)
+
+        # Before the pass with gradients: no activation of that one is in memory yet.
+        preserved = self.preserved.targets(batch.items, predict, noisy, target.timesteps, text)
+        prediction, unconditional = self.empty.predict(predict, noisy, target.timesteps, text)
         goal = guided_target(config.guidance, target.target, prediction, unconditional)
+        goal = with_preserved(goal, preserved)
         losses = reduce_loss(
             elementwise_loss(config.loss, prediction, goal, sigmas),
             weight=target.weight * loss_weight(config.loss, sigmas),

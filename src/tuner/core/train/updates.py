@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tuner.core.config import steps_of
-from tuner.core.optim import FusedUpdate, Update, add_up_in_float32
+from tuner.core.errors import UsageError
+from tuner.core.optim import FusedUpdate, Update, add_up_in_float32, is_schedule_free
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,13 @@ def build_update(
     """What moves the weights in every step. UsageError for what cannot work with the optimizer or has no effect."""
     groups = network.param_groups
     names = {name: parameter for group in groups for name, parameter in group.params.items()}
+    if config.network.max_norm is not None and is_schedule_free(optimizer):
+        raise UsageError(
+            "network.max_norm does not work with a schedule-free optimizer",
+            where="network.max_norm",
+            why="it keeps a second copy of what trains, which the limit does not reach",
+            fix="choose another optimizer, or take the limit out",
+        )
     update = Update(config.optimizer, optimizer, names, config.train.seed)
     if config.precision.gradients == "fp32":
         add_up_in_float32(update.group_of)

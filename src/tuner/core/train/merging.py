@@ -1,0 +1,68 @@
+"""``model.merge`` in a run: reading the adapters, adding them to what is loaded, and what they change of identities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.core.adapters.formats import key_maps
+from tuner.core.adapters.merging import Addition, merge_into, read_addition
+from tuner.core.errors import UsageError
+from tuner.core.types import Models
+
+if TYPE_CHECKING:
+    from tuner.core.config import RunConfig
+    from tuner.core.registry import Run
+    from tuner.core.types import ModelFacts
+
+log = logging.getLogger(__name__)
+
+NEVER_ADAPTED = ("vae",)
+"""Components that adapter files have no keys for, so that loading them need not read any."""
+
+
+def read_additions(config: RunConfig, facts: ModelFacts) -> list[Addition]:
+    """The adapters of ``model.merge``, in order. UsageError: a key that maps nowhere, or a component that the model
+    does not have."""
+    found = []
+    for number, entry in enumerate(config.model.merge):
+        where = f"model.merge[{number}]"
+        addition = read_addition(Path(entry.path), entry.strength, key_maps(facts), where=where)
+        for component in addition.components:
+            if component not in facts.components:
+                raise UsageError(
+                    f"the adapter changes {component}, which this model does not load",
+                    where=f"{entry.path}, {where}",
+                    why=f"its components are {', '.join(facts.components)}",
+                    fix="merge a file without that part, or give the model that component",
+                )
+        found.append(addition)
+    return found
+
+
+def merge_adapters(run: Run, models: Models, components: Collection[str]) -> None:
+    """Add the adapters of ``model.merge`` to the named components of ``models``, as they were loaded."""
+    wanted = [name for name in components if name not in NEVER_ADAPTED]
+    if not run.config.model.merge or not wanted:
+        return
+    additions = read_additions(run.config, run.facts)
+    for name in wanted:
+        module = models.component(name)
+        assert module is not None
+        count = merge_into(module, name, additions)
+        if count:
+            log.info("%s: adapters are merged into %d weights", name, count)
+
+
+def merged_identities(run: Run) -> dict[str, list[str]]:
+    """Component to what was merged into it, in words that change when the result does; part of names of encodings."""
+    if not run.config.model.merge:
+        return {}
+    found: dict[str, list[str]] = {}
+    additions = read_additions(run.config, run.facts)
+    for addition, told in zip(additions, run.manifest["merged"], strict=True):
+        for component in addition.components:
+            found.setdefault(component, []).append(f"merged {told['sha256']} at {told['strength']!r}")
+    return found
