@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
+from tests.core.config.samples import build
 from tests.core.memory.toy import WIDTH, Block, Model
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.memory.compiling import Band, CompileSettings, check_backend, compile_blocks, inductor_options
 from tuner.core.memory.offload import open_offload
 from tuner.core.memory.streaming import stream_blocks
+from tuner.core.train.compiling import CACHE_VARIABLE, FOLDER, compiler
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at its inputs
 
@@ -195,6 +200,27 @@ def test_an_unknown_argument_among_the_axes_is_a_mistake_of_the_plugin() -> None
 def test_a_backend_that_cannot_work_is_refused(backend: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         check_backend(backend, CPU)
+
+
+def test_a_second_run_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
+    try:
+        check_backend("inductor", CPU)
+    except UsageError:
+        return  # no C++ compiler here: there is nothing that could be kept
+    config = build(compile={"enabled": True}, cache={"dir": str(tmp_path)})
+    before, hits = os.environ.get(CACHE_VARIABLE), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(CACHE_VARIABLE, raising=False)
+        for _ in range(2):
+            torch.compiler.reset()
+            counters.clear()
+            with compiler(config), torch.no_grad():
+                CompileSettings().compile(torch.sin)(torch.ones(3))
+            hits.append(counters["inductor"]["fxgraph_cache_hit"])
+        assert CACHE_VARIABLE not in os.environ
+    assert hits == [0, 1]
+    assert any((tmp_path / FOLDER).iterdir())
+    assert os.environ.get(CACHE_VARIABLE) == before
 
 
 def test_inductor_without_a_compiler_is_refused_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

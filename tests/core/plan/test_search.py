@@ -74,3 +74,8 @@ def test_every_lever_says_what_it_saves_and_costs():
     found = choice("flux", 8)
     assert len(found.why) == len(found.best.changes)
     assert all("less" in line and ("slower" in line or "as fast" in line) for line in found.why)
+
+
+def test_compiled_blocks_get_levels_that_go_with_them():
+    found = choice("anima", 8, compile={"enabled": True})
+    assert found.fits and dict(found.best.changes).get("memory.checkpointing") in (None, "block")

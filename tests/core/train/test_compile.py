@@ -53,6 +53,29 @@ def test_a_run_has_the_same_outcome(make_config, tmp_path):
     assert {path.name for path in compiled.rglob("*.png")} == {path.name for path in plain.rglob("*.png")}
 
 
+@pytest.mark.parametrize(
+    "services",
+    [
+        {
+            "quantize": {"denoiser": "int8"},
+            "memory": {"swap_blocks": 4, "checkpointing": "block"},
+            "guidance": {"distill": {"scale": 2}},
+            "train__accumulate": 2,
+        },
+        {"train__mode": "full", "memory": {"checkpointing": "block"}, "network": {}},
+    ],
+    ids=["quantized, streamed, guided", "full"],
+)
+def test_other_services_give_the_same_numbers_compiled(make_config, six_blocks, tmp_path, services):
+    found = []
+    for name in ("plain", "compiled"):
+        changes = {"compile": COMPILED} if name == "compiled" else {}
+        folder = tmp_path / name / "run"
+        train(make_config(model=six_blocks, checkpoint__dir=str(folder), train__steps=2, **changes, **services))
+        found.append(numbers(folder))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_verify_compares_compiled_blocks(make_config):
     found = verify(make_config(compile=COMPILED, network__targets=[r".*\.mlp\.layer1"]))
     assert [row.name for row in found.rows] == ["compiled blocks"] and found.ok

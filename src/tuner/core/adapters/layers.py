@@ -55,8 +55,9 @@ class DropoutKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Making:
-    """What layers are made with, beside their own settings. dtype: of the parameters."""
+    """What layers are made with, beside their own settings. dtype: of the parameters. init: ``network.init``."""
 
+    init: str = "default"
     dropout: Dropout
     keys: DropoutKeys
     dtype: torch.dtype
@@ -116,6 +117,10 @@ class AdapterLayer(nn.Module, ABC):
         """The parts of each module, detached and live, or copies where modules share them."""
         found = {name: value.detach() for name, value in self.named_parameters()}
         return [found | self.fixed()]
+
+    def exported(self) -> list[dict[str, Tensor]]:
+        """The parts of each module as a file for other programs holds them: what changes the model's own weights."""
+        return self.tensors()
 
     def load(self, members: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
         """Set the values of `tensors`. names: what errors call the modules. UsageError: another shape."""
@@ -228,7 +233,7 @@ class LoraLayer(AdapterLayer):
     def make(
         cls, bases: Sequence[nn.Module], target: Target, making: Making, stored: Mapping[str, Tensor] | None
     ) -> Self:
-        return cls(
+        layer = cls(
             bases[0],
             others=bases[1:],
             rank=target.rank,
@@ -238,6 +243,10 @@ class LoraLayer(AdapterLayer):
             dtype=making.dtype,
             rng=making.rng,
         )
+        if making.init == "gaussian":
+            drawn = making.rng.child("gaussian").normal(layer.down.shape) / target.rank
+            layer.down.data.copy_(drawn)
+        return layer
 
     @property
     def scale(self) -> float:
@@ -444,7 +453,7 @@ def _adapted_convolution(base: nn.Conv2d, x: Tensor) -> Tensor:
     layer: Any = base.adapter
     if layer.scale == 0.0:
         return y
-    if not isinstance(layer, LoraLayer):
+    if not isinstance(layer, LoraLayer | LoraPart):
         adapted: Tensor = layer.adapt(x, y, base)
         return adapted
     mid = F.conv2d(x, layer.down.to(x.dtype), None, base.stride, base.padding, base.dilation)

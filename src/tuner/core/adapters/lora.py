@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +28,10 @@ from tuner.core.adapters.layers import (
 )
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.adapters.norms import NormLayer, inject_norm, is_norm
+from tuner.core.adapters.residual import INITIAL, ResidualLayer, split_weight
 from tuner.core.adapters.targets import Options, Target, join_fused, norm_targets, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
-from tuner.core.config.network import LOW_RANK
+from tuner.core.config.network import LOW_RANK, SPLITTING
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
 from tuner.core.types import Network, ParamGroup
@@ -62,6 +64,14 @@ class AdapterNetwork(TrainedNetwork):
             f"{target.component}:{path}.{part}": value
             for target, layer in self.items()
             for path, parts in zip(target.paths, layer.tensors(), strict=True)
+            for part, value in parts.items()
+        }
+
+    def exported(self) -> dict[str, Tensor]:
+        return {
+            f"{target.component}:{path}.{part}": value
+            for target, layer in self.items()
+            for path, parts in zip(target.paths, layer.exported(), strict=True)
             for part, value in parts.items()
         }
 
@@ -124,6 +134,8 @@ def inject_lora(models: Models, config: RunConfig, facts: ModelFacts) -> Network
     else:
         targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, network, facts)
         targets += norm_targets({name: tuple(paths) for name, paths in norms.items()}, network, facts)
+    if network.init in SPLITTING:
+        split_bases(models, config, facts)
     keys = DropoutKeys()
     module = AdapterNetwork(targets, _layers(targets, modules, norms, config, keys, start), keys)
     module.injections = [
@@ -159,11 +171,62 @@ def _layers(
             keys=keys,
             dtype=dtype,
             device=base_device(bases[0]),
-            rng=Rng(config.train.seed, "lora", target.component, target.path),
+            rng=_rng(config, target),
+            init=config.network.init,
         )
         stored = parts_of(start, target.component, target.paths[0]) if config.network.rank == "from_file" else None
-        layers.append(KINDS[target.kind].make(bases, target, making, stored))
+        kind = ResidualLayer if _splits(target, config.network) else KINDS[target.kind]
+        layers.append(kind.make(bases, target, making, stored))
     return layers
+
+
+def _rng(config: RunConfig, target: Target) -> Rng:
+    """The stream of one layer's start."""
+    return Rng(config.train.seed, "lora", target.component, target.path)
+
+
+def _splits(target: Target, network: NetworkConfig) -> bool:
+    return network.init in SPLITTING and target.kind == network.type
+
+
+def split_bases(
+    models: Models,
+    config: RunConfig,
+    facts: ModelFacts,
+    *,
+    methods: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    stored: Mapping[str, Tensor] | None = None,
+) -> None:
+    """With ``network.init`` of ``pissa``, ``olora`` or ``loftq``: take the start of every layer out of the weights.
+
+    Comes before quantization, which then stores the rest; `inject_lora` does it where nobody has. methods: component to
+    how its linears will be quantized, by path. stored: `network_tensors` of a run to go on with.
+    """
+    modules = {name: adaptable_modules(_component(models, name)) for name in config.train.components}
+    targets = select_targets({name: tuple(paths) for name, paths in modules.items()}, config.network, facts)
+    dtype = dtype_by_name(config.precision.adapter, where="precision.adapter")
+    waiting = [target for target in targets if INITIAL not in modules[target.component][target.paths[0]].__dict__]
+    quantized = any(path in methods.get(target.component, {}) for target in waiting for path in target.paths)
+    if config.network.init == "loftq" and waiting and not quantized:
+        raise UsageError(
+            "network.init 'loftq' has no effect",
+            where="network.init",
+            why="no linear that is adapted is quantized",
+            fix="exclude less from quantization, or choose 'pissa'",
+        )
+    for target in waiting:
+        bases = [modules[target.component][path] for path in target.paths]
+        ways = {methods.get(target.component, {}).get(path) for path in target.paths}
+        split_weight(
+            bases,
+            target,
+            config.network.init,
+            dtype=dtype,
+            rng=_rng(config, target).child(config.network.init),
+            # Members of one adapter that are stored in different ways have no common residual.
+            method=ways.pop() if len(ways) == 1 else None,
+            stored=None if stored is None else [parts_of(stored, target.component, path) for path in target.paths],
+        )
 
 
 def norm_modules(models: Models, name: str, facts: ModelFacts) -> dict[str, nn.Module]:

@@ -43,6 +43,10 @@ class TrainedNetwork(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint or a file must hold, detached; live values where that is possible."""
 
+    def exported(self) -> dict[str, Tensor]:
+        """What a file for other programs must hold: `tensors`, unless these mean something to this run alone."""
+        return self.tensors()
+
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the values of `tensors` in place. UsageError when names, shapes or fixed values differ in any way."""
@@ -74,6 +78,11 @@ def trained(network: Network) -> TrainedNetwork:
 def network_tensors(network: Network) -> dict[str, Tensor]:
     """The trained tensors by internal name (`component:path.part`), detached. See `TrainedNetwork.tensors`."""
     return trained(network).tensors()
+
+
+def exported_tensors(network: Network) -> dict[str, Tensor]:
+    """What a file for other programs must hold, by internal name, detached. See `TrainedNetwork.exported`."""
+    return trained(network).exported()
 
 
 def load_network_tensors(network: Network, tensors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from tuner.core.adapters.checkpoints import checkpoint_dtype, save_checkpoint, s
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.formats import format_by_name, key_maps
 from tuner.core.compute.dtypes import dtype_by_name
-from tuner.core.config.network import has_rank
+from tuner.core.config.network import SPLITTING, has_rank
 
 if TYPE_CHECKING:
     from tuner.core.config import LossConfig, NoiseConfig, RunConfig
@@ -67,7 +67,10 @@ def adapter_strings(config: RunConfig, facts: ModelFacts) -> dict[str, object]:
         # What LyCORIS calls it, so that its users find it.
         values["ss_network_args"] = json.dumps({"algo": network.type, **network_args(config)})
     if network.rank != "from_file" and has_rank(network):
-        values |= {"ss_network_dim": network.rank, "ss_network_alpha": network.alpha or network.rank}
+        # A start inside the weights is written as a second adapter beside the first.
+        times = 2 if network.init in SPLITTING else 1
+        rank, alpha = times * network.rank, times * (network.alpha or network.rank)
+        values |= {"ss_network_dim": rank, "ss_network_alpha": alpha}
     return values
 
 

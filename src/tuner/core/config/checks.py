@@ -13,7 +13,7 @@ from tuner.core.config.base import changed_keys
 from tuner.core.config.data_checks import Problem, Unused, caption_problems, geometry_problems, validation_problems
 from tuner.core.config.document import RawConfig, dotted
 from tuner.core.config.jsonc import Path
-from tuner.core.config.network import kind_problems
+from tuner.core.config.network import SPLITTING, kind_problems
 from tuner.core.config.quantize import quantize_problems
 from tuner.core.config.run import RunConfig
 from tuner.core.config.speed import compile_problems
@@ -130,9 +130,30 @@ def _network(config: RunConfig) -> Iterator[Problem]:
     for number, rule in enumerate(network.rules):
         if changed_keys(rule) == {"match"}:
             yield ("network", "rules", number), "sets nothing but match", "give it a setting, such as rank or lr"
+    yield from _start(config)
     for name in ("dropout", "rank_dropout", "module_dropout"):
         if getattr(network, name) == 1:
             yield ("network", name), "at 1 nothing would be trained", "choose a value below 1"
+
+
+def _start(config: RunConfig) -> Iterator[Problem]:
+    """What ``network.init`` does not go with."""
+    network, path = config.network, ("network", "init")
+    if network.init != "default" and network.init_from is not None:
+        yield path, "has no effect: every value comes from network.init_from", "take one of the two out"
+    if network.init not in SPLITTING:
+        return
+    if config.ema.enabled and config.ema.init_from is not None:
+        why = f"{network.init!r} writes files of twice the rank, so no average can start from one"
+        yield ("ema", "init_from"), why, "take it out"
+    if network.max_norm is not None:
+        why = f"{network.init!r} starts far from zero, so the norm of the factors is not that of the change"
+        yield ("network", "max_norm"), why, "take one of the two out"
+    if network.init == "loftq":
+        for name in config.train.components:
+            if name not in config.quantize.methods():
+                why = f"'loftq' makes up for quantization, and {name} is not quantized"
+                yield path, why, "set quantize, or choose 'pissa'"
 
 
 def _outputs(config: RunConfig) -> Iterator[Problem]:

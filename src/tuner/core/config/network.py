@@ -96,11 +96,18 @@ class NetworkConfig(Section):
     """By block group: ``"all"``, ``"none"`` or a list of indices and ranges such as ``[0, "4-7"]``, counted from 0."""
     split_fused: bool = False
     """Separate adapters for projections that the model's files hold as one matrix. Off: one adapter spans them."""
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = "default"
+    """``lora``: the start. ``default``: Kaiming's uniform draw for the down matrix, ``gaussian``: a normal one with
+    deviation 1 / rank; the up matrix is zero. ``pissa``: the principal directions of the weight, ``olora``: the first
+    factors of its QR decomposition; the base keeps the rest. ``loftq``: the principal directions of what ``quantize``
+    takes away."""
     init_from: str | None = None
     """Adapter file to start from."""
 
 
 LOW_RANK = ("lora", "dora")
+SPLITTING = ("pissa", "olora", "loftq")
+"""Values of ``init`` that start as a part of the weight."""
 KEYS_OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "rank": ("lora", "dora", "loha", "lokr"),
     "alpha": ("lora", "dora", "loha", "lokr"),
@@ -108,6 +115,7 @@ KEYS_OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "rank_dropout": LOW_RANK,
     "split_fused": LOW_RANK,
     "max_norm": ("lora",),
+    "init": ("lora",),
     "factor": ("lokr",),
     "full_matrix": ("lokr",),
     "decompose_both": ("lokr",),

@@ -59,7 +59,6 @@ PLANNED: Mapping[str, str] = {
     "loss.soft_min_snr": "the soft form of min-SNR",
     # network and optimizer
     "network.controlnet": "control networks",
-    "network.init": "other initialisations",
     "network.init_norm": "other initialisations",
     "network.lycoris": "LyCORIS adapters",
     "network.perturbation": "weight perturbation",

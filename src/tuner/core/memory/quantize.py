@@ -46,6 +46,21 @@ def quantize_component(
     is. keep_original: see `quantize_linear`. UsageError when nothing is left to quantize and for weights that are not
     finite.
     """
+    linears, chosen = quantizable(module, method, component=component, no_quantize=no_quantize, exclude=exclude)
+    if not chosen:
+        raise UsageError(f"no linear of {component} is left to quantize", where="quantize", fix="exclude less")
+    before = after = 0
+    for path, linear in chosen.items():
+        before += linear.weight.numel() * linear.weight.element_size()
+        after += _quantize(linear, method, f"{component}.{path}", device, keep_original).stored_bytes
+    kept = tuple(path for path in linears if path not in chosen)
+    return Quantized(component=component, method=method, count=len(chosen), before=before, after=after, kept=kept)
+
+
+def quantizable(
+    module: nn.Module, method: str, *, component: str, no_quantize: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+    """All plain linears of a component by path, and those of them that `quantize_component` stores in few bits."""
     linears = {path: each for path, each in module.named_modules() if type(each) is nn.Linear}
     for pattern in exclude:
         if not any(re.fullmatch(pattern, path) for path in linears):
@@ -61,14 +76,7 @@ def quantize_component(
         for path, linear in linears.items()
         if can_encode(method, linear.in_features) and not any(pattern.fullmatch(path) for pattern in patterns)
     }
-    if not chosen:
-        raise UsageError(f"no linear of {component} is left to quantize", where="quantize", fix="exclude less")
-    before = after = 0
-    for path, linear in chosen.items():
-        before += linear.weight.numel() * linear.weight.element_size()
-        after += _quantize(linear, method, f"{component}.{path}", device, keep_original).stored_bytes
-    kept = tuple(path for path in linears if path not in chosen)
-    return Quantized(component=component, method=method, count=len(chosen), before=before, after=after, kept=kept)
+    return linears, chosen
 
 
 def _quantize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tuner.core.config.base import steps_of
+from tuner.core.config.network import SPLITTING
 from tuner.core.data.texts import cached_fields
 from tuner.core.plan.memory import Trained
 from tuner.core.plan.trained import FULL
@@ -41,6 +42,8 @@ def disk_use(config: RunConfig, facts: ModelFacts, work: Work, trained: Trained)
     kept_in = config.precision.compute if str(config.train.mode) == FULL else config.precision.adapter
     item = BYTES[config.checkpoint.dtype or kept_in]
     exported = trained.values * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
+    if config.network.init in SPLITTING:
+        exported *= 2
     kept = _checkpoints(config, work)
     states = {"none": 0, "last": min(kept, 1), "every": kept}[config.checkpoint.state]
     found = {"checkpoints": (kept + 1) * exported + states * trained.saved}

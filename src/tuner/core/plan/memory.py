@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tuner.core.config.network import SPLITTING
 from tuner.core.plan.devices import Device
 from tuner.core.plan.trained import FULL, component_values
 from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
@@ -100,16 +101,18 @@ def trained_memory(config: RunConfig, costs: CostRules, values: int, state_bytes
     if optimizer.rounding != "nearest" or optimizer.offload:
         gradients += min(2 * OPTIMIZER_CHUNK, 8 * values)
     average = 4 * values if config.ema.enabled else 0
+    # A start inside the weights is kept beside what trains, and again in checkpoints.
+    fixed = 0 if full or config.network.init not in SPLITTING else values * item
     host = (state if optimizer.offload else 0) + (average if config.ema.device == "cpu" else 0)
     return Trained(
         values=values,
         # The model's own weights are counted with the model.
-        weights=0 if full else values * item,
+        weights=0 if full else values * item + fixed,
         gradients=gradients,
         state=0 if optimizer.offload else state,
         average=average if config.ema.device == "accelerator" else 0,
         host=host,
-        saved=values * item + state + average,
+        saved=values * item + fixed + state + average,
     )
 
 

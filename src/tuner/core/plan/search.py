@@ -111,7 +111,9 @@ def _ways(config: RunConfig, facts: ModelFacts, work: Work) -> Iterator[tuple[di
     offloads = [config.optimizer.offload]
     if full and _offloads(config) and not config.optimizer.offload:
         offloads.append(True)
-    settings = itertools.product(_divisors(config, work), quantized, offloads, LEVELS, _streams(config, facts, full))
+    settings = itertools.product(
+        _divisors(config, work), quantized, offloads, _levels(config), _streams(config, facts, full)
+    )
     for divisor, method, offload, level, streamed in settings:
         changes: dict[str, Any] = {
             "memory.checkpointing": level,
@@ -149,6 +151,11 @@ def _streams(config: RunConfig, facts: ModelFacts, full: bool) -> Sequence[int]:
     limit = sum(each.count for each in facts.block_lists) - 2
     steps = {round(limit * part / 8) for part in range(1, 9)}
     return sorted({0, config.memory.swap_blocks, *(each for each in steps if 2 <= each <= limit)})
+
+
+def _levels(config: RunConfig) -> tuple[str, ...]:
+    """Recompute levels that go with the rest: a compiled block cannot keep the results of single operations."""
+    return ("off", "block") if config.compile.enabled else LEVELS
 
 
 def _divisors(config: RunConfig, work: Work) -> list[int]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
@@ -15,6 +16,7 @@ from tuner.core.track.progress import Progress
 from tuner.core.train.merging import merged_identities
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
 from tuner.core.train.quantizing import load_components
+from tuner.core.train.starting import starter
 from tuner.core.types import Models, TextEmbeds
 
 if TYPE_CHECKING:
@@ -75,11 +77,15 @@ class Caches:
             return TextEmbeds(tensors={})
         return self.run.model.encode_text(models, list(texts), self.live_text)
 
-    def load_for_steps(self) -> Models:
-        """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live."""
+    def load_for_steps(self, network: Mapping[str, Tensor] | None = None) -> Models:
+        """What a step needs: the denoiser, what trains, what the model always needs, and encoders that run live.
+
+        network: tensors of a run to go on with, for starts that change the base model.
+        """
         config, facts = self.run.config, self.run.facts
         wanted = {"denoiser", *config.train.components, *facts.step_components, *self.live_text}
-        return self.load([name for name in facts.components if name in wanted])
+        prepare = starter(self.run, network)
+        return load_components(self.run, [name for name in facts.components if name in wanted], self.device, prepare)
 
     def load(self, components: Collection[str]) -> Models:
         """Load frozen components onto the run's device; they live as long as the caller keeps them."""

@@ -14,7 +14,7 @@ from tuner.core.adapters.checkpoints import (
 )
 from tuner.core.adapters.export import Verified, verify_export
 from tuner.core.adapters.formats import key_maps
-from tuner.core.adapters.network import network_tensors
+from tuner.core.adapters.network import exported_tensors
 from tuner.core.train.metadata import export_metadata
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def export(
     )
     if run.config.checkpoint.metadata.embed:
         metadata |= run.extensions.extra_metadata(metadata)
-    tensors = {key: value.cpu() for key, value in network_tensors(network).items()}
+    tensors = {key: value.cpu() for key, value in exported_tensors(network).items()}
     files = run.model.save(network, tensors, path, metadata)
     stored = stored_files(run.config, run.facts) if network.kind == "full" else ()
     for number, file in enumerate(files):

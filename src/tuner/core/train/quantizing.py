@@ -58,12 +58,15 @@ def _cannot(what: str, where: str, why: str, use: str) -> UsageError:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_components(run: Run, components: Collection[str], device: torch.device) -> Models:
+def load_components(
+    run: Run, components: Collection[str], device: torch.device, prepare: Callable[[Models], None] | None = None
+) -> Models:
     """Load components on ``device``, with merged adapters, then quantized where the configuration says so: this comes
     before everything else.
 
     What is quantized is loaded into host memory and goes to the device weight by weight, so that the device never holds
-    it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it.
+    it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it. prepare: comes
+    between merging and quantization.
     """
     config, facts = run.config, run.facts
     homes = dict.fromkeys(components, device)
@@ -77,10 +80,13 @@ def load_components(run: Run, components: Collection[str], device: torch.device)
             loaded = run.model.load_models(plain, default_placement(config, facts, str(home)))
             merge_adapters(run, loaded, plain)
             models = _joined(models, loaded)
-    if not methods:
-        return models
-    loaded = run.model.load_models(tuple(methods), default_placement(config, facts, "cpu"))
-    merge_adapters(run, loaded, tuple(methods))
+    loaded = Models()
+    if methods:
+        loaded = run.model.load_models(tuple(methods), default_placement(config, facts, "cpu"))
+        merge_adapters(run, loaded, tuple(methods))
+    everything = _joined(models, loaded)
+    if prepare is not None:
+        prepare(everything)
     for name, method in methods.items():
         module = loaded.component(name)
         assert module is not None
@@ -95,7 +101,7 @@ def load_components(run: Run, components: Collection[str], device: torch.device)
         )
         module.to(homes[name])
         _tell(told)
-    return _joined(models, loaded)
+    return everything
 
 
 def _joined(one: Models, other: Models) -> Models:

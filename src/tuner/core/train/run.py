@@ -87,7 +87,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         require_cache_folder(config)
         caches = Caches(run, plan, device, events)
         caches.fill()
-        trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device)
+        trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device, state=state)
         try:
             reason, files = trainer.train(state)
         except BaseException as error:

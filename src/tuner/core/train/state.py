@@ -60,7 +60,7 @@ class RunState:
 
     def restore(self, state: State) -> None:
         """Take up the values of ``state`` in place; UsageError when they belong to another network or optimizer."""
-        load_network_tensors(self.network, _below(state.tensors, "network/"))
+        load_network_tensors(self.network, network_part(state))
         load_optimizer_state(
             self.optimizer, dict(self.names), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
         )
@@ -69,6 +69,11 @@ class RunState:
         self.average.values = list(state.scalars["loss_average"])
         self.ledger.load(state.scalars["ledger"])
         self.base_losses = state.scalars.get("base_losses")
+
+
+def network_part(state: State) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint, as `network_tensors` names them."""
+    return _below(state.tensors, "network/")
 
 
 def check_continues(state: State, folder: RunFolder, *, total: int, seed: int) -> None:

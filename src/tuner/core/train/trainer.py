@@ -38,7 +38,7 @@ from tuner.core.train.loop import Chores, Length, Loop
 from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
-from tuner.core.train.state import RunState, check_continues, next_position
+from tuner.core.train.state import RunState, check_continues, network_part, next_position
 from tuner.core.train.step import TrainStep
 from tuner.core.train.updates import Stops, build_update, rate_scale
 from tuner.core.train.validation import Validator
@@ -66,11 +66,12 @@ class Trainer:
         folder: RunFolder,
         events: EventLog,
         device: torch.device,
+        state: State | None = None,
     ) -> None:
         self.run, self.plan, self.caches, self.folder, self.events = run, plan, caches, folder, events
         self.config, self.facts, self.device = run.config, run.facts, device
         self.total = plan.total_steps(self.config.train)
-        self.models = caches.load_for_steps()
+        self.models = caches.load_for_steps(None if state is None else network_part(state))
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         tokens = token_counts(plan, caches.prompts, self.facts)
