@@ -348,6 +348,20 @@ def test_adapters_on_modulation_and_time_embedding_get_gradients() -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("rank", [SIZES.adaln_rank, 0])
+def test_what_trains_before_frozen_modulation_gets_the_whole_gradient(rank: int) -> None:
+    denoiser = random_denoiser(replace(SIZES, adaln_rank=rank)).requires_grad_(True)
+    before = [*denoiser.t_embedder.parameters(), denoiser.t_embedding_norm.weight]
+    gradients = []
+    for trains in (True, False):
+        for name, parameter in denoiser.named_parameters():
+            if "adaln_modulation" in name:
+                parameter.requires_grad_(trains)
+        gradients.append(torch.autograd.grad(denoiser(*inputs()).square().mean(), before))
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        close(found, expected, 1e-5)
+
+
 def test_a_forward_under_inference_mode_does_not_spoil_a_later_training_step() -> None:
     denoiser = random_denoiser()
     parameters = adapt(denoiser)

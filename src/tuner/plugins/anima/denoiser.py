@@ -319,7 +319,8 @@ class Denoiser(nn.Module):
         """[blocks, 9, B, D] float32: (shift, 1 + scale, gate) of each sub-layer of each block."""
         stacks = self._adaln_stacks()
         if all(_is_frozen(linear) for stack in stacks for linear in stack):
-            with torch.no_grad():
+            # Its norm and, without AdaLN-LoRA, the time embedder may train while these are frozen.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and embedding.requires_grad):
                 flat = self._batched_adaln(embedding, stacks)
         else:
             flat = torch.stack([_run_chain(stack, embedding) for stack in stacks])
