@@ -237,6 +237,31 @@ def test_defaults_of_simpletuner_that_differ_are_written_out(tmp_path: Path) -> 
     assert result.options == 3
 
 
+@pytest.mark.parametrize(
+    ("family", "flavour", "repository"),
+    [
+        ("flux", "krea", "black-forest-labs/FLUX.1-Krea-dev"),
+        ("flux", "schnell", "black-forest-labs/FLUX.1-schnell"),
+        ("chroma", "hd", "lodestones/Chroma1-HD"),
+        ("sd3", "large", "stabilityai/stable-diffusion-3.5-large"),
+    ],
+)
+def test_a_flavour_of_simpletuner_chooses_the_repository(family, flavour, repository, tmp_path: Path) -> None:
+    result = backends(tmp_path, {"id": "a", "instance_data_dir": "a"}, model_family=family, model_flavour=flavour)
+    assert result.config["model"]["path"] == repository
+    assert status(result, "model_flavour") == "mapped"
+
+
+def test_a_flavour_of_simpletuner_that_is_not_known_leads_to_no_other_weights(tmp_path: Path) -> None:
+    folder = {"id": "a", "instance_data_dir": "a"}
+    result = backends(tmp_path, folder, model_family="flux", model_flavour="kontext")
+    assert "path" not in result.config["model"]
+    assert status(result, "model_flavour") == "not_applicable"
+    named = {"model_flavour": "kontext", "pretrained_model_name_or_path": "some/weights"}
+    result = backends(tmp_path, folder, model_family="flux", **named)
+    assert result.config["model"]["path"] == "some/weights"
+
+
 def test_schedules_of_simpletuner_are_explained(tmp_path: Path) -> None:
     result = backends(tmp_path, {"id": "a", "instance_data_dir": "a"}, lr_scheduler="cosine", lr_warmup_steps=50)
     assert result.config["schedule"] == {"name": "cosine", "warmup": 50}
