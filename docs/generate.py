@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -332,7 +332,8 @@ def cli_page() -> str:
 CLI_INTRO = """\
 `tuner` and `python -m tuner` are the same. `tuner --version` prints the version, `tuner COMMAND --help` the help.
 
-Exit codes: 0 done, 2 something has to be changed first (the message says what), 130 interrupted.
+Exit codes: 0 done, 2 something has to be changed first (the message says what), 3 done, but part of what was asked for
+is left out (`config import`), 130 interrupted.
 """
 
 
@@ -373,7 +374,108 @@ def _sentence(text: str | None) -> str:
     return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith(".") else ".")
 
 
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "hooks.md": hooks_page, "cli.md": cli_page}
+# --- options of other trainers ----------------------------------------------------------------------------------------
+
+IMPORT_INTRO = """\
+What `tuner config import` makes of each option. A key may be refused at the end because the rest of the configuration
+leaves it without effect, or because it is planned and not built: the report of an import has the last word.
+"""
+_SAMPLES: dict[str, tuple[Any, ...]] = {
+    "flag": (True,),
+    "int": (2,),
+    "float": (0.5,),
+    "list": (["0.5"],),
+    "literal": ([1] * 5, [1] * 6),
+}
+
+
+def sd_scripts_page() -> str:
+    """Every option of sd-scripts that an import knows."""
+    from tuner.core.importing.sd_scripts_data import OPTIONS, PLACES
+    from tuner.core.importing.sd_scripts_options import GENERAL, LAUNCHER
+
+    parts = [NOTE, "# Options of sd-scripts\n", IMPORT_INTRO, "## Of every script\n", *_option_table(GENERAL)]
+    parts += ["## Of a data set\n", "Also on a command line, where the levels say so. Where the data is: "]
+    parts[-1] += ", ".join(f"`{name}`" for name in PLACES) + ".\n"
+    parts.append("| Option | Levels | Here | Note |\n|---|---|---|---|")
+    for name, known in OPTIONS.items():
+        key = known.key.removeprefix("set.")
+        parts.append(f"| `{name}` | {', '.join(known.levels)} | {f'`{key}`' if key else ''} | {_cell(known.note)} |")
+    parts += ["", *_plugin_tables("sd-scripts"), "## Of the launcher\n", *_option_table(LAUNCHER)]
+    return "\n".join(parts)
+
+
+def simpletuner_page() -> str:
+    """Every option of SimpleTuner that an import knows."""
+    from tuner.core.importing.simpletuner_data import FIXED
+    from tuner.core.importing.simpletuner_options import ENV_NAMES, GENERAL
+
+    parts = [NOTE, "# Options of SimpleTuner\n", IMPORT_INTRO, "## Of every model\n", *_option_table(GENERAL)]
+    parts += ["## Of a data backend\n", "| Key | Note |\n|---|---|"]
+    for name, known in FIXED.items():
+        note = known if isinstance(known, str) else getattr(known, "why", "") or getattr(known, "note", "")
+        status = {"not_built": "not built: ", "not_applicable": "not applicable: "}.get(
+            getattr(known, "status", ""), ""
+        )
+        parts.append(f"| `{name}` | {status}{_cell(note) or 'taken over'} |")
+    parts += ["", *_plugin_tables("simpletuner"), "## Names in config.env\n"]
+    parts += ["Every name is its option in capitals, but for these:\n", "| Name | Option |\n|---|---|"]
+    parts += [f"| `{name}` | `{option}` |" for name, option in ENV_NAMES.items()]
+    return "\n".join([*parts, ""])
+
+
+def _plugin_tables(tool: str) -> Iterator[str]:
+    from tuner.core.importing.families import choices
+    from tuner.core.registry import Catalog
+
+    for choice in choices(Catalog(), tool):
+        names = ", ".join(f"`{name}`" for name in choice.family.names)
+        said = {"model.family": choice.model, **choice.family.settings}
+        yield f"## Of {choice.family.names[0].removesuffix('.py')}\n"
+        yield f"{names}: " + ", ".join(f"`{key}` = `{_json(value)}`" for key, value in said.items()) + ".\n"
+        yield from _option_table(choice.family.options)
+
+
+def _option_table(options: Iterable[Any]) -> Iterator[str]:
+    yield "| Option | Here | Default there | Note |\n|---|---|---|---|"
+    for option in options:
+        names = ", ".join(f"`{name}`" for name in option.names)
+        keys = ", ".join(f"`{key}`" for key in _keys_of(option))
+        status = {"not_built": "not built: ", "not_applicable": "not applicable: "}.get(option.refused, "")
+        words = [f"{status}{option.note}"] if option.note else []
+        words += [f"`{value}`: {made.why}" for value, made in option.values.items() if hasattr(made, "why")]
+        words += [f"only with `{option.needs[0]}`"] if option.needs else []
+        default = "" if option.default is None else f"`{_json(option.default)}`"
+        yield f"| {names} | {keys} | {default} | {_cell('; '.join(words))} |"
+    yield ""
+
+
+def _keys_of(option: Any) -> list[str]:
+    """The keys that an option may set; those of a conversion are found by trying it."""
+    if option.refused:
+        return []
+    if option.convert is None:
+        return [option.key] if option.key else []
+    found: dict[str, None] = {}
+    samples = _SAMPLES.get(option.kind, ("sigma_sqrt", "chroma", "single", "0-3", "rest=1", "2", "cosine", "bf16"))
+    for value in (*samples, option.default):
+        given = {"script.network": True, "loss_type": "huber", option.names[0]: value, "save_every_n_steps": 10}
+        given |= {"network_args.train_t5xxl": True, "max_train_epochs": 0, "*": option.names[0].replace("*", "name")}
+        try:
+            made = option.convert(value, given)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        found |= dict.fromkeys(getattr(made, "keys", None) or ())
+    return [key.removesuffix("[]") for key in found]
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "config.md": config_page,
+    "hooks.md": hooks_page,
+    "cli.md": cli_page,
+    "import-sd-scripts.md": sd_scripts_page,
+    "import-simpletuner.md": simpletuner_page,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

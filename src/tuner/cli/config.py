@@ -1,10 +1,11 @@
-"""Print the JSON Schema of configurations, or a configuration with every default written out."""
+"""Print the JSON Schema of configurations or a configuration with every default, or take over another trainer's."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from tuner.cli import config_import
 from tuner.cli.console import out, out_json
 from tuner.cli.settings import add_config_arguments, load
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schema.add_argument("--model", metavar="NAME", help="include the keys of this model")
     resolve = actions.add_parser("resolve", help="the configuration with every default; needs the model's files")
     add_config_arguments(resolve)
+    config_import.add_arguments(actions.add_parser("import", help=config_import.SUMMARY))
     parser.set_defaults(command="config resolve")
 
 
@@ -25,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tuner.core.registry import Catalog
 
     catalog = Catalog()
+    if arguments.action == "import":
+        return config_import.run(arguments, catalog)
     if arguments.action == "schema":
         return _schema(arguments.model, catalog)
     from tuner.core.config import resolved_text

@@ -18,13 +18,13 @@ COMMANDS = {
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
     "convert": "rewrite an adapter file in another format",
-    "config": "print the schema, or a configuration with every default",
+    "config": "print the schema or a configuration with every default, or import another trainer's",
     "plugins": "list, install, check and write models and extensions",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a problem that the user can fix, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):

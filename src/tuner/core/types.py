@@ -399,6 +399,7 @@ class ModelPlugin:
     that have adapter files but no run. count_tokens: (RunConfig) -> {tokenizer name: function of captions to token
     counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a
     published model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
+    importers: the ``Importers`` of ``tuner.core.config.foreign``, what other trainers call the options of this model.
     """
 
     name: str
@@ -412,6 +413,7 @@ class ModelPlugin:
     key_maps: str | None = None
     count_tokens: str | None = None
     public: str | None = None
+    importers: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

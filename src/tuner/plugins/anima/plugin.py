@@ -16,4 +16,5 @@ plugin = ModelPlugin(
     presets="tuner.plugins.anima.presets",
     key_maps="tuner.plugins.anima.names:MAPS",
     count_tokens="tuner.plugins.anima.sources:count_tokens",
+    importers="tuner.plugins.anima.importers:IMPORTERS",
 )

@@ -16,4 +16,5 @@ plugin = ModelPlugin(
     presets="tuner.plugins.flux.presets",
     key_maps="tuner.plugins.flux.names:MAPS",
     count_tokens="tuner.plugins.flux.sources:count_tokens",
+    importers="tuner.plugins.flux.importers:IMPORTERS",
 )

@@ -16,4 +16,5 @@ plugin = ModelPlugin(
     presets="tuner.plugins.sd3.presets",
     key_maps="tuner.plugins.sd3.names:MAPS",
     count_tokens="tuner.plugins.sd3.sources:count_tokens",
+    importers="tuner.plugins.sd3.importers:IMPORTERS",
 )

@@ -1,0 +1,222 @@
+"""How options of other trainers are declared for ``tuner config import``.
+
+Tables are plain data: the core has those that every model shares, a plugin those of its own model (the attribute that
+``ModelPlugin.importers`` names: program to ``ForeignFamily`` entries). Keys are dotted keys of a configuration here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Given = Mapping[str, Any]
+"""Every option of a source by its first name, read as its kind says; defaults of the other program are not in it."""
+
+Kind = Literal["flag", "int", "float", "text", "list", "literal", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What a value becomes that cannot be taken over: ``not_built`` features, or ``not_applicable`` settings."""
+
+    status: Literal["not_built", "not_applicable"]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Several keys that one option sets; ``note`` replaces the option's own. An empty ``keys`` sets nothing."""
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    changed: bool = False
+
+
+Convert = Callable[[Any, Given], "Settings | Refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignOption:
+    """One option of another program.
+
+    names: its spellings there, the first is shown; one that ends in ``.*`` takes every name that begins so.
+    key: the key that takes the value; ending in ``[]`` it is added to a list. Empty: nothing is written, ``note`` says
+    why. kind: how text is read. values: values that are called otherwise here, or refused. off: values that ask for
+    nothing. convert: for what is more than a name, called with the value and all options of the source.
+    changed: the value means something else here, ``note`` says what. refused: the option is never taken over, ``note``
+    says why. needs: option and values of it without which this one does nothing in the other program either.
+    default: the value that the other program uses when the option is absent, where this one would do otherwise.
+    """
+
+    names: tuple[str, ...]
+    key: str = ""
+    kind: Kind = "any"
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    off: tuple[Any, ...] = (None,)
+    convert: Convert | None = None
+    note: str = ""
+    changed: bool = False
+    refused: Literal["", "not_built", "not_applicable"] = ""
+    needs: tuple[str, tuple[Any, ...]] | None = None
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignFamily:
+    """What another program calls a model of this plugin.
+
+    names: scripts, or values of the option that names the model. modules: adapter modules that only this model has.
+    settings: keys that the choice sets. options: options of this model; they win over the shared ones of the same name.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[ForeignOption, ...] = ()
+
+
+Importers = Mapping[str, tuple[ForeignFamily, ...]]
+"""Program (``sd-scripts``, ``simpletuner``) to the models of one plugin."""
+
+
+def option(name: str, key: str = "", kind: Kind = "any", **rest: Any) -> ForeignOption:
+    """A row of a table; ``name`` may hold several spellings, separated by blanks."""
+    return ForeignOption(names=tuple(name.split()), key=key, kind=kind, **rest)
+
+
+def ignored(names: str, note: str, kind: Kind = "any") -> tuple[ForeignOption, ...]:
+    """Rows of options that have no counterpart, for one reason."""
+    return tuple(option(name, kind=kind, refused="not_applicable", note=note) for name in names.split())
+
+
+def unbuilt(
+    names: str, note: str, kind: Kind = "any", off: tuple[Any, ...] = (None, False, "")
+) -> tuple[ForeignOption, ...]:
+    """Rows of options that ask for something that this program does not have."""
+    return tuple(option(name, kind=kind, refused="not_built", note=note, off=off) for name in names.split())
+
+
+# --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------
+
+
+def trained_encoders(
+    given: Given, clips: tuple[str, ...], t5: str | None = None, *, cached_rest: bool = False
+) -> tuple[str, ...]:
+    """Text encoders that a LoRA script of sd-scripts trains: all of ``clips`` unless it is told otherwise.
+
+    cached_rest: the script leaves its encoder alone when encodings are cached.
+    """
+    cached = given.get("cache_text_encoder_outputs") or given.get("cache_text_encoder_outputs_to_disk")
+    if given.get("network_train_unet_only") or (cached_rest and cached):
+        return ()
+    return (*clips, *((t5,) if t5 and given.get("network_args.train_t5xxl") else ()))
+
+
+def encoder_options(
+    encoders: tuple[str, ...], clips: tuple[str, ...], t5: str | None = None, *, cached_rest: bool = False
+) -> tuple[ForeignOption, ...]:
+    """Rows about which text encoders train, at which rates; ``encoders`` in the order of ``text_encoder_lr``."""
+
+    def trained(given: Given) -> tuple[str, ...]:
+        return trained_encoders(given, clips, t5, cached_rest=cached_rest)
+
+    def components(value: Any, given: Given) -> Settings:
+        names = ("denoiser", *trained(given))
+        if len(names) == 1:
+            return Settings({}, "the denoiser alone trains here unless train.components says otherwise")
+        return Settings({"train.components": list(names)}, "text encoders train there unless they are switched off")
+
+    def text_only(value: Any, given: Given) -> Settings:
+        return Settings({"train.components": list(trained(given))} if value else {})
+
+    def rates(value: Any, given: Given) -> Settings | Refused:
+        values = value if isinstance(value, list) else [value]
+        rate = {name: float(values[min(i, len(values) - 1)]) for i, name in enumerate(encoders)}
+        kept = {f"optimizer.lr_by_component.{name}": rate[name] for name in trained(given)}
+        if not kept:
+            return Refused("not_applicable", "no text encoder trains")
+        return Settings(kept)
+
+    return (
+        option("network_train_unet_only", kind="flag", convert=components, default=False),
+        option("network_train_text_encoder_only", kind="flag", convert=text_only),
+        option("text_encoder_lr", kind="list", convert=rates),
+        option("network_args.train_t5xxl", kind="literal", note="part of train.components", off=(None, False))
+        if t5
+        else option("network_args.train_t5xxl", refused="not_applicable", note="this model has no T5 to train"),
+    )
+
+
+def rank_rules(names: Mapping[str, str]) -> tuple[ForeignOption, ...]:
+    """Rows for ranks by kind of layer: name in ``network_args`` to the name of the kind here."""
+
+    def rule(kind: str) -> Convert:
+        def convert(value: Any, given: Given) -> Settings:
+            return Settings({"network.rules[]": {"match": kind, "rank": int(value)}})
+
+        return convert
+
+    return tuple(option(f"network_args.{name}", kind="int", convert=rule(kind)) for name, kind in names.items())
+
+
+def outer_ranks(kinds: tuple[str, ...]) -> Convert:
+    """Conversion of a list of ranks for layers outside of the blocks, in the order of ``kinds``; 0 leaves one out."""
+
+    def convert(value: Any, given: Given) -> Settings | Refused:
+        ranks = [int(each) for each in (value if isinstance(value, list | tuple) else [value])]
+        if len(ranks) != len(kinds):
+            return Refused("not_applicable", f"it needs {len(kinds)} numbers, and sd-scripts refuses others as well")
+        chosen = [(kind, rank) for kind, rank in zip(kinds, ranks, strict=True) if rank > 0]
+        if not chosen:
+            return Settings({}, "all 0: none of them gets an adapter, as here")
+        rules = [{"match": kind, "rank": rank} for kind, rank in chosen]
+        return Settings({"network.include[]": [kind for kind, _ in chosen], "network.rules[]": rules})
+
+    return convert
+
+
+def block_choice(group: str) -> Convert:
+    """Conversion of ``all``, ``none`` or ``0,2,4-7`` for ``network.blocks.<group>``."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        text = str(value).strip()
+        if text == "all":
+            return Settings({}, "all blocks, as here")
+        if text == "none":
+            return Settings({f"network.blocks.{group}": "none"})
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return Settings({f"network.blocks.{group}": [part if "-" in part else int(part) for part in parts]})
+
+    return convert
+
+
+def split_pairs(key: str, kind: type) -> Convert:
+    """``pattern=value,...`` as network rules."""
+
+    def convert(value: Any, given: Given) -> Settings | Refused:
+        pairs = [part.strip().partition("=") for part in str(value).split(",") if part.strip()]
+        try:
+            rules = [{"match": match, key: kind(number)} for match, _, number in pairs]
+        except ValueError:
+            return Refused("not_applicable", "pairs have the form pattern=number, separated by commas")
+        return Settings({"network.rules[]": rules})
+
+    return convert
+
+
+def patterns(key: str, note: str = "") -> Convert:
+    def convert(value: Any, given: Given) -> Settings:
+        made = literal(value) if isinstance(value, str) else value
+        return Settings({key: list(made) if isinstance(made, list | tuple) else [str(made)]}, note)
+
+    return convert
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,207 @@
+"""Conversions of sd-scripts options that are more than another name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
+
+NETWORK = "script.network"
+"""Pseudo option: whether the script trains an adapter."""
+
+
+def lengths(value: Any, given: Given) -> Settings | Refused:
+    if given.get("max_train_epochs"):
+        return Settings({}, "max_train_epochs wins there")
+    return Settings({"train.steps": int(value)})
+
+
+def steps_or_share(key: str) -> Convert:
+    """A number of steps; below 1 it is a share of the run, and text may already be a percentage."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        text = str(value)
+        if text.endswith("%"):
+            return Settings({key: text})
+        number = float(text)
+        return Settings({key: f"{number * 100:g}%" if 0 < number < 1 else int(number)})
+
+    return convert
+
+
+def clip(value: Any, given: Given) -> Settings:
+    return Settings({"train.clip_grad": {"norm": float(value)} if float(value) > 0 else None})
+
+
+def network_only(key: str) -> Convert:
+    """A setting of adapters, which a script that trains the whole model does not have."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        return Settings({key: value} if given.get(NETWORK) else {})
+
+    return convert
+
+
+def rank(value: Any, given: Given) -> Settings:
+    if not given.get(NETWORK) or given.get("dim_from_weights"):
+        return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
+    return Settings({"network.rank": value})
+
+
+def alpha(value: Any, given: Given) -> Settings | Refused:
+    if not given.get(NETWORK):
+        return Settings({})
+    if given.get("dim_from_weights"):
+        return Refused("not_applicable", "network_weights decides")
+    if value == 0:
+        return Settings({}, "0 stands for the rank there, which is what is used without it here")
+    note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"
+    return Settings({"network.alpha": float(value)}, "" if "network_alpha" in given else note)
+
+
+_NETWORKS = {
+    "lora": None,
+    "loha": "loha",
+    "lokr": "lokr",
+    "oft": "oft",
+    "dylora": Refused("not_applicable", "adapters of changing rank are for other models"),
+}
+
+
+def network_module(value: Any, given: Given) -> Settings | Refused:
+    module = str(value)
+    if module.startswith("lycoris"):
+        return Settings({"network.lycoris": {"module": module}})
+    name = module.rpartition(".")[2].partition("_")[0]
+    if name not in _NETWORKS:
+        return Settings({"network.type": module})
+    kind = _NETWORKS[name]
+    if isinstance(kind, Refused):
+        return kind
+    return Settings({"network.type": kind} if kind else {}, "an adapter is what trains by default")
+
+
+def loraplus(value: Any, given: Given) -> Settings:
+    parts = ["denoiser"] if given.get("network_train_unet_only") else ["denoiser", "text_encoder"]
+    return Settings({f"optimizer.loraplus.{part}": float(value) for part in parts})
+
+
+def optimizer(value: Any, given: Given) -> Settings:
+    """The optimizer by name. Adafactor there adapts its own rate unless it is told otherwise."""
+    name = str(value)
+    made: dict[str, Any] = {"optimizer.name": _OPTIMIZERS.get(name.lower(), name)}
+    note, changed = "", False
+    if name.lower() == "adafactor":
+        made |= {
+            f"optimizer.args.{key}": True
+            for key in ("relative_step", "scale_parameter")
+            if f"optimizer_args.{key}" not in given
+        }
+        note = "relative_step and scale_parameter are on there unless they are given" if len(made) > 1 else ""
+        changed = len(made) > 1
+    return Settings(made, note, changed)
+
+
+_OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw8bit": "adamw8bit",
+    "pagedadamw": "paged_adamw",
+    "pagedadamw8bit": "paged_adamw8bit",
+    "pagedadamw32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "lion": "lion",
+    "lion8bit": "lion8bit",
+    "pagedlion8bit": "paged_lion8bit",
+    "sgdnesterov": "sgd_nesterov",
+    "sgdnesterov8bit": "sgd8bit",
+    "dadaptation": "dadaptation.experimental.DAdaptAdamPreprint",
+    "dadaptadampreprint": "dadaptation.experimental.DAdaptAdamPreprint",
+    "dadaptadagrad": "dadapt_adagrad",
+    "dadaptadam": "dadapt_adam",
+    "dadaptadan": "dadapt_adan",
+    "dadaptadanip": "dadaptation.experimental.DAdaptAdanIP",
+    "dadaptlion": "dadapt_lion",
+    "dadaptsgd": "dadapt_sgd",
+    "prodigy": "prodigy",
+    "adafactor": "adafactor",
+    "radamschedulefree": "radam_schedulefree",
+    "adamwschedulefree": "adamw_schedulefree",
+    "sgdschedulefree": "sgd_schedulefree",
+}
+
+
+def optimizer_argument(value: Any, given: Given) -> Settings:
+    name = str(given["*"]).partition(".")[2]
+    made = literal(value) if isinstance(value, str) else value
+    made = list(made) if isinstance(made, tuple) else made
+    named = name in ("betas", "weight_decay") or (name == "eps" and isinstance(made, int | float))
+    return Settings({f"optimizer.{name}" if named else f"optimizer.args.{name}": made})
+
+
+def keep_steps(value: Any, given: Given) -> Settings | Refused:
+    every = given.get("save_every_n_steps")
+    if not every:
+        return Refused("not_applicable", "without save_every_n_steps it does nothing there either")
+    kept = int(value) // int(every) + 1
+    return Settings({"checkpoint.keep_last": kept}, "a number of checkpoints here, not a span of steps", changed=True)
+
+
+def epoch_ratio(value: Any, given: Given) -> Settings | Refused:
+    epochs = given.get("max_train_epochs")
+    if not epochs:
+        return Refused("not_applicable", "the number of epochs is not known before the data is; use checkpoint.every")
+    return Settings({"checkpoint.every.epochs": max(1, int(epochs) // int(value))})
+
+
+def logging_dir(value: Any, given: Given) -> Settings:
+    made: dict[str, Any] = {"log.dir": value}
+    return Settings(made if given.get("log_with") else made | {"log.to": ["tensorboard"]})
+
+
+def swapped_pairs(value: Any, given: Given) -> Settings:
+    """Old names: double blocks count once, single blocks by half."""
+    double, single = (int(given.get(name) or 0) for name in ("double_blocks_to_swap", "single_blocks_to_swap"))
+    return Settings({"memory.swap_blocks": double + single // 2}, "double blocks plus half of the single blocks", True)
+
+
+def low_bits(value: Any, given: Given) -> Settings:
+    return Settings({"quantize.denoiser": "fp8_unscaled"}, "a plain cast, as there; 'fp8' with scales is more exact")
+
+
+def weights_dtype(name: str) -> Convert:
+    def convert(value: Any, given: Given) -> Settings:
+        if given.get(NETWORK):
+            return Settings({"precision.adapter": name})
+        if name == "bf16":
+            note = "weights are kept in precision.compute; here all updates are rounded at random, not only fused ones"
+            return Settings({"optimizer.rounding": "stochastic"}, note, changed=True)
+        return Settings({"precision.weights": name})
+
+    return convert
+
+
+def cached(key: str, disk: str) -> Convert:
+    """In memory, unless the option for the disk is given as well."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        return Settings({}, f"{disk} says more") if given.get(disk) else Settings({key: "memory"})
+
+    return convert
+
+
+def density(value: Any, given: Given) -> Settings | Refused:
+    """``weighting_scheme`` is two things: where levels are drawn, and how errors are weighted."""
+    sampling = given.get("timestep_sampling", given.get("script.timesteps"))
+    if value in ("logit_normal", "mode"):
+        if sampling == "sigma":
+            return Settings({"noise.density": value})
+        return Refused("not_applicable", "levels are drawn by weighting_scheme with timestep_sampling sigma only")
+    if value in ("sigma_sqrt", "cosmap"):
+        return Settings({"loss.weighting": value})
+    return Settings({}, "no weighting, as here")
+
+
+LR_SCHEDULERS: Mapping[str, Any] = {
+    "adafactor": Refused("not_applicable", "Adafactor with relative_step brings its own curve"),
+    "piecewise_constant": Refused("not_built", "rules of piecewise_constant are written as schedule.pieces here"),
+}

@@ -1,0 +1,308 @@
+"""The options that every model of bghira/SimpleTuner has, and what they are called here.
+
+Entries of data backends are in ``simpletuner_data``, options of one model in its plugin.
+"""
+
+from __future__ import annotations
+
+from tuner.core.config.foreign import Refused, Settings, ignored, option, unbuilt
+from tuner.core.importing import simpletuner_convert as to
+
+_TRACKED = ("report_to", ("wandb", "comet_ml", "all"))
+_UPLOADS = ("push_to_hub", (True,))
+_NO_BETAS = "it belongs to noise-prediction models with a schedule of betas"
+_OTHER_MODELS = "it belongs to other model families"
+_DEAD = "it does nothing for flow models there either"
+_ONE_STORE = "one store, found by content, holds everything encoded here"
+_VIDEO = "it aligns frames of a video"
+_EMA = ("use_ema", (True,))
+_EVAL = "it needs an evaluation data set; hold images out with validate.split"
+
+GENERAL = (
+    # model
+    option("model_type", "train.mode", "text"),
+    option("pretrained_transformer_model_name_or_path", "model.path", "text", off=(None, "")),
+    option("pretrained_transformer_subfolder", "model.subfolder", "text", off=(None, "", "transformer")),
+    option("pretrained_vae_model_name_or_path", "model.vae.path", "text", off=(None, "")),
+    option("revision", "model.revision", "text", off=(None, "")),
+    option("variant", "model.variant", "text", off=(None, "")),
+    option("cache_dir", "model.download_dir", "text", off=(None, ""), changed=True,
+           note="downloads only; encodings are in cache.dir"),
+    option("delete_model_after_load", "model.delete_downloads_after_load", "flag", off=(None, False)),
+    option("controlnet", "network.type", "flag", values={True: "controlnet"}, off=(None, False)),
+    option("controlnet_custom_config", "network.controlnet.config", off=(None, "")),
+    option("controlnet_model_name_or_path", "network.controlnet.path", off=(None, "")),
+    option("control", "model.control_channels", "flag", off=(None, False)),
+    option("tread_config", "model.token_routing"),
+    option("fuse_qkv_projections", "attention.fuse_qkv", "flag", off=(None, False)),
+    *ignored("prediction_type rescale_betas_zero_snr training_scheduler_timestep_spacing"
+             " inference_scheduler_timestep_spacing diff2flow_enabled diff2flow_loss", _NO_BETAS),
+    *ignored("pretrained_unet_model_name_or_path pretrained_unet_subfolder pretrained_gemma_model_name_or_path"
+             " refiner_training refiner_training_invert_schedule refiner_training_strength"
+             " sdxl_refiner_uses_full_range data_aesthetic_score custom_text_encoder_intermediary_layers"
+             " sana_complex_human_instruction hidream_use_load_balancing_loss hidream_load_balancing_loss_weight"
+             " ltx_train_mode ltx_i2v_prob ltx_partial_noise_fraction ltx_protect_first_frame framerate"
+             " validation_num_video_frames vae_enable_patch_conv unet_attention_slice enable_watermark", _OTHER_MODELS),
+    *ignored("i_know_what_i_am_doing", "there is no such switch: limits are lifted one by one", "flag"),
+    # text encoders
+    option("train_text_encoder", kind="flag", convert=to.text_trained, off=(None, False)),
+    option("text_encoder_lr", kind="float", convert=to.text_trained),
+    *ignored("fully_unload_text_encoder offload_during_startup", "text encoders are freed after caching", "flag"),
+    *ignored("text_encoder_4_precision", "no model here has four text encoders"),
+    option("save_text_encoder", "checkpoint.include", "flag", off=(None, False)),
+    option("text_encoder_limit", "train.stop_component_at", "int", off=(None, 100), needs=("train_text_encoder",
+                                                                                          (True,))),
+    option("freeze_encoder_strategy", "train.freeze", needs=("train_text_encoder", (True,))),
+    option("freeze_encoder_before", "train.freeze", needs=("train_text_encoder", (True,))),
+    option("freeze_encoder_after", "train.freeze", needs=("train_text_encoder", (True,))),
+    option("layer_freeze_strategy", "train.freeze", "text", off=(None, "none", "")),
+    # data, beside the backends
+    option("train_batch_size", "train.batch_size", "int", default=4),
+    option("data_backend_sampling", kind="text", values={
+        "uniform": Settings({"data.sampling": "uniform"}),
+        "auto-weighting": Settings({"data.sampling": "weighted"})}),
+    option("disable_bucket_pruning", "data.short_batches", "flag", values={True: "keep"}, off=(None, False)),
+    option("allow_dataset_oversubscription", "data.fill_small_buckets", "flag", off=(None, False)),
+    option("ignore_missing_files", "data.on_missing", "flag", values={True: "skip"}, off=(None, False)),
+    option("max_workers", "data.workers.scan", "int"),
+    option("aspect_bucket_worker_count", "data.workers.cache", "int"),
+    option("torch_num_threads", "train.cpu_threads", "int"),
+    option("dataloader_prefetch", "data.prefetch", "flag", values={True: Settings({}, "always on")},
+           off=(None, False)),
+    option("dataloader_prefetch_qlen", "data.prefetch", "int", needs=("dataloader_prefetch", (True,))),
+    option("vae_batch_size", "cache.vae_batch_size", "int"),
+    option("write_batch_size", note="encodings are written one by one"),
+    *ignored("delete_unwanted_images delete_problematic_images", "images are never deleted; they are left out and "
+             "listed", "flag"),
+    option("skip_file_discovery", refused="not_applicable", note="a scan costs one look per file",
+           off=(None, False, "")),
+    *ignored("preserve_data_backend_cache override_dataset_config aspect_bucket_disable_rebuild"
+             " vae_cache_scan_behaviour metadata_update_interval", _ONE_STORE),
+    option("vae_cache_ondemand", "cache.when", "flag", values={True: "on_demand"}, off=(None, False)),
+    option("vae_cache_disable", "cache.latents", "flag", values={True: "off"}, off=(None, False)),
+    option("compress_disk_cache", "cache.compress", "flag", off=(None, False)),
+    option("cache_dir_text", "cache.dir", "text", off=(None, "")),
+    option("cache_dir_vae", "cache.dir", "text", off=(None, "")),
+    *ignored("keep_vae_loaded", "the autoencoder is there when it is needed", "flag"),
+    *ignored("read_batch_size image_processing_batch_size enable_multiprocessing", "it is chosen here"),
+    *ignored("debug_aspect_buckets debug_dataset_loader print_filenames print_sampler_statistics",
+             "tuner check lists images and buckets"),
+    *unbuilt("enable_nsfw_check", "filters that look at what a picture shows"),
+    option("aws_max_pool_connections", "data.storage", "int", off=(None, 128)),
+    option("conditioning_multidataset_sampling", "data.conditioning.sampling"),
+    option("vae_dtype", "precision.vae", "text", off=(None, "default", "")),
+    option("vae_enable_tiling", "latents.tiling", "flag", off=(None, False)),
+    option("vae_enable_slicing", "latents.slicing", "flag", off=(None, False)),
+    # noise and loss
+    option("flow_schedule_shift", kind="float", convert=to.density, default=3.0),
+    option("flow_schedule_auto_shift", kind="flag", off=(None, False),
+           note="it counts there only with flow_schedule_shift 0"),
+    option("flow_sigmoid_scale", "noise.sigmoid_scale", "float"),
+    option("flow_use_uniform_schedule", kind="flag", off=(None, False), note="with flow_schedule_shift"),
+    option("flow_use_beta_schedule", kind="flag", off=(None, False), note="with flow_schedule_shift"),
+    option("flow_beta_schedule_alpha", kind="float", convert=to.beta),
+    option("flow_beta_schedule_beta", kind="float", convert=to.beta),
+    option("input_perturbation", "noise.input_perturbation.gamma", "float", off=(None, 0.0)),
+    option("input_perturbation_steps", "noise.input_perturbation.steps", "int", off=(None, 0)),
+    *ignored("snr_gamma offset_noise noise_offset noise_offset_probability timestep_bias_strategy timestep_bias_portion"
+             " timestep_bias_multiplier timestep_bias_begin timestep_bias_end disable_segmented_timestep_sampling"
+             " use_soft_min_snr soft_min_snr_sigma_data snr_weight", _DEAD),
+    option("scheduled_sampling_max_step_offset", "noise.rollout.max_offset", "int", off=(None, 0)),
+    *(option(f"scheduled_sampling_{name}", f"noise.rollout.{name}", needs=("scheduled_sampling_max_step_offset",
+                                                                          tuple(range(1, 1000)))) for name in (
+        "strategy", "probability", "prob_start", "prob_end", "ramp_steps", "start_step", "ramp_shape", "sampler",
+        "order", "reflexflow", "reflexflow_alpha", "reflexflow_beta1", "reflexflow_beta2")),
+    *unbuilt("distillation_method distillation_config", "distillation", off=(None, "", "none")),
+    option("loss_type", "loss.type", "text"),
+    option("huber_c", "loss.huber_c", "float", needs=("loss_type", ("huber", "smooth_l1"))),
+    option("huber_schedule", "loss.huber_schedule", "text", needs=("loss_type", ("huber", "smooth_l1")), changed=True,
+           note="snr has its noise ratio the wrong way round there"),
+    option("masked_loss_probability", "loss.mask.probability", "float"),
+    option("layersync_enabled", "loss.layersync.enabled", "flag", off=(None, False)),
+    *(option(f"layersync_{name}", f"loss.layersync.{name}", needs=("layersync_enabled", (True,)))
+      for name in ("student_block", "teacher_block", "lambda")),
+    option("crepa_enabled", refused="not_applicable", note=_VIDEO, off=(None, False)),
+    *ignored(" ".join(f"crepa_{name}" for name in (
+        "adjacent_distance", "adjacent_tau", "block_index", "cumulative_neighbors", "cutoff_step", "decay_steps",
+        "encoder_frames_batch_size", "encoder_image_size", "lambda", "lambda_end", "model", "normalize_by_frames",
+        "power", "scheduler", "similarity_ema_decay", "similarity_threshold", "spatial_align", "teacher_block_index",
+        "threshold_mode", "use_backbone_features", "warmup_steps")), _VIDEO),
+    # network
+    option("lora_type", kind="text", values={"standard": Settings({}, "LoRA, as here"),
+                                             "lycoris": Settings({"network.lycoris": {}})}),
+    option("lycoris_config", "network.lycoris.config", "text", needs=("lora_type", ("lycoris",))),
+    option("init_lokr_norm", "network.init_norm", "float", needs=("lora_type", ("lycoris",))),
+    option("lora_rank", kind="int", convert=to.lora_only("network.rank")),
+    option("lora_alpha", kind="float", convert=to.lora_only("network.alpha")),
+    option("lora_dropout", kind="float", convert=to.lora_only("network.dropout"), default=0.1, changed=True,
+           note="0.1 there unless it is given, on the input of an adapter; here between its two matrices"),
+    option("init_lora", "network.init_from", "text", off=(None, "")),
+    option("lora_init_type", "network.init", "text", off=(None, "default", "")),
+    option("use_dora", "network.type", "flag", values={True: "dora"}, off=(None, False)),
+    option("peft_lora_mode", "network.type", "text", off=(None, "standard")),
+    option("singlora_ramp_up_steps", "network.init", "int", needs=("peft_lora_mode", ("singlora",))),
+    option("peft_lora_target_modules", "network.targets", "list", changed=True,
+           note="names that end there are regular expressions of whole paths here: check them"),
+    option("slider_lora_target", "network.preset", "flag", values={True: Refused("not_built", "sliders")},
+           off=(None, False)),
+    option("lora_format", kind="text", convert=to.lora_only("checkpoint.format"), default="diffusers",
+           note="files there have the names of diffusers"),
+    # optimizer and schedule
+    option("learning_rate", "optimizer.lr", "float", default=4e-7),
+    option("optimizer", kind="text", convert=to.optimizer, default="adamw_bf16"),
+    option("optimizer_config", convert=to.optimizer_arguments, off=(None, "")),
+    option("adam_beta1 optimizer_beta1", kind="float", convert=to.betas),
+    option("adam_beta2 optimizer_beta2", kind="float", convert=to.betas),
+    option("adam_weight_decay", "optimizer.weight_decay", "float"),
+    option("adam_epsilon", "optimizer.eps", "float"),
+    option("prodigy_steps", "optimizer.args.steps", "int", off=(None, 0)),
+    option("lr_scale", "optimizer.lr_scale", "flag", values={True: "linear"}, off=(None, False)),
+    option("lr_scale_sqrt", "optimizer.lr_scale", "flag", values={True: "sqrt"}, off=(None, False)),
+    option("max_grad_norm", kind="float", convert=to.clip, default=2.0),
+    option("grad_clip_method", note="with max_grad_norm"),
+    option("fuse_optimizer", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
+    option("optimizer_release_gradients", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
+    option("optimizer_offload_gradients", "optimizer.offload", "flag", off=(None, False)),
+    option("optimizer_cpu_offload_method", "optimizer.offload", "text", off=(None, "none", "")),
+    option("gradient_precision", "precision.gradients", "text", off=(None, "unmodified")),
+    *ignored("set_grads_to_none", "always on", "flag"),
+    option("lr_scheduler", kind="text", convert=to.schedule),
+    option("lr_warmup_steps", kind="int", convert=to.warmup, off=(None, 0)),
+    option("lr_num_cycles", "schedule.cycles", "int"),
+    option("lr_power", kind="float", convert=to.power, default=0.8),
+    option("lr_end", kind="float", convert=to.end_rate, default=4e-7),
+    # length, precision, memory
+    option("max_train_steps", kind="int", convert=to.steps),
+    option("num_train_epochs", kind="int", convert=to.epochs, default=1),
+    *ignored("ignore_final_epochs strict_epoch_limit", "either steps or epochs end a run here", "flag"),
+    option("gradient_accumulation_steps", "train.accumulate", "int"),
+    option("gradient_checkpointing", "memory.checkpointing", "flag", values={True: "block", False: "off"},
+           default=True, note="on there unless it is switched off"),
+    option("gradient_checkpointing_interval", "memory.checkpoint_every", "int"),
+    option("seed", "train.seed", "int"),
+    *ignored("seed_for_each_device", "always so", "flag"),
+    option("mixed_precision", "precision.compute", "text", values={"no": "fp32"}),
+    option("base_model_default_dtype", "precision.frozen", "text", off=(None, "bf16")),
+    option("disable_tf32", "precision.tf32", "flag", values={True: False}, off=(None, False)),
+    option("base_model_precision", convert=to.low_bits("quantize.denoiser"), kind="text",
+           off=(None, "no_change", "")),
+    *ignored("quantize_via", "weights are quantized one at a time on the device where they stay"),
+    option("quantization_config", "quantize.args", off=(None, "")),
+    option("quantize_activations", "quantize.activations", "flag", off=(None, False), values={True: "int8"},
+           changed=True, note="checked against plain arithmetic before the run"),
+    option("musubi_blocks_to_swap", "memory.swap_blocks", "int", off=(None, 0), changed=True,
+           note="there it does nothing while gradients are on; here it works in training"),
+    *ignored("musubi_block_swap_device", "swapped blocks are in host memory"),
+    option("enable_group_offload", "memory.group_offload.enabled", "flag", off=(None, False)),
+    *(option(f"group_offload_{name}", f"memory.group_offload.{name}", needs=("enable_group_offload", (True,)))
+      for name in ("type", "blocks_per_group", "use_stream", "to_disk_path")),
+    option("ramtorch", "memory.stream_linear", "flag", off=(None, False)),
+    *(option(f"ramtorch_{name}", "memory.stream_linear", needs=("ramtorch", (True,)))
+      for name in ("target_modules", "text_encoder", "vae", "controlnet")),
+    option("accelerator_cache_clear_interval", "memory.empty_cache_every", "int"),
+    *ignored("offload_during_save", "tensors are always written one by one", "flag"),
+    option("attention_mechanism", "attention.backend", "text", off=(None, "diffusers"), values={
+        "flash-attn": "flash", "flash-attn-2": "flash", "flash-attn-3": "flash", "sageattention": "sage",
+        **dict.fromkeys(("native-efficient", "native-flash", "native-math"), "sdpa")}),
+    option("sageattention_usage", "attention.sample_backend", "text", needs=("attention_mechanism", (
+        "sageattention",))),
+    option("sla_config", "attention.args", needs=("attention_mechanism", ("sla",))),
+    option("dynamo_backend", "compile.backend", "text", off=(None, "no", "")),
+    *(option(f"dynamo_{name}", f"compile.{name}", off=(None, False, ""))
+      for name in ("mode", "fullgraph", "dynamic", "use_regional_compilation")),
+    # averages
+    option("use_ema", "ema.enabled", "flag"),
+    option("ema_decay", "ema.decay", "float", needs=_EMA, default=0.995),
+    option("ema_update_interval", "ema.every", "int", needs=_EMA),
+    option("ema_device", "ema.device", "text", needs=_EMA),
+    option("ema_cpu_only", "ema.device", "flag", values={True: "cpu"}, needs=_EMA, off=(None, False)),
+    option("ema_foreach_disable", "ema.foreach", "flag", values={True: False}, needs=_EMA, off=(None, False)),
+    option("ema_validation", "sample.weights", "text",
+           values={"none": "train", "ema_only": "ema", "comparison": "both"},
+           needs=_EMA, default="comparison"),
+    # outputs
+    option("output_dir", "checkpoint.dir", "text", default="output", note="every run has a folder"),
+    option("checkpoint_step_interval checkpointing_steps", "checkpoint.every.steps", "int", off=(None, 0), default=500),
+    option("checkpoint_epoch_interval", "checkpoint.every.epochs", "int", off=(None, 0)),
+    option("checkpoints_total_limit", "checkpoint.keep_last", "int", off=(None, 0), default=5),
+    option("checkpointing_rolling_steps", kind="int", convert=to.rolling),
+    option("checkpoints_rolling_total_limit", "checkpoint.rolling.keep", "int",
+           needs=("checkpointing_rolling_steps", tuple(range(1, 10000)))),
+    *ignored("delete_invalid_checkpoints", "files are checked when they are written, and never deleted", "flag"),
+    *ignored("checkpointing_use_tempdir", "files are always written under another name first", "flag"),
+    option("resume_from_checkpoint", kind="text", convert=to.resume, off=(None, "")),
+    option("modelspec_comment", "checkpoint.metadata.comment"),
+    option("post_checkpoint_script", "hooks.after_checkpoint", "text", off=(None, "")),
+    option("post_upload_script", "hooks.after_upload", "text", off=(None, "")),
+    # samples
+    option("validation_prompt", note="a line of sample.prompts"),
+    option("user_prompt_library", note="its prompts are lines of sample.prompts"),
+    *unbuilt("validation_prompt_library", "a built-in list of prompts; write your own into sample.prompts"),
+    option("num_validation_images", "sample.count", "int"),
+    option("validation_negative_prompt", "sample.negative", "text"),
+    option("validation_seed", "sample.seed", "int"),
+    *ignored("validation_randomize validation_seed_source", "seeds are fixed and drawn on the CPU, so that pictures "
+             "compare"),
+    option("validation_resolution", kind="text", convert=to.size),
+    option("validation_num_inference_steps", "sample.steps", "int"),
+    option("validation_steps validation_step_interval", "sample.every.steps", "int", off=(None, 0)),
+    option("validation_epoch_interval", "sample.every.epochs", "int", off=(None, 0)),
+    option("validation_on_startup", "sample.at_start", "flag"),
+    option("validation_disable", "sample.enabled", "flag", values={True: False, False: True}),
+    *ignored("validation_disable_unconditional", "no picture is made of the empty prompt here", "flag"),
+    *ignored("disable_benchmark", "a contact sheet begins with the base model, made once", "flag"),
+    option("validation_guidance_rescale", "sample.cfg_rescale", "float", off=(None, 0.0)),
+    option("validation_no_cfg_until_timestep", "sample.cfg_start", "int", off=(None, 0)),
+    option("validation_guidance_skip_layers", "sample.skip_layers"),
+    *(option(f"validation_guidance_{name}", "sample.skip_layers", needs=("validation_guidance_skip_layers", ()))
+      for name in ("skip_layers_start", "skip_layers_stop", "skip_scale")),
+    option("validation_noise_scheduler", "sample.sampler", "text", off=(None, "", "euler")),
+    option("validation_lycoris_strength", "sample.adapter_strength", "float", off=(None, 1.0)),
+    *(option(f"validation_adapter_{name}", "sample.adapters", off=(None, ""))
+      for name in ("path", "name", "strength", "mode", "config")),
+    option("validation_preview", "sample.preview_every", "flag", off=(None, False)),
+    option("validation_preview_steps", "sample.preview_every", "int", needs=("validation_preview", (True,))),
+    option("validation_method", "sample.command", "text", off=(None, "simpletuner-local")),
+    option("validation_external_script", "sample.command", "text", off=(None, "")),
+    option("validation_external_background", "sample.command", off=(None, False)),
+    option("validation_torch_compile", "sample.compile", "flag", off=(None, False)),
+    *unbuilt("validation_using_datasets validation_stitch_input_location", "pictures made from other pictures"),
+    # loss on held-out images
+    option("eval_steps_interval", "validate.every.steps", "int", off=(None, 0)),
+    option("eval_epoch_interval", "validate.every.epochs", off=(None, 0)),
+    *ignored("num_eval_images eval_timesteps eval_dataset_id eval_loss_disable", _EVAL),
+    option("eval_dataset_pooling", "validate.pool", "flag", off=(None, False)),
+    option("evaluation_type", "evaluate.clip", "text", off=(None, "none")),
+    option("pretrained_evaluation_model_name_or_path", "evaluate.model", "text", needs=("evaluation_type", ("clip",))),
+    # logging, publishing, launching
+    option("report_to", kind="text", convert=to.report_to, off=(None, "none", "")),
+    option("logging_dir", "log.dir", "text", off=(None, "")),
+    option("tracker_run_name", "log.run", "text", needs=_TRACKED),
+    option("tracker_project_name", "log.project", "text", needs=_TRACKED),
+    option("tracker_image_layout", "log.images", "text", needs=_TRACKED),
+    option("webhook_config", "webhook", off=(None, "")),
+    option("webhook_reporting_interval", "webhook.every_seconds", needs=("webhook_config", ())),
+    option("push_to_hub", "publish.hub.enabled", "flag", off=(None, False)),
+    option("push_checkpoints_to_hub", "publish.hub.checkpoints", "flag", off=(None, False)),
+    option("push_to_hub_background", "publish.hub.background", "flag", off=(None, False)),
+    option("hub_model_id", "publish.hub.repo", "text", needs=_UPLOADS),
+    option("model_card_private", "publish.card.private", needs=_UPLOADS),
+    option("model_card_safe_for_work", "publish.card.safe_for_work", needs=_UPLOADS),
+    option("model_card_note", "publish.card.note", needs=_UPLOADS),
+    option("publishing_config", "publish.targets", off=(None, "")),
+    option("num_processes", "distributed.processes", "int", off=(None, 1)),
+    option("num_machines", "distributed.machines", "int", off=(None, 1)),
+    option("offload_param_path", "distributed.deepspeed", off=(None, "")),
+    *ignored("local_rank accelerate_extra_args venv_path config_backend", "it belongs to the launcher"),
+)  # fmt: skip
+
+ENV_NAMES = {
+    "MODEL_NAME": "pretrained_model_name_or_path", "DATALOADER_CONFIG": "data_backend_config",
+    "MAX_NUM_STEPS": "max_train_steps", "NUM_EPOCHS": "num_train_epochs", "CHECKPOINTING_STEPS": "checkpointing_steps",
+    "CHECKPOINTING_LIMIT": "checkpoints_total_limit", "LR_SCHEDULE": "lr_scheduler", "TRAINING_SEED": "seed",
+    "TRACKER_NAME": "tracker_run_name", "TRACKER_PROJECT_NAME": "tracker_project_name",
+    "USE_GRADIENT_CHECKPOINTING": "gradient_checkpointing", "TRAINING_NUM_PROCESSES": "num_processes",
+    "TRAINING_NUM_MACHINES": "num_machines", "TRAINING_DYNAMO_BACKEND": "dynamo_backend",
+    "NEGATIVE_PROMPT": "validation_negative_prompt", "TRAIN_TEXT_ENCODER": "train_text_encoder",
+}  # fmt: skip
+"""Names of ``config.env`` that are not the option in capitals."""
