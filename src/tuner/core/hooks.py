@@ -126,8 +126,9 @@ def save(  # type: ignore[empty-body]
 ) -> list[Path]:
     """Write the trained tensors as safetensors in the configured format; returns the paths. Since 1.0. Model.
 
-    tensors: trained values by ``component:module path.part`` on the CPU, raw or EMA. metadata: allow-listed strings the
-    plugin may add its own keys to; no path, user name or secret may go in.
+    tensors: trained values by ``component:module path.part``, raw or EMA, on the CPU; those of a whole model are live
+    and on the devices where they train. metadata: allow-listed strings the plugin may add its own keys to; no path,
+    user name or secret may go in.
     """
 
 

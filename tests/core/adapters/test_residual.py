@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.core.adapters.test_kinds import randomize, run
 from tests.core.adapters.toy import FACTS, MAPS, WIDTH, toy_config, toy_models, toy_x
 from tuner.core.adapters.export import verify_export
-from tuner.core.adapters.files import save_adapter
+from tuner.core.adapters.files import read_adapter, save_adapter
+from tuner.core.adapters.formats import parts_of
 from tuner.core.adapters.lora import inject_lora, split_bases
 from tuner.core.adapters.merging import merge_into, read_addition
 from tuner.core.adapters.network import (
@@ -77,6 +78,24 @@ def test_its_file_does_to_the_original_weights_what_the_live_model_does(init, fa
     merge_into(half.denoiser, "denoiser", [read_addition(path, 0.5, MAPS, where="model.merge")])
     with adapter_strength(network, 0.5):
         torch.testing.assert_close(run(models), run(half), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_small_change_survives_the_dtype_of_the_file(init, dtype, tmp_path):
+    _, network = build(init)
+    with torch.no_grad():
+        for name, value in network_tensors(network).items():
+            if ".first_" not in name and value.ndim > 1:
+                value.add_(1e-3 * Rng(1, name).normal(tuple(value.shape)))
+    [layer] = [each for target, each in network.module.items() if target.path == "blocks.2.mlp.2"]
+    wanted = (layer.up @ layer.down - layer.first_up @ layer.first_down).detach() * layer.alpha / layer.rank
+    tensors = exported_tensors(network)
+    save_adapter(tensors, MAPS.formats[0], tmp_path / "a.safetensors", {}, dtype)
+    verify_export(tmp_path / "a.safetensors", tensors, MAPS)
+    found = parts_of(read_adapter(tmp_path / "a.safetensors", MAPS).tensors, "denoiser", "blocks.2.mlp.2")
+    change = found["up"].float() @ found["down"].float() * float(found["alpha"]) / len(found["down"])
+    assert (change - wanted).norm() < (0.01 if dtype == torch.bfloat16 else 1e-4) * wanted.norm()
 
 
 def test_in_bfloat16_it_starts_within_the_rounding_of_the_weights():

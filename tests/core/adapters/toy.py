@@ -48,6 +48,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+        # In rows of memory, as models have it: of other layouts torch may make another product than a flat one.
+        x = x.contiguous()
         for block in self.blocks:
             x = block(x)
         return self.head(x)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.core.config.samples import build, minimal, toy_facts
+from tuner.core.adapters.targets import select_targets
 from tuner.core.config import build_config, facts_problems, load_config, resolve_defaults, resolved_text
 from tuner.core.config.defaults import separable
 from tuner.core.types import Blocks, Field, LoraRules, NoiseDefaults
@@ -30,6 +31,17 @@ def test_every_default_of_the_model_is_filled_in() -> None:
     assert (config.precision.vae, config.precision.text_encoder) == ("fp32", {"text": "bf16"})
     assert config.text_encoder.max_tokens == {"text": 77}
     assert config.latents.posterior == "mode"
+
+
+def test_a_rule_with_a_rank_of_its_own_keeps_it_as_its_alpha() -> None:
+    rules = [{"match": "a.*", "rank": 4}, {"match": "b.*", "rank": 0}]
+    config = resolve_defaults(build(network={"rules": rules}), toy_facts(), formats=FORMATS)
+    paths = {"denoiser": ("a1", "b1", "c1")}
+    targets = {each.path: (each.rank, each.alpha) for each in select_targets(paths, config.network, toy_facts())}
+    assert targets == {"a1": (4, 4), "c1": (16, 16)}
+    config = resolve_defaults(build(network={"rules": rules, "alpha": 8}), toy_facts(), formats=FORMATS)
+    targets = {each.path: (each.rank, each.alpha) for each in select_targets(paths, config.network, toy_facts())}
+    assert targets == {"a1": (4, 8), "c1": (16, 8)}
 
 
 def test_bands_of_the_autoencoder_are_refused_where_they_would_do_nothing() -> None:

@@ -89,6 +89,18 @@ def test_alpha_rank_and_length_have_the_defaults_of_the_other_program() -> None:
     assert result.config["checkpoint"] == {"dir": "output", "format": "sd-scripts"}
 
 
+def test_whole_models_lose_no_updates_where_they_lose_none_there() -> None:
+    line = "accelerate launch --mixed_precision bf16 anima_train.py --learning_rate 1e-5 --output_dir out"
+    result = words(line)
+    assert result.config["optimizer"] == {"lr": 1e-5, "rounding": "kahan"}
+    assert row(result, "full_bf16").status == "changed"
+    assert words(f"{line} --full_bf16").config["optimizer"]["rounding"] == "stochastic"
+    assert "rounding" not in words(f"{line} --mixed_precision no").config["optimizer"]
+    free = words(f"{line} --optimizer_type AdamWScheduleFree")
+    assert "rounding" not in free.config["optimizer"]
+    assert "loses small updates" in row(free, "full_bf16").note
+
+
 def test_rows_are_as_many_as_options_and_none_is_lost() -> None:
     given = ("--network_args train_double_block_indices=0-3 single_dim=4 in_dims=[4,0,0,0,4] no_such=1"
              " --optimizer_type AdamW --optimizer_args weight_decay=0.1 betas=0.9,0.99 --learning_rat 3"

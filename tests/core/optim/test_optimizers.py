@@ -135,6 +135,8 @@ def test_lists_in_args_become_tuples() -> None:
         ("adamw", {"args": {"lr": 1.0}}, ["use optimizer.lr"]),
         ("adamw", {"weight_decay": 0.1, "args": {"weight_decay": 0.2}}, ["use optimizer.weight_decay"]),
         ("adafactor", {"args": {"warmup_init": True}}, ["refuses its settings", "warmup_init needs relative_step"]),
+        ("adamw", {"betas": (0.9, 0.99, 0.999)}, ["takes 2 betas, not 3", "optimizer.betas"]),
+        ("adamw", {"args": {"fused": True, "foreach": True}}, ["refuses its settings", "fused"]),
         ("adafactor", {"eps": 1e-8}, ["give them as args.eps"]),
         ("prodigy", {"lr": 1.0, "lr_by_component": {"text": 0.5}}, ["cannot train parts at different rates"]),
     ],

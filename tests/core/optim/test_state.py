@@ -109,13 +109,29 @@ def test_state_from_before_the_first_step_loads() -> None:
     load_optimizer_state(setup.optimizer, setup.names, tensors, data)
 
 
-def test_saved_tensors_do_not_follow_further_training() -> None:
+def test_saving_makes_no_copy_of_the_state() -> None:
     setup = Setup("adamw")
     setup.run(0, 1)
     tensors, _ = optimizer_state_tensors(setup.optimizer, setup.names)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    setup.run(1, 2)
-    assert same(tensors, before)
+    own = {value.data_ptr() for state in setup.optimizer.state.values() for value in state.values()}
+    assert {value.data_ptr() for value in tensors.values()} == own
+
+
+def test_offloaded_state_comes_back_to_host_memory() -> None:
+    saved = Setup("adamw-foreach")
+    saved.run(0, 2)
+    tensors, data = optimizer_state_tensors(saved.optimizer, saved.names)
+    elsewhere = Setup("adamw-foreach")
+    moved = {one: nn.Parameter(torch.empty_like(one, device="meta")) for one in elsewhere.names.values()}
+    elsewhere.names = {name: moved[parameter] for name, parameter in elsewhere.names.items()}
+    for group in elsewhere.optimizer.param_groups:
+        group["params"] = [moved[parameter] for parameter in group["params"]]
+    load_optimizer_state(elsewhere.optimizer, elsewhere.names, tensors, data, offloaded=True)
+    for parameter in elsewhere.names.values():
+        assert elsewhere.optimizer.state[parameter]["exp_avg"].device.type == "cpu"
+    load_optimizer_state(elsewhere.optimizer, elsewhere.names, tensors, data)
+    for parameter in elsewhere.names.values():
+        assert elsewhere.optimizer.state[parameter]["exp_avg"].device.type == "meta"
 
 
 def test_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:

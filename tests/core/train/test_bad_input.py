@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.core.data.pictures import picture
@@ -352,14 +351,14 @@ def test_a_read_only_folder_is_told(make_config, monkeypatch):
 
 
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(make_config, tmp_path, monkeypatch):
-    original = checkpoint_module.save_file
+    original = checkpoint_module.write_values
 
-    def save(tensors, path):
-        if "step-000004" in str(path):
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        original(tensors, path)
+    def write(value, file):
+        if "step-000004" in file.name:
+            full_disk()
+        original(value, file)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", save)
+    monkeypatch.setattr(checkpoint_module, "write_values", write)
     assert train(make_config(checkpoint__every=2, checkpoint__state="every")).reason == "finished"
     folder = RunFolder(tmp_path / "out", "out")
     assert [path.name for path in list_checkpoints(folder)] == ["step-000002", "step-000006", "step-000007"]

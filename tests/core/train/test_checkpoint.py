@@ -51,6 +51,23 @@ def test_a_state_reads_back_as_it_was_written(folder):
     assert torch.equal(state.tensors["a"], make_state(10).tensors["a"])
 
 
+def test_tensors_of_every_type_and_size_read_back(tmp_path):
+    types = (torch.uint8, torch.float32, torch.bool, torch.bfloat16, torch.int64, torch.float64, torch.float8_e4m3fn)
+    tensors = {f"{number}": torch.arange(3 + number).to(dtype) for number, dtype in enumerate(types)}
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "turned": torch.arange(6.0).view(2, 3).t()}
+    write_state(tmp_path, State(position=make_state(1).position, tensors=tensors, scalars={}))
+    found = read_state(tmp_path).tensors
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name].double(), value.double())
+
+
+def test_a_type_that_no_file_has_is_refused(tmp_path):
+    state = State(position=make_state(1).position, tensors={"a": torch.zeros(2, dtype=torch.complex64)}, scalars={})
+    with pytest.raises(UsageError, match="complex64"):
+        write_state(tmp_path, state)
+
+
 @pytest.mark.parametrize("name", [STATE_JSON, STATE_TENSORS])
 def test_a_flipped_bit_is_noticed(folder, name):
     write(folder, 10)

@@ -50,6 +50,14 @@ def merged_run(make_config, *entries: tuple[Path, float], **changes: Any):
     return open_run(make_config(model__merge=[{"path": str(p), "strength": s} for p, s in entries], **changes))
 
 
+def test_a_merge_into_what_no_file_of_a_full_training_holds_is_told(make_config, adapter, caplog):
+    path = adapter(["denoiser", "llm_adapter"], rank=2)
+    run = merged_run(make_config, (path, 1.0), train__mode="full", network={})
+    load_components(run, ["denoiser", "llm_adapter"], CPU)
+    assert "llm_adapter does not train, so what is merged into it" in caplog.text
+    assert "denoiser does not train" not in caplog.text
+
+
 def test_every_weight_is_the_sum_rounded_once_and_others_stay(make_config, adapter):
     one, two = adapter(EVERYTHING, rank=4), adapter(rank=2, targets=[r".*mlp.*"])
     precision = {"compute": "bf16", "text_encoder": {"qwen3": "fp32", "llm_adapter": "bf16"}}

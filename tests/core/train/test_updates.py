@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tuner.core.errors import UsageError
+from tuner.core.optim import FusedUpdate
+from tuner.core.registry import open_run
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
 
@@ -41,6 +43,21 @@ def test_fused_updates_train_the_same_and_go_on_exactly(make_config, tmp_path, f
     before, after = load_file(expected), load_file(path)
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_gradients_of_one_block_at_a_time_are_in_memory(make_config, monkeypatch):
+    most, original = [0], FusedUpdate._apply
+
+    def apply(self, parameters):
+        most.append(sum(parameter.grad.numel() for parameter in self.update.name_of if parameter.grad is not None))
+        original(self, parameters)
+
+    monkeypatch.setattr(FusedUpdate, "_apply", apply)
+    options = {"optimizer": {"lr": 1e-3, "fuse": "block"}, "network": {}, "memory__checkpointing": "block"}
+    train(make_config(train__mode="full", train__steps=1, **options, **FREE))
+    run = open_run(make_config(train__mode="full", network={}))
+    [block, *others] = run.model.load_models(["denoiser"]).denoiser.blocks
+    assert others and max(most) <= sum(parameter.numel() for parameter in block.parameters())
 
 
 def test_rounding_state_in_host_memory_and_a_bfloat16_adapter_go_on_exactly(make_config, tmp_path):

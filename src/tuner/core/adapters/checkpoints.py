@@ -18,7 +18,7 @@ from torch import Tensor
 from tuner.core.adapters.files import header_bytes
 from tuner.core.atomic import atomic_path
 from tuner.core.compute.dtypes import dtype_by_name
-from tuner.core.compute.weights import read_tensors
+from tuner.core.compute.weights import read_tensors, write_values
 from tuner.core.errors import UsageError
 from tuner.core.files import DTYPE_BYTES, TensorInfo, safetensors_header
 
@@ -149,7 +149,7 @@ def _write(
                     raise UsageError(
                         f"{key} has shape {info.shape} in the loaded file and {tuple(value.shape)} now", where=str(path)
                     )
-                value.view(-1).view(torch.uint8).numpy().tofile(target)
+                write_values(value, target)
             else:
                 _copy(info, target)
 

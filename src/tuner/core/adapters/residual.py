@@ -7,7 +7,8 @@ and rows of its QR factors. LoftQ (Li et al. 2023, one round): the principal dir
 W - Q(W), so that the sum is closer to W than Q(W) is; here W stays, and is quantized later.
 
 B0 and A0 are kept: at strength 0 a layer computes with them, which is the base model, and a file for other programs,
-whose base is W, holds the difference c (B A - B0 A0) as one adapter of twice the rank.
+whose base is W, holds the difference c (B A - B0 A0) as one adapter of twice the rank. It is written as
+c ((B - B0) A + B0 (A - A0)): rounded to few bits, the two large products would not cancel any more.
 """
 
 from __future__ import annotations
@@ -182,8 +183,9 @@ class ResidualLayer(LoraLayer):
 
     def exported(self) -> list[dict[str, Tensor]]:
         """The change of the original weight: one low-rank product of twice the rank with the same scale."""
-        down = torch.cat([self.down.detach(), self.first_down])
-        up = torch.cat([self.up.detach(), -self.first_up], dim=1)
+        trained_down, trained_up = self.down.detach().float(), self.up.detach().float()
+        down = torch.cat([trained_down, trained_down - self.first_down])
+        up = torch.cat([trained_up - self.first_up, self.first_up], dim=1)
         alpha = torch.tensor(2 * self.alpha, dtype=torch.float32)
         return [{"down": down.clone(), "up": rows.clone(), "alpha": alpha} for rows in torch.split(up, list(self.rows))]
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "weights"
+"""Kind of a network that is the model's own weights; ``full`` is an adapter."""
 BASE = "base"
 """The group of parameters that no pattern of the facts names."""
 BITFIT = "bitfit"
@@ -105,7 +107,7 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
         )
     if not groups:
         raise UsageError("everything is frozen", where="train.freeze", fix="leave something to train")
-    return Network(module=WeightsNetwork(names), param_groups=groups, kind="full")
+    return Network(module=WeightsNetwork(names), param_groups=groups, kind=WEIGHTS)
 
 
 def group_of(facts: ModelFacts, name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ def read_tensors(header: WeightHeader, *, mmap: bool = True) -> Iterator[tuple[s
             yield from ((name, torch.empty(info.shape, dtype=FILE_DTYPES[info.dtype])) for name, info in entries)
             continue
         yield from _mapped(path, entries) if mmap else _read(path, entries)
+
+
+def write_values(value: Tensor, target: BinaryIO) -> None:
+    """The values of a tensor as a weight file holds them; one that lies on the CPU is not copied. OSErrors (disk full)
+    pass through."""
+    target.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _mapped(path: Path, entries: list[tuple[str, TensorInfo]]) -> Iterator[tuple[str, Tensor]]:

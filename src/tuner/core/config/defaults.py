@@ -39,10 +39,6 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         name: precision.compute if name in config.train.components else frozen_text for name in facts.text_components
     }
     full = config.train.mode == "full"
-    alpha = config.network.alpha
-    ranked = not full and has_rank(config.network)
-    if alpha is None and ranked and isinstance(config.network.rank, int) and config.network.rank > 0:
-        alpha = float(config.network.rank)
     return _with(
         config,
         model=_with(config.model, flavour=config.model.flavour or facts.flavour or None),
@@ -51,7 +47,7 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
         noise=config.noise.resolved(facts.noise),
         loss=_with(config.loss, target=_loss_target(config, facts)),
         guidance=_with(config.guidance, embedded=_embedded(config, facts)),
-        network=_spelled_out(_with(config.network, alpha=alpha), facts.lora.kinds),
+        network=_spelled_out(_with(config.network, alpha=_alpha(config)), facts.lora.kinds),
         precision=_with(
             precision,
             vae=precision.vae or _SHORT.get(facts.dtypes.vae, "fp32"),
@@ -75,6 +71,15 @@ def resolve_defaults(config: RunConfig, facts: ModelFacts, *, formats: Iterable[
             config.validation, seed=config.train.seed if config.validation.seed is None else config.validation.seed
         ),
     )
+
+
+def _alpha(config: RunConfig) -> float | None:
+    """The rank, where alpha is left out and all modules have that rank; where rules set others, each keeps its own."""
+    network = config.network
+    if network.alpha is not None or config.train.mode == "full" or not has_rank(network):
+        return network.alpha
+    one_rank = all(rule.rank in (None, 0) for rule in network.rules)
+    return float(network.rank) if one_rank and isinstance(network.rank, int) and network.rank > 0 else None
 
 
 def _spelled_out(network: NetworkConfig, kinds: Mapping[str, str]) -> NetworkConfig:

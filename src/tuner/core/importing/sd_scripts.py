@@ -85,6 +85,7 @@ def _import(
     _data(into, given, data, base, needed=not only_data)
     _caches(into, values)
     if not only_data:
+        _whole_weights(into)
         _prompts(into, base)
         return finish(TOOL, into, schema_of(catalog, choice))
     # A data section says nothing about caches: the run that includes it has to.
@@ -183,6 +184,21 @@ def _data(into: Translation, given: Sequence[Given], data: Document | None, base
         write_sets(into, DataImport(into, line).folders(folders))
     elif needed:
         write_sets(into, DataImport(into, line, known=False).placeholder(file))
+
+
+def _whole_weights(into: Translation) -> None:
+    """Whole models keep their weights in float32 there, unless told otherwise; here in ``precision.compute``."""
+    train, precision, optimizer = (into.config.get(name, {}) for name in ("train", "precision", "optimizer"))
+    if train.get("mode") != "full" or precision.get("compute") != "bf16" or "rounding" in optimizer:
+        return
+    note = "weights stay in float32 there and train in bfloat16 here; "
+    if "schedulefree" in str(optimizer.get("name")):
+        settings = {}
+        note += "this optimizer loses small updates so: set precision.compute to fp32, or change it"
+    else:
+        settings = {"optimizer.rounding": "kahan"}
+        note += "what rounding takes away is kept beside them"
+    into.add(Given("full_bf16", False, "default"), "changed", note, settings)
 
 
 def _caches(into: Translation, values: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def build_optimizer(
         _check_own_rate(config, groups)
     try:
         optimizer = factory(groups, lr=config.lr, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"the optimizer {config.name!r} refuses its settings", where="optimizer", why=str(error)
         ) from error
@@ -143,6 +143,10 @@ def _options(config: OptimizerConfig, factory: Factory) -> dict[str, Any]:
         if key not in known and not free:
             raise UsageError(f"the optimizer {config.name!r} takes no {key}", where=f"optimizer.{key}",
                              why=f"it takes {', '.join(known)}")  # fmt: skip
+    own = parameters["betas"].default if "betas" in parameters else None
+    if "betas" in named and isinstance(own, tuple) and len(own) != len(named["betas"]):
+        raise UsageError(f"the optimizer {config.name!r} takes {len(own)} betas, not {len(named['betas'])}",
+                         where="optimizer.betas", fix=f"write {len(own)} numbers; its own are {list(own)}")  # fmt: skip
     entry = BUILTIN.get(config.name.lower())
     fixed = dict(entry.fixed) if entry is not None else {}
     for key in config.args:

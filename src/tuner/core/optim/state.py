@@ -18,7 +18,7 @@ from tuner.core.errors import UsageError
 def optimizer_state_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU by ``parameter name/state key``, everything else as JSON-able data).
+    """(live tensors by ``parameter name/state key``, everything else as JSON-able data).
 
     names: every trained parameter by a name that is stable over runs. Schedule-free optimizers must be in training
     mode, as they are outside `eval_weights`. Raises UsageError for state that is neither tensors nor plain values.
@@ -42,11 +42,13 @@ def load_optimizer_state(
     names: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Any],
+    *,
+    offloaded: bool = False,
 ) -> None:
     """Put back what `optimizer_state_tensors` returned, into an optimizer built from the same configuration.
 
-    Raises UsageError when the kind of optimizer, a group, a parameter, a shape or a tensor differs; then nothing was
-    changed.
+    offloaded: the state of parameters lives in host memory between updates (``optimizer.offload``). Raises UsageError
+    when the kind of optimizer, a group, a parameter, a shape or a tensor differs; then nothing was changed.
     """
     if data["optimizer"] != type(optimizer).__name__:
         raise _differs(f"it is from {data['optimizer']}, this run uses {type(optimizer).__name__}")
@@ -65,8 +67,9 @@ def load_optimizer_state(
         values.append(_unpack(saved["values"], tensors, used, group["params"][0].device))
         for name, parameter in zip(members, group["params"], strict=True):
             if name in data["states"]:
-                state = _unpack(data["states"][name], tensors, used, parameter.device)
-                states.append((parameter, _place(state, parameter, group, name)))
+                home = torch.device("cpu") if offloaded else parameter.device
+                state = _unpack(data["states"][name], tensors, used, home)
+                states.append((parameter, _place(state, parameter, group, name, home)))
     unused = sorted(set(tensors) - used)
     if unused:
         raise _differs(f"it holds tensors that nothing asks for, for example {unused[0]}")
@@ -113,8 +116,7 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if is_traceable_wrapper_subclass(value):
         return {"wrapper": _encode_wrapper(value, path, tensors)}
     if isinstance(value, Tensor):
-        # a copy: the caller may write the file while training goes on
-        tensors[path] = value.detach().cpu().clone().contiguous()
+        tensors[path] = value.detach()
         return {"tensor": path, "cpu": value.device.type == "cpu"}
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -194,15 +196,17 @@ _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")
 """State that has its parameter's shape in every optimizer that uses these names."""
 
 
-def _place(state: dict[str, Any], parameter: nn.Parameter, group: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Tensors on the device where the optimizer expects them: step counters may have to stay on the CPU."""
+def _place(
+    state: dict[str, Any], parameter: nn.Parameter, group: Mapping[str, Any], name: str, home: torch.device
+) -> dict[str, Any]:
+    """Tensors on the device where they are expected, ``home`` or that of step counters, which may be the CPU."""
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
         if key in _SHAPED and value.shape != parameter.shape:
             raise _differs(f"{name} has shape {tuple(parameter.shape)} here and {tuple(value.shape)} there")
         stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-        state[key] = value if stays else value.to(parameter.device)
+        state[key] = value if stays else value.to(home if value.ndim else parameter.device)
     return state
 
 

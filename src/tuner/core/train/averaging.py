@@ -13,6 +13,7 @@ from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.lora import with_own_alphas
 from tuner.core.adapters.network import load_network_tensors, network_tensors
+from tuner.core.adapters.weights import WEIGHTS
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import is_schedule_free
@@ -48,7 +49,7 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
     """Set the average to the adapter, or the model's weights, in ``path``. UsageError when they have another shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
     try:
-        if network.kind == "full":
+        if network.kind == WEIGHTS:
             tensors = _read_weights(network, config, facts, path)
         else:
             tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tuner.core.adapters.files import header_bytes
 from tuner.core.atomic import sync_file, sync_folder, write_json
+from tuner.core.compute.weights import FILE_DTYPES, write_values
 from tuner.core.errors import UsageError
 from tuner.core.train.folder import RunFolder
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 STATE_TENSORS = "state.safetensors"
 STATE_JSON = "state.json"
 FORMAT = 1
+DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +55,9 @@ class State:
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write both state files into ``folder``. OSErrors pass through."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    """Write both state files into ``folder``, tensor by tensor. OSErrors pass through."""
     path = folder / STATE_TENSORS
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # The library words what the system said, a full disk for example, as an error of its own.
-        told = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
-        if told is None:
-            raise
-        raise OSError(int(told[2]), told[1], str(path)) from error
+    _write_tensors(path, state.tensors)
     sync_file(path)
     document = {
         "format": FORMAT,
@@ -73,6 +67,26 @@ def write_state(folder: Path, state: State) -> None:
     }
     document["blake2b"] = _document_digest(document)
     write_json(folder / STATE_JSON, document)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file. Tensors are fetched from their devices one by one: there may be no room for all of them."""
+    # Wide values first, as the library does it, so that all of them are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, object] = {}
+    start = 0
+    for name in names:
+        value = tensors[name]
+        if value.dtype not in DTYPE_NAMES:
+            raise UsageError("the state of this run cannot be saved", where=name, why=f"it is of type {value.dtype}",
+                             fix="choose another optimizer, or set checkpoint.state to 'none'")  # fmt: skip
+        stop = start + value.numel() * value.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[value.dtype], "shape": [*value.shape], "data_offsets": [start, stop]}
+        start = stop
+    with path.open("wb") as file:
+        file.write(header_bytes(entries, {}))
+        for name in names:
+            write_values(tensors[name], file)
 
 
 def read_state(folder: Path) -> State:

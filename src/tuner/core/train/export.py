@@ -15,6 +15,7 @@ from tuner.core.adapters.checkpoints import (
 from tuner.core.adapters.export import Verified, verify_export
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.network import exported_tensors
+from tuner.core.adapters.weights import WEIGHTS
 from tuner.core.train.metadata import export_metadata
 
 if TYPE_CHECKING:
@@ -57,12 +58,16 @@ def export(
     )
     if run.config.checkpoint.metadata.embed:
         metadata |= run.extensions.extra_metadata(metadata)
-    tensors = {key: value.cpu() for key, value in exported_tensors(network).items()}
+    whole = network.kind == WEIGHTS
+    tensors = exported_tensors(network)
+    if not whole:
+        # A whole model stays where it is: its values are fetched one by one as they are written.
+        tensors = {key: value.cpu() for key, value in tensors.items()}
     files = run.model.save(network, tensors, path, metadata)
-    stored = stored_files(run.config, run.facts) if network.kind == "full" else ()
+    stored = stored_files(run.config, run.facts) if whole else ()
     for number, file in enumerate(files):
         verified: Verified | VerifiedCheckpoint
-        if network.kind == "full":
+        if whole:
             verified = verify_checkpoint(file, tensors, stored[number], checkpoint_dtype(run.config))
         else:
             verified = verify_export(file, tensors, key_maps(run.facts))

@@ -54,6 +54,8 @@ def merge_adapters(run: Run, models: Models, components: Collection[str]) -> Non
         count = merge_into(module, name, additions)
         if count:
             log.info("%s: adapters are merged into %d weights", name, count)
+        if count and run.config.train.mode == "full" and name not in run.config.train.components:
+            log.warning("%s does not train, so what is merged into it is in none of the written files", name)
 
 
 def merged_identities(run: Run) -> dict[str, list[str]]:

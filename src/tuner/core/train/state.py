@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True, kw_only=True)
 class RunState:
     """The parts of a run whose values a checkpoint holds. names: trained parameters by name. base_losses: of the
-    held-out images, by the base model, where it is gone once weights have trained.
+    held-out images, by the base model, where it is gone once weights have trained. offloaded: the optimizer's state
+    lives in host memory.
     """
 
     network: Network
@@ -38,6 +39,7 @@ class RunState:
     average: LossAverage
     ledger: Ledger
     base_losses: list[list[float]] | None = None
+    offloaded: bool = False
 
     def capture(self, position: Position) -> State:
         """The present values; tensors are live, so write them before the next update."""
@@ -62,7 +64,11 @@ class RunState:
         """Take up the values of ``state`` in place; UsageError when they belong to another network or optimizer."""
         load_network_tensors(self.network, network_part(state))
         load_optimizer_state(
-            self.optimizer, dict(self.names), _below(state.tensors, "optimizer/"), state.scalars["optimizer"]
+            self.optimizer,
+            dict(self.names),
+            _below(state.tensors, "optimizer/"),
+            state.scalars["optimizer"],
+            offloaded=self.offloaded,
         )
         if self.ema is not None:
             self.ema.load(_below(state.tensors, "ema/"))

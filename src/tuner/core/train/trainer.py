@@ -99,6 +99,7 @@ class Trainer:
             ema=self.ema,
             average=self.average,
             ledger=self.ledger,
+            offloaded=self.config.optimizer.offload,
         )
         self.loader = caches.data.loader()
         self.bar: Progress | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ def build_update(
 
 
 def _blocks(network: Network, facts: ModelFacts, trained: object) -> list[list[nn.Parameter]]:
-    """The trained parameters of each block of the denoiser."""
+    """The trained parameters of each block of the denoiser, but for those that are used outside of it: their gradients
+    come last, and all of a block would wait for them."""
     assert isinstance(trained, dict)
     units: dict[str, list[nn.Parameter]] = {}
     for group in network.param_groups:
@@ -86,5 +88,7 @@ def _blocks(network: Network, facts: ModelFacts, trained: object) -> list[list[n
 def _block_of(path: str, facts: ModelFacts) -> str | None:
     for blocks in facts.block_lists:
         if path.startswith(f"{blocks.path}."):
-            return f"{blocks.path}.{path.removeprefix(f'{blocks.path}.').partition('.')[0]}"
+            number, _, name = path.removeprefix(f"{blocks.path}.").partition(".")
+            outside = any(re.fullmatch(pattern, name) for pattern in blocks.outside)
+            return None if outside else f"{blocks.path}.{number}"
     return None
