@@ -128,7 +128,7 @@ class ParamGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """The trainable part of a run. ``kind`` is ``lora`` for the built-in adapter."""
+    """The trainable part of a run. kind: ``network.type``, or ``weights`` where the model's own train."""
 
     module: nn.Module
     param_groups: list[ParamGroup]

@@ -105,7 +105,7 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
         )
     if not groups:
         raise UsageError("everything is frozen", where="train.freeze", fix="leave something to train")
-    return Network(module=WeightsNetwork(names), param_groups=groups, kind="full")
+    return Network(module=WeightsNetwork(names), param_groups=groups, kind="weights")
 
 
 def group_of(facts: ModelFacts, name: str) -> str:

@@ -48,7 +48,7 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
     """Set the average to the adapter, or the model's weights, in ``path``. UsageError when they have another shape."""
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
     try:
-        if network.kind == "full":
+        if config.train.mode == "full":
             tensors = _read_weights(network, config, facts, path)
         else:
             tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)

@@ -59,10 +59,11 @@ def export(
         metadata |= run.extensions.extra_metadata(metadata)
     tensors = {key: value.cpu() for key, value in exported_tensors(network).items()}
     files = run.model.save(network, tensors, path, metadata)
-    stored = stored_files(run.config, run.facts) if network.kind == "full" else ()
+    whole = run.config.train.mode == "full"
+    stored = stored_files(run.config, run.facts) if whole else ()
     for number, file in enumerate(files):
         verified: Verified | VerifiedCheckpoint
-        if network.kind == "full":
+        if whole:
             verified = verify_checkpoint(file, tensors, stored[number], checkpoint_dtype(run.config))
         else:
             verified = verify_export(file, tensors, key_maps(run.facts))
