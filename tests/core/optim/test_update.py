@@ -57,7 +57,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "sgd_nesterov"]
+SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "adam", "adagrad", "sgd_nesterov"]
 
 
 @pytest.mark.parametrize("name", SEPARATE)

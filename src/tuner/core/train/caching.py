@@ -13,6 +13,7 @@ from torch import Tensor
 from tuner.core.data.prepare import open_caches
 from tuner.core.data.text_cache import cached_fields
 from tuner.core.track.progress import Progress
+from tuner.core.train.device import empty_cache
 from tuner.core.train.merging import merged_identities
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
 from tuner.core.train.quantizing import load_components
@@ -105,10 +106,9 @@ class Caches:
                     done = now
 
                 fill(tick)
-        # The encoder went with the call that loaded it; its memory should too.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # The encoder went with the call that loaded it; its memory should too.
+            gc.collect()
+            empty_cache(self.device)
         if self.events is not None:
             seconds = time.monotonic() - started
             self.events.emit("stage", name=name, state="end", items=missing, seconds=seconds)
