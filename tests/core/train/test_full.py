@@ -164,7 +164,6 @@ def test_a_file_that_does_not_say_what_was_trained_is_noticed(make_config, monke
     [
         ({"network": {"rank": 4}}, "network.rank: has no effect with train.mode 'full'"),
         ({"quantize": {"denoiser": "int8"}}, "quantized weights cannot train"),
-        ({"memory": {"swap_blocks": 1}}, "nothing of them is ever written back"),
         ({"train__components": ["denoiser", "qwen3"]}, "no program loads"),
         ({"train__freeze": ["denoiser:nothing"]}, "freezes nothing"),
         ({"train__freeze": [".*"]}, "everything is frozen"),

@@ -234,9 +234,6 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
         if name in train.components:
             path = ("quantize", "denoiser") if name == "denoiser" else ("quantize", "text_encoder", name)
             yield path, "quantized weights cannot train", "take it out, or train an adapter"
-    if config.memory.swap_blocks:
-        why = "streamed blocks are frozen: nothing of them is ever written back"
-        yield ("memory", "swap_blocks"), why, "use optimizer.fuse and memory.checkpointing to save memory"
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ class Trainer:
             scale=rate_scale(self.config),
         )
         self.stops = Stops(self.config.train.stop_component_at, self.network.param_groups, self.total)
-        self.update = build_update(self.config, self.optimizer, self.network, self.facts)
+        self.update = build_update(self.config, self.optimizer, self.network, self.facts, device)
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
