@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     like = _like(arguments)
     source = _source(arguments, like)
-    raw = _document(arguments, source)
+    raw = _document(arguments, source, like)
     from rich.console import Console
 
     from tuner.core.train.logs import set_up_logging
@@ -155,7 +155,7 @@ def _source(arguments: argparse.Namespace, like: Like | None) -> RunSource | Non
     return open_source(Path(arguments.config), step=step, ema=ema)
 
 
-def _document(arguments: argparse.Namespace, source: RunSource | None) -> RawConfig:
+def _document(arguments: argparse.Namespace, source: RunSource | None, like: Like | None) -> RawConfig:
     """The configuration with the options in its section ``sample``."""
     if arguments.prompt and arguments.prompts:
         raise UsageError("--prompt and --prompts do not go together", fix="put all of them into the file")
@@ -167,7 +167,9 @@ def _document(arguments: argparse.Namespace, source: RunSource | None) -> RawCon
         from tuner.core.config import load_config
 
         raw = load_config(source.config, model=arguments.model, sets=arguments.sets)
-    if arguments.prompt:
+    if like is not None:
+        raw.overlay(("sample", "prompts"), [like.prompt.text], "--like")
+    elif arguments.prompt:
         raw.overlay(("sample", "prompts"), list(arguments.prompt), "--prompt")
     elif arguments.prompts:
         raw.overlay(("sample", "prompts"), str(Path(arguments.prompts).expanduser().absolute()), "--prompts")
