@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "predict memory, disk and time, and find what fits into a GPU",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
+    "sample": "draw pictures with a model, adapters and strengths, or with a run",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "plugins": "list, install, check and write models and extensions",

@@ -126,6 +126,15 @@ def read_checkpoint(path: Path, file: StoredFile, shapes: Mapping[str, torch.Siz
         yield from zip(stored.names, parts, strict=True)
 
 
+def read_weights(
+    config: RunConfig, facts: ModelFacts, path: Path, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """(``component:parameter``, values) of a fully trained model: of ``path`` and of the files beside it, as a training
+    writes them. shapes: of the parameters that are wanted."""
+    for file in stored_files(config, facts):
+        yield from read_checkpoint(file_beside(path, file), file, shapes)
+
+
 def _write(
     tensors: Mapping[str, Tensor], file: StoredFile, path: Path, metadata: Mapping[str, str], dtype: torch.dtype
 ) -> None:

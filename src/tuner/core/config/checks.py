@@ -160,7 +160,7 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
     sample = config.sample
     if sample.enabled and not sample.prompts:
         # The other keys are filled in from the model in a resolved configuration.
-        for key in ("every", "at_start", "negative", "seed", "count"):
+        for key in ("every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters"):
             if key in changed_keys(sample):
                 yield ("sample", key), "has no effect without sample.prompts", "add prompts"
     metadata = config.checkpoint.metadata

@@ -6,13 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tuner.core.config.base import Section, changed_keys
-
-
-def _not_zero(value: float) -> float:
-    if value == 0:
-        raise ValueError("0 merges nothing; take the entry out")
-    return value
+from tuner.core.config.base import Section, changed_keys, not_zero
 
 
 class ComponentSource(Section):
@@ -31,7 +25,7 @@ class MergedAdapter(Section):
 
     path: str
     """Adapter file in any format that the model knows."""
-    strength: Annotated[float, AfterValidator(_not_zero)] = 1.0
+    strength: Annotated[float, AfterValidator(not_zero)] = 1.0
     """Factor on what the adapter changes; below 0 it is taken away."""
 
 

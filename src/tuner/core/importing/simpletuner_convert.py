@@ -202,3 +202,13 @@ def rolling(value: Any, given: Given) -> Settings:
 
 def text_trained(value: Any, given: Given) -> Settings | Refused:
     return Refused("not_applicable", "write the encoders into train.components by name")
+
+
+def sample_adapter(value: Any, given: Given) -> Settings | Refused:
+    """An adapter for pictures alone, which acts in the place of the one that trains there."""
+    if not str(value).endswith(".safetensors"):
+        return Refused("not_built", "adapters from the hub; download it and name the file in sample.adapters")
+    strength = given.get("validation_adapter_strength")
+    entry = {"path": str(value), "strength": 1.0 if strength is None else float(strength)}
+    note = "there it may stand in for the adapter that trains; here both act, and it is in the base column too"
+    return Settings({"sample.adapters[]": entry}, note, changed=True)

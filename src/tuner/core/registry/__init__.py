@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.catalog import Catalog as Catalog
     from tuner.core.registry.catalog import Entry as Entry
     from tuner.core.registry.door import open_model as open_model
+    from tuner.core.registry.door import without_training as without_training
     from tuner.core.registry.extensions import Extensions as Extensions
     from tuner.core.registry.facade import ModelFacade as ModelFacade
     from tuner.core.registry.facade import default_placement as default_placement
@@ -49,6 +50,7 @@ _HOME = {
     "preset_names": "presets",
     "read_preset": "presets",
     "typed_config": "run",
+    "without_training": "door",
 }
 
 __all__ = sorted(_HOME)

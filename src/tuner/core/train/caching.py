@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.data.prepare import open_caches
-from tuner.core.data.text_cache import cached_fields
+from tuner.core.data.texts import live_components
 from tuner.core.track.progress import Progress
 from tuner.core.train.device import empty_cache
 from tuner.core.train.merging import merged_identities
@@ -49,9 +49,7 @@ class Caches:
             latent_wrappers=run.extensions.wrapping("encode_latents"),
             merged=merged_identities(run),
         )
-        cached = cached_fields(config, facts) if self.data.text is not None else {}
-        live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}
-        self.live_text = tuple(name for name in facts.components if name in live)
+        self.live_text = live_components(config, facts)
 
     def fill(self) -> None:
         """Encode what is missing, text first; afterwards no encoder is in memory."""

@@ -30,6 +30,7 @@ from tuner.core.train.compiling import check_compile
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.merging import read_additions
+from tuner.core.train.mounting import read_extra
 from tuner.core.train.prompts import resolve_prompts
 from tuner.core.train.quantizing import check_quantize
 from tuner.core.types import ModelFacts
@@ -104,8 +105,9 @@ def check(
 
 def check_network(config: RunConfig, facts: ModelFacts) -> None:
     """Raise a UsageError for patterns that match no module, a start file that is no weight file, and adapters that do
-    not belong to the model they are to be merged into."""
+    not belong to the model they are to be merged into, or to act on in pictures."""
     read_additions(config, facts)
+    read_extra(config, facts)
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
     if config.train.mode == "full":
