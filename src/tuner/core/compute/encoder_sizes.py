@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.core.errors import UsageError
+from tuner.core.types import StoredTensor
 
 if TYPE_CHECKING:
     from tuner.core.files import TensorInfo
@@ -22,6 +23,7 @@ CLIP_PROJECTION = "text_projection.weight"
 CLIP_PROBE = "text_model.embeddings.token_embedding.weight"
 CLIP_UNUSED = re.compile(r"logit_scale|visual_projection\..*|vision_model\..*|.*\.position_ids|position_ids")
 T5_PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
+T5_EMBEDDING, T5_SECOND_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 T5_UNUSED = re.compile(r"decoder\..*|lm_head\..*|encoder\.embed_tokens\.weight|spiece_model")
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|weight_scale_2)")
 
@@ -99,6 +101,21 @@ def t5_names(names: Iterable[str]) -> dict[str, str]:
     found = {name: name for name in listed if not T5_UNUSED.fullmatch(name)}
     if "shared.weight" not in found and "encoder.embed_tokens.weight" in listed:
         found["shared.weight"] = "encoder.embed_tokens.weight"
+    return found
+
+
+def encoder_tensors(component: str, keys: Mapping[str, str], kind: Literal["clip", "t5"]) -> dict[str, StoredTensor]:
+    """Which tensors of a file are parameters of an encoder. keys: names without prefix to those of the file.
+
+    {} for a file of something else.
+    """
+    names = clip_names(keys) if kind == "clip" else t5_names(keys)
+    if (CLIP_PROBE if kind == "clip" else T5_PROBE) not in names:
+        return {}
+    found = {keys[bare]: StoredTensor(names=(f"{component}:{own}",)) for own, bare in names.items()}
+    if kind == "t5" and T5_SECOND_EMBEDDING in keys:
+        # Some files hold the embedding twice; both must say the same.
+        found[keys[T5_SECOND_EMBEDDING]] = StoredTensor(names=(f"{component}:{T5_EMBEDDING}",))
     return found
 
 

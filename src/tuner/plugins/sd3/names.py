@@ -75,6 +75,16 @@ def parameter_parts(original: str) -> tuple[str, ...] | None:
     return tuple(f"transformer_blocks.{number}.{part}.{leaf}" for part in parts) or None
 
 
+def original_parameters(blocks: int) -> tuple[str, ...]:
+    """Every original parameter name that a denoiser of that depth can have."""
+    leaves = ("weight", "bias")
+    found = ["pos_embed", *(f"{module}.{leaf}" for module in ROOT for leaf in leaves)]
+    for index in range(blocks):
+        inner = (*FUSED, *BLOCK, *NORMS)
+        found += [f"joint_blocks.{index}.{module}.{leaf}" for module in inner for leaf in leaves]
+    return tuple(found)
+
+
 def exchanged(module: str, blocks: int) -> bool:
     """Whether the two halves of the rows of a module (diffusers' name) lie in the other order in original files."""
     return module in ("norm_out.linear", f"transformer_blocks.{blocks - 1}.norm1_context.linear")
