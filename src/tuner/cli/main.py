@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "predict memory, disk and time, and find what fits into a GPU",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
+    "inspect": "tell what a model or adapter file is, and strip its metadata",
     "merge": "put adapters into a checkpoint, or several adapters into one",
     "extract": "make a LoRA of the difference between two checkpoints",
     "resize": "give an adapter other ranks",

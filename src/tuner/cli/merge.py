@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="[COMPONENT=]FILE",
-        help="weights to merge into: files of the denoiser and of encoders,\nor one folder in the diffusers layout",
+        help="weights: files of the denoiser and of encoders, or one folder in the diffusers layout",
     )
     parser.add_argument(
         "--strength",
         action="append",
         default=[],
         metavar="PATTERN=FACTOR",
-        help="a factor for modules whose path or component:path matches;\nthe last match counts, 0 takes them out",
+        help="a factor for modules by path or component:path; the last match counts, 0 takes them out",
     )
     parser.add_argument("--concat", action="store_true", help="without --base: the exact sum, which is the default")
     add_size_arguments(parser)

@@ -316,6 +316,7 @@ class KeyFormat:
     only where there are twice as many rows as columns. kinds: kinds of adapters that the format's readers know, as in
     ``network.type``, and ``norms``; parts other than the two matrices are called the same everywhere. lengths: suffix
     of a DoRA's lengths. numbered: rotations are stored part by part of a joint matrix, with a number behind the suffix.
+    readers: programs that load such files.
     """
 
     name: str
@@ -331,6 +332,7 @@ class KeyFormat:
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[Fused, str], ...]] = field(default_factory=dict)
     exchange: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

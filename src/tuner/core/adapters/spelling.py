@@ -7,7 +7,7 @@ read by tables made from the list of the model's module paths.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,27 @@ OTHER_PARTS = (
     *("oft_blocks", "diff", "diff_b", "w_norm", "b_norm", "on_input"),
 )
 """Parts whose suffix is their name, as LyCORIS writes them and ComfyUI reads them."""
+KIND_PARTS = (
+    ("dora_scale", "dora"),
+    ("down", "lora"),
+    ("hada_w1_a", "loha"),
+    ("on_input", "ia3"),
+    ("diff", "full"),
+    ("diff_b", "full"),
+    ("w_norm", "norms"),
+)
+"""A part to the kind of adapter that has it; the first that is there decides."""
 NUMBERED = re.compile(r"(.*)\.(oft_blocks\.\d+)")
+
+
+def kind_by_parts(parts: Collection[str], rotation_axes: int = 3) -> str | None:
+    """The kind of adapter whose parts have these names, None for none. rotation_axes: of ``oft_blocks``."""
+    if any(part.startswith("oft_blocks") for part in parts):
+        return "boft" if rotation_axes == 4 else "oft"
+    for part, kind in KIND_PARTS:
+        if part in parts:
+            return kind
+    return "lokr" if any(part.startswith("lokr_") for part in parts) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Names and sizes of CLIP and T5 text encoders, read from weight headers. No torch.
+"""Names and sizes of CLIP and T5 text encoders, and names of autoencoders, read from weight headers. No torch.
 
 The modules are transformers' ``CLIPTextModelWithProjection`` and ``T5EncoderModel``; module names here are theirs. A
 file may spell them bare, below a prefix of an all-in-one checkpoint, or as part of a whole CLIP.
@@ -117,6 +117,19 @@ def encoder_tensors(component: str, keys: Mapping[str, str], kind: Literal["clip
         # Some files hold the embedding twice; both must say the same.
         found[keys[T5_SECOND_EMBEDDING]] = StoredTensor(names=(f"{component}:{T5_EMBEDDING}",))
     return found
+
+
+def autoencoder_tensors(
+    keys: Mapping[str, str], shapes: Mapping[str, TensorInfo], channels: int
+) -> dict[str, StoredTensor]:
+    """The tensors of a KL autoencoder with that many latent channels, each under its own name; {} for another file.
+
+    keys: names without prefix to those of the file, the names in ``shapes``.
+    """
+    probe = keys.get("decoder.conv_in.weight")
+    if probe is None or "encoder.conv_in.weight" not in keys or shapes[probe].shape[1:2] != (channels,):
+        return {}
+    return {key: StoredTensor(names=(f"vae:{name}",)) for name, key in keys.items()}
 
 
 def clip_sizes(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from tuner.core.files import WeightHeader, weight_header
 from tuner.core.types import StoredFile, StoredTensor, WeightMaps
 
+from . import vae_names
 from .names import to_diffusers
-from .sizes import ADAPTER_PREFIX, adapter_names, encoder_names, original_names
+from .sizes import ADAPTER_PREFIX, OWN_PROBE, adapter_names, encoder_names, original_names
 from .sources import FOLDERS, resolve
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ def stored_tensors(header: WeightHeader, component: str | None) -> Mapping[str, 
     """As `WeightMaps.stored`."""
     if component in (None, "denoiser"):
         found = _denoiser(header, adapter=component is None)
-        return found if any("denoiser:blocks.0.mlp.layer1.weight" in each.names for each in found.values()) else {}
+        return found if any(OWN + OWN_PROBE in each.names for each in found.values()) else {}
+    if component == "vae":
+        own = vae_names.names(header)
+        known = {"encoder.conv1.weight", "decoder.conv1.weight", "conv1.bias"} <= set(own)
+        return _bare(own, "vae:") if known else {}
     names: dict[str, str] = {}
     if component == "llm_adapter" and "out_proj.weight" in (found_names := adapter_names(header)):
         names = found_names

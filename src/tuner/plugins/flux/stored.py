@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from tuner.core.compute.encoder_sizes import encoder_tensors, under_prefix
+from tuner.core.compute.encoder_sizes import autoencoder_tensors, encoder_tensors, under_prefix
 from tuner.core.files import WeightHeader, weight_header
 from tuner.core.types import StoredFile, StoredTensor, WeightMaps
 
 from .names import original_names, to_diffusers
-from .sizes import bare_names, layout_of
+from .sizes import LATENT_CHANNELS, bare_names, layout_of
 from .sources import EMBEDDED, FOLDERS, resolve
 
 if TYPE_CHECKING:
@@ -29,17 +29,17 @@ def stored_tensors(header: WeightHeader, component: str | None) -> Mapping[str, 
     """As `WeightMaps.stored`."""
     if component is None:
         found = _denoiser(header)
-        for name in ("clip_l", "t5") if found else ():
-            found |= _encoder(name, under_prefix(header, *EMBEDDED[name]))
+        for name in EMBEDDED if found else ():
+            found |= _other(name, under_prefix(header, *EMBEDDED[name]), header)
         return found
     if component == "denoiser":
         return _denoiser(header)
-    if component not in ("clip_l", "t5"):
-        return {}
-    return _encoder(component, under_prefix(header, *EMBEDDED[component]) or {key: key for key in header})
+    return _other(component, under_prefix(header, *EMBEDDED[component]) or {key: key for key in header}, header)
 
 
-def _encoder(component: str, keys: Mapping[str, str]) -> dict[str, StoredTensor]:
+def _other(component: str, keys: Mapping[str, str], header: WeightHeader) -> dict[str, StoredTensor]:
+    if component == "vae":
+        return autoencoder_tensors(keys, header, LATENT_CHANNELS)
     return encoder_tensors(component, keys, "t5" if component == "t5" else "clip")
 
 

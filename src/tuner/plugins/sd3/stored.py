@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from tuner.core.compute.encoder_sizes import encoder_tensors, under_prefix
+from tuner.core.compute.encoder_sizes import autoencoder_tensors, encoder_tensors, under_prefix
 from tuner.core.files import WeightHeader, weight_header
 from tuner.core.types import StoredFile, StoredTensor, WeightMaps
 
 from .names import exchanged, original_parameters, parameter_parts
 from .sizes import PREFIX, denoiser_sizes, diffusers_names, looks_like_family, original_names
-from .sources import FOLDERS, PREFIXES, Part, resolve
+from .sources import FOLDERS, PREFIXES, resolve
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
 
 OWN = "denoiser:"
-ENCODERS = ("clip_l", "clip_g", "t5")
+LATENT_CHANNELS = 16
 
 
 def stored(config: RunConfig) -> tuple[StoredFile, ...]:
@@ -28,7 +28,8 @@ def stored(config: RunConfig) -> tuple[StoredFile, ...]:
     files = []
     for name, part in sources.encoders.items():
         whole = weight_header(part.path)
-        own = _encoder(name, part, whole)
+        keys = under_prefix(whole, *part.prefixes) if part.prefixes else {key: key for key in whole}
+        own = _other(name, keys, whole)
         if part.path == sources.denoiser.path:
             tensors |= own
         else:
@@ -38,17 +39,13 @@ def stored(config: RunConfig) -> tuple[StoredFile, ...]:
 
 def stored_tensors(header: WeightHeader, component: str | None) -> Mapping[str, StoredTensor]:
     """As `WeightMaps.stored`."""
-    if component in (None, "denoiser"):
+    if component is None or component == "denoiser":
         found = _denoiser(header) if looks_like_family(header) else {}
         if component is None and found:
-            for name in ENCODERS:
-                if any(key.startswith(PREFIXES[name]) for key in header):
-                    found |= _encoder(name, Part(path=header.path, prefixes=PREFIXES[name]), header)
+            for name, prefixes in PREFIXES.items():
+                found |= _other(name, under_prefix(header, *prefixes), header)
         return found
-    if component not in ENCODERS:
-        return {}
-    prefixed = any(key.startswith(PREFIXES[component]) for key in header)
-    return _encoder(component, Part(path=header.path, prefixes=PREFIXES[component] if prefixed else ()), header)
+    return _other(component, under_prefix(header, *PREFIXES[component]) or {key: key for key in header}, header)
 
 
 def _denoiser(header: WeightHeader) -> dict[str, StoredTensor]:
@@ -66,9 +63,10 @@ def _original(name: str, blocks: int) -> StoredTensor:
     )
 
 
-def _encoder(name: str, part: Part, header: WeightHeader) -> dict[str, StoredTensor]:
-    keys = under_prefix(header, *part.prefixes) if part.prefixes else {key: key for key in header}
-    return encoder_tensors(name, keys, "t5" if name == "t5" else "clip")
+def _other(component: str, keys: Mapping[str, str], header: WeightHeader) -> dict[str, StoredTensor]:
+    if component == "vae":
+        return autoencoder_tensors(keys, header, LATENT_CHANNELS)
+    return encoder_tensors(component, keys, "t5" if component == "t5" else "clip")
 
 
 def original(names: Collection[str]) -> dict[str, StoredTensor]:
