@@ -78,6 +78,11 @@ class Inspection:
         return dict(Counter((row.kind, row.rank, row.alpha) for row in self.modules).most_common())
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether names of tensors are those of an adapter file."""
+    return any(part is not None and part.part not in WHOLE_WEIGHTS for part in map(take_apart, names))
+
+
 def inspect(header: WeightHeader, families: Sequence[Family]) -> Inspection:
     """Find out what a file is. The family with the most names that fit wins."""
     size = sum(path.stat().st_size for path in header.files) or header.path.stat().st_size
@@ -90,8 +95,7 @@ def inspect(header: WeightHeader, families: Sequence[Family]) -> Inspection:
         metadata=header.metadata,
         dtypes=_totals((info.dtype, info) for info in header.values()),
     )
-    adapter = any(part is not None and part.part not in WHOLE_WEIGHTS for part in keys.values())
-    if adapter:
+    if is_adapter(header):
         return _adapter(header, keys, families, base)
     problems = []
     for family in families:
