@@ -12,12 +12,16 @@ from tuner.cli.console import error, out, warn
 from tuner.core.errors import UsageError
 
 COMMANDS = {
-    "train": "train an adapter",
+    "train": "train an adapter or a whole model",
     "check": "check everything a training needs, without a GPU",
     "plan": "predict memory, disk and time, and find what fits into a GPU",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
     "sample": "draw pictures with a model, adapters and strengths, or with a run",
+    "inspect": "tell what a model or adapter file is, and strip its metadata",
+    "merge": "put adapters into a checkpoint, or several adapters into one",
+    "extract": "make a LoRA of the difference between two checkpoints",
+    "resize": "give an adapter other ranks",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "plugins": "list, install, check and write models and extensions",

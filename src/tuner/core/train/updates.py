@@ -65,7 +65,7 @@ def build_update(
         )
     # With its number, as tensors on it have it.
     update = Update(config.optimizer, optimizer, names, config.train.seed, torch.empty(0, device=device).device)
-    streamed = config.memory.swap_blocks and network.kind == "full" and "denoiser" in config.train.components
+    streamed = config.memory.swap_blocks and config.train.mode == "full" and "denoiser" in config.train.components
     if streamed and not update.separate:
         raise UsageError(
             f"the optimizer {config.optimizer.name!r} cannot train streamed blocks",

@@ -24,6 +24,7 @@ from .keys import adapter_keys, denoiser_keys, encoder_keys, key_problems, vae_p
 from .names import adapter_modules, denoiser_modules, encoder_modules
 from .sizes import (
     ADAPTER_PREFIX,
+    OWN_PROBE,
     PICKLE_SUFFIXES,
     AdapterSizes,
     DenoiserSizes,
@@ -78,7 +79,8 @@ def detect(header: Header) -> str | None:
     ``preview`` for the public 28-block model, else the depth and width, so that derivatives get a name too.
     """
     found = original_names(header)
-    if "blocks.0.mlp.layer1.weight" not in found:
+    # Renamed from diffusers' layout, other families have some of these names too.
+    if not {"blocks.0.mlp.layer1.weight", OWN_PROBE} <= set(found):
         return None
     return flavour_of(denoiser_sizes({name: header[key] for name, key in found.items()}))
 
