@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": "compare what saves time or memory with plain execution, here",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema or a configuration with every default, or import another trainer's",
+    "explain": "what a key means, or where every value of a configuration comes from",
     "plugins": "list, install, check and write models and extensions",
 }
 
