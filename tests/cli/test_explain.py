@@ -102,7 +102,7 @@ def test_models_tell_their_own_defaults_and_keys(project: Project, capsys: pytes
 
 def test_every_section_names_the_commands_that_read_it() -> None:
     assert set(READERS) == {field.alias or name for name, field in RunConfig.model_fields.items()}
-    assert {name.split()[0] for names in READERS.values() for name in names} <= {*COMMANDS, "data"}
+    assert {name.split()[0] for names in READERS.values() for name in names} <= set(COMMANDS)
 
 
 def test_every_value_has_its_origin(

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train an adapter",
     "check": "check everything a training needs, without a GPU",
     "plan": "predict memory, disk and time, and find what fits into a GPU",
+    "data": "look at pictures and captions before training: buckets, duplicates, blur, odd files",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
     "convert": "rewrite an adapter file in another format",

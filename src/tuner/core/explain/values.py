@@ -16,8 +16,7 @@ from tuner.core.config.jsonc import Path
 from tuner.core.errors import NotHereError, UsageError
 from tuner.core.explain.find import Keys, names
 from tuner.core.explain.keys import plain, value_at
-from tuner.core.places import here_only
-from tuner.core.registry import family_of, model_schema, open_facts, open_public
+from tuner.core.registry import family_of, model_schema, open_known
 from tuner.core.types import ModelFacts
 
 DEFAULT = "default"
@@ -153,20 +152,16 @@ def _complete(
 ) -> tuple[RunConfig, ModelFacts | None]:  # fmt: skip
     """The configuration with the defaults of its model where they can be known."""
     try:
-        with here_only():
-            opened = open_facts(typed, keys.catalog, raw)
-        return opened.config, opened.facts
-    except NotHereError:
-        try:
-            config, facts = open_public(typed, keys.catalog, raw)
-        except UsageError as unknown:
-            result.notes.append(f"defaults of the model are not known: {unknown.what}")
-            return typed, None
-        result.notes.append(f"the weights are not here: defaults are those of the published {facts.flavour}")
-        return config, facts
+        config, facts, here = open_known(typed, keys.catalog, raw)
+    except NotHereError as unknown:
+        result.notes.append(f"defaults of the model are not known: {unknown.what}")
+        return typed, None
     except UsageError as problem:
         result.problems.extend(problem.parts or (problem,))
         return typed, None
+    if not here:
+        result.notes.append(f"the weights are not here: defaults are those of the published {facts.flavour}")
+    return config, facts
 
 
 def _given(
