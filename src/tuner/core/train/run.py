@@ -125,6 +125,13 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     return report_plan(plan, run.config.train)
 
 
+def used_entries(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> tuple[Path, set[str]]:
+    """(cache folder, names of the entries that a run reads). Nothing is loaded or encoded."""
+    run = open_run(raw, base_dir=base_dir)
+    caches = Caches(run, plan_data(run.config, run.facts), pick_device(), None)
+    return Path(run.config.cache.dir), caches.names()
+
+
 def require_cache_folder(config: RunConfig) -> None:
     """Make the cache folder when something will be kept there; UsageError when it cannot be written."""
     if "disk" in (config.cache.latents, config.cache.text):
