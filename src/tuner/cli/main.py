@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "explain": "what a key means, or where every value of a configuration comes from",
+    "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",
     "plugins": "list, install, check and write models and extensions",
 }
 

@@ -115,7 +115,7 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "precision.compute": {"fp16": "fp16 with loss scaling"},
 }
 
-_SECRETS = frozenset(
+SECRETS = frozenset(
     {
         "access_key",
         "access_token",
@@ -164,7 +164,7 @@ def refused_values(path: Path) -> Mapping[str, str]:
 
 def _unusable(raw: RawConfig, path: Path, value: Any) -> UsageError | None:
     key = path[-1]
-    if isinstance(key, str) and key.lower() in _SECRETS:
+    if isinstance(key, str) and key.lower() in SECRETS:
         return UsageError(
             "a secret does not belong into a configuration",
             where=raw.where(path),
