@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.run import family_of as family_of
     from tuner.core.registry.run import model_schema as model_schema
     from tuner.core.registry.run import open_facts as open_facts
+    from tuner.core.registry.run import open_known as open_known
     from tuner.core.registry.run import open_public as open_public
     from tuner.core.registry.run import open_run as open_run
     from tuner.core.registry.run import typed_config as typed_config
@@ -44,6 +45,7 @@ _HOME = {
     "family_of": "run",
     "model_schema": "run",
     "open_facts": "run",
+    "open_known": "run",
     "open_model": "door",
     "open_public": "run",
     "open_run": "run",

@@ -59,6 +59,12 @@ class Caches:
             self._stage("captions", "texts", len(text.missing(texts)), lambda tick: text.fill(texts, tick))
         self._stage("latents", "images", len(self.data.latents.missing()), self.data.fill_latents)
 
+    def names(self) -> set[str]:
+        """Names of all entries that the run reads, those of its sample prompts included."""
+        text = self.data.text
+        prompts = set() if text is None else {text.key(each).name for each in texts_of(self.prompts)}
+        return self.data.keys() | prompts
+
     def cached_text(self, texts: Sequence[str]) -> TextEmbeds:
         """The cached fields [B, ...] of texts on the run's device; fields of live components are not among them."""
         if self.data.text is None:

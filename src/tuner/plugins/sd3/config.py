@@ -19,6 +19,8 @@ class SD3Config(ModelConfigBase):
 
     family: Literal["sd3"] = "sd3"
     """Name of this plugin."""
+    flavour: Literal["medium", "3.5-medium", "3.5-large"] | None = None
+    """Variant of the model. Read from the weights when left out; an error when the weights say otherwise."""
     text_encoders: dict[Literal["clip_l", "clip_g", "t5"], ComponentSource] = Field(  # type: ignore[assignment]
         default_factory=dict
     )
