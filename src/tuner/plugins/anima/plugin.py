@@ -17,4 +17,5 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.anima.names:MAPS",
     count_tokens="tuner.plugins.anima.sources:count_tokens",
     importers="tuner.plugins.anima.importers:IMPORTERS",
+    recognise="tuner.plugins.anima.facts:recognise",
 )

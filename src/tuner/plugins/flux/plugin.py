@@ -17,4 +17,5 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.flux.names:MAPS",
     count_tokens="tuner.plugins.flux.sources:count_tokens",
     importers="tuner.plugins.flux.importers:IMPORTERS",
+    recognise="tuner.plugins.flux.facts:recognise",
 )

@@ -17,4 +17,5 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.sd3.names:MAPS",
     count_tokens="tuner.plugins.sd3.sources:count_tokens",
     importers="tuner.plugins.sd3.importers:IMPORTERS",
+    recognise="tuner.plugins.sd3.facts:recognise",
 )
