@@ -55,6 +55,9 @@ class LineAsker:
                 return raw
             self.refuse(UsageError("an answer is needed", where=question.id))
 
+    def insists(self, name: str) -> bool:
+        return False
+
     def tell(self, text: str) -> None:
         self._print(text, style="cyan")
 
@@ -116,6 +119,9 @@ class QuestionaryAsker:
         default = question.default if isinstance(question.default, str) else ""
         ask = questionary.path if question.kind == "place" else questionary.text
         return str(ask(question.text, default=default if default != NOTHING else "").unsafe_ask()) or default
+
+    def insists(self, name: str) -> bool:
+        return False
 
     def tell(self, text: str) -> None:
         self.lines.tell(text)

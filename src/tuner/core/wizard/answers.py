@@ -41,6 +41,9 @@ class FileAsker:
             fix=f'add "{question.id}": ...' + (f", one of: {values}" if values else ""),
         )
 
+    def insists(self, name: str) -> bool:
+        return name in self.answers
+
     def tell(self, text: str) -> None:
         self.say(text)
 

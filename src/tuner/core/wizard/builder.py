@@ -16,7 +16,17 @@ from tuner.core.track.progress import byte_size
 from tuner.core.types import ModelFacts
 from tuner.core.wizard.card import Card, choose_card
 from tuner.core.wizard.document import GONE, shortened, value_at, with_values
-from tuner.core.wizard.goals import FULL, Pace, Settings, buckets_of, edge_of, goal_options, granularity, settings_of
+from tuner.core.wizard.goals import (
+    FULL,
+    SMALL,
+    Pace,
+    Settings,
+    buckets_of,
+    edge_of,
+    goal_options,
+    granularity,
+    settings_of,
+)
 from tuner.core.wizard.pictures import ChosenPictures
 from tuner.core.wizard.questions import NOTHING, Interview, Option, Question, text_or_nothing
 from tuner.core.wizard.ways import Way, find_ways
@@ -45,6 +55,7 @@ class Builder:
     scratch: FilePath
     document: dict[str, Any] = field(default_factory=dict)
     comments: dict[Path, str] = field(default_factory=dict)
+    edge: int | None = None
 
     @property
     def base(self) -> FilePath:
@@ -102,6 +113,8 @@ class Builder:
         for key, value in way.changes.items():
             chosen.put(key, value, _reason(way.reasons.get(key, "")))
         self.apply(chosen)
+        if size_at is not None:
+            self.edge = chosen.values[size_at]
         return way
 
     def _ask_edge(self, edge: int, facts: ModelFacts | None) -> int:
@@ -176,6 +189,9 @@ class Builder:
             self.put(("sample", "prompts"), [prompt], "drawn at each of these steps, and by the base model to compare")
             if value_at(self.document, ("sample", "every")) is None and every is not None:
                 self.put(("sample", "every"), every)
+            small = self.edge is not None and self.edge < SMALL
+            if small and value_at(self.document, ("sample", "size")) is None:
+                self.put(("sample", "size"), self.edge, "as in training, which is smaller than usual")
         elif value_at(self.document, ("sample",)) is not None:
             self.put(("sample", "prompts"), GONE)
             self.put(("sample", "every"), GONE)

@@ -20,6 +20,8 @@ Pace = Literal["quick", "balanced", "thorough"]
 FULL = "full"
 NATIVE = 1024
 """Edge that a model is used at when its facts are not known."""
+SMALL = 512
+"""Below this edge the defaults for buckets and samples are too coarse."""
 ROUND = 50
 """Steps are multiples of this."""
 
@@ -141,7 +143,7 @@ def settings_of(
 
 def buckets_of(edge: int, facts: ModelFacts | None) -> dict[str, int] | None:
     """Settings of the buckets for edges below the usual: sides in finer steps. None where the defaults serve."""
-    if edge >= 512:
+    if edge >= SMALL:
         return None
     step = granularity(facts)
     return {"step": step, "min": max(step, edge // 2 // step * step)}

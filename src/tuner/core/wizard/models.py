@@ -201,8 +201,8 @@ class _Parts:
             return
         options = self._candidates(key, name)
         before = self._place_now(key, entry)
-        first = name not in asked and key.name not in self.section.get("_", ())
-        if len(options) == 1 and first and before is None and key.name != "tokenizers":
+        guessed = len(options) == 1 and before is None and key.name != "tokenizers"
+        if guessed and name not in asked and not self.interview.asker.insists(f"model.{name}"):
             asked.add(name)
             self._put(key, entry, str(options[0]))
             self.interview.tell(f"{name}: {options[0]}")

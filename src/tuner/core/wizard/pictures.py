@@ -178,15 +178,18 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
     elif missing:
         captions["on_missing"] = "skip"
         chosen.comments["captions"] = f"{missing} pictures without a caption are left out"
+    before = str(now.get("prefix") or "").removesuffix(",")
     chosen.trigger = interview.ask(
         Question(
             id="trigger",
             text="Which word shall call up what is learned?",
             help=f"A rare word that stands in every prompt for it. {NOTHING} for none.",
             read=text_or_nothing,
-            default=NOTHING,
+            default=before or NOTHING,
         )
     )
+    if chosen.trigger != before:
+        captions.pop("prefix", None)
     texts = [*pictures.captions, *([text] if text else [])]
     lacking = sum(chosen.trigger.lower() not in each.lower() for each in texts)
     if chosen.trigger and 2 * lacking > len(texts):

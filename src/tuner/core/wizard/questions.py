@@ -50,6 +50,9 @@ class Asker(Protocol):
     def put(self, question: Question[Any]) -> Raw:
         """The raw answer. KeyboardInterrupt when the user wants out."""
 
+    def insists(self, name: str) -> bool:
+        """Whether there is an answer to this question already, so that it is put even where a guess would do."""
+
     def tell(self, text: str) -> None:
         """Something to know before the next question; several lines."""
 
