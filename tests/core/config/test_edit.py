@@ -112,6 +112,13 @@ def test_an_object_with_a_comment_alone_takes_a_key() -> None:
         assert comments(edited_text(text, new, "t")) == comments(text)
 
 
+def test_a_comment_of_the_caller_follows_its_value_and_others_stay() -> None:
+    text = '{\n  // auto 1\n  "a": 1,\n  // mine\n  "b": 2,\n  // auto 3\n  "c": 3,\n  // auto 4\n  "d": 4\n}\n'
+    new = {"a": 5, "b": 6, "d": 7}
+    changed = edited_text(text, new, "t", {("a",): "auto 5", ("b",): "auto 6"}, is_own=lambda note: "auto" in note)
+    assert changed == '{\n  // auto 5\n  "a": 5,\n  // mine\n  "b": 6,\n  "d": 7\n}\n'
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(0, 9) | st.text("ab/*,", max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),

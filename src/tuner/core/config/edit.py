@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,21 @@ class _Change:
     drop: bool = False
 
 
-def edited_text(text: str, value: Mapping[str, Any], name: str, comments: Mapping[Path, str] | None = None) -> str:
+def edited_text(
+    text: str,
+    value: Mapping[str, Any],
+    name: str,
+    comments: Mapping[Path, str] | None = None,
+    *,
+    is_own: Callable[[str], bool] | None = None,
+) -> str:
     """``text`` with the least changes that make it read as ``value``.
 
     Keys that are new come last in their object, under the comment that ``comments`` has for them. What is dropped
-    leaves its comments behind. UsageError when ``text``, called ``name`` in messages, is not valid.
+    leaves its comments behind. is_own: tells comments that the caller wrote itself, without the slashes; one above a
+    key gives way to what ``comments`` has for it, and goes when the value changed without one.
+
+    UsageError when ``text``, called ``name`` in messages, is not valid.
     """
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     text = text.removeprefix(mark)
@@ -39,8 +49,12 @@ def edited_text(text: str, value: Mapping[str, Any], name: str, comments: Mappin
         document = parse(text, name)
         change = _first_change(document.value, value, ())
         if change is None:
-            return mark + text
+            return mark + (text if is_own is None else _refreshed(text, name, comments or {}, is_own))
+        at = document.spans.get(change.path)
+        above = None if at is None or is_own is None else _comment_above(text, at[0], is_own)
         text = _applied(text, document, change, comments or {})
+        if above is not None and (change.drop or change.path not in (comments or {})):
+            text = text[: above[0]] + text[above[1] :]
 
 
 def unified_diff(before: str, after: str, name: str) -> str:
@@ -68,6 +82,25 @@ def _first_change(old: Any, new: Any, path: Path) -> _Change | None:
             return _Change((*path, len(old) - 1), drop=True)
         return _Change((*path, len(old)), new[len(old)]) if len(new) > len(old) else None
     return None if type(old) is type(new) and old == new else _Change(path, new)
+
+
+def _comment_above(text: str, at: int, is_own: Callable[[str], bool]) -> tuple[int, int] | None:
+    """Start and end of the line above, when it is a comment of the caller's own."""
+    line = text.rfind("\n", 0, at) + 1
+    start = text.rfind("\n", 0, line - 1) + 1 if line else 0
+    found = text[start:line].strip()
+    return (start, line) if line and found.startswith("//") and is_own(found.removeprefix("//").strip()) else None
+
+
+def _refreshed(text: str, name: str, comments: Mapping[Path, str], is_own: Callable[[str], bool]) -> str:
+    """The text with the caller's comments above keys as they are now."""
+    for path, comment in comments.items():
+        span = parse(text, name).spans.get(path)
+        above = None if span is None else _comment_above(text, span[0], is_own)
+        if above is not None:
+            start, end = above
+            text = text[:start] + _indent(text, start) + one_line(f"// {comment}") + _newline(text) + text[end:]
+    return text
 
 
 def _applied(text: str, document: Document, change: _Change, comments: Mapping[Path, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.core.config.jsonc import parse
 from tuner.core.errors import UsageError
-from tuner.core.wizard.questions import Question, Raw
+from tuner.core.wizard.questions import Question, Raw, shown
 
 
 @dataclass(slots=True)
@@ -29,10 +29,11 @@ class FileAsker:
 
     def put(self, question: Question[Any]) -> Raw:
         self.asked.append(question.id)
-        if question.id in self.answers:
-            return _typed(question, self.answers[question.id], self.where)
-        if question.default is not None:
-            return question.default
+        raw = _typed(question, self.answers[question.id], self.where) if self.insists(question.id) else question.default
+        if raw is not None:
+            told = [f"  {option.title}" for option in question.options if option.title != option.value]
+            self.say("\n".join([f"{question.text} {shown(raw)}", *told]))
+            return raw
         values = ", ".join(option.value for option in question.options)
         raise UsageError(
             f"no answer to {question.id!r}",

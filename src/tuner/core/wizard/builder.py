@@ -14,6 +14,7 @@ from tuner.core.plan.plan import Plan
 from tuner.core.registry import Catalog, preset_names, read_preset
 from tuner.core.track.progress import byte_size
 from tuner.core.types import ModelFacts
+from tuner.core.wizard import reasons
 from tuner.core.wizard.card import Card, choose_card
 from tuner.core.wizard.document import GONE, shortened, value_at, with_values
 from tuner.core.wizard.goals import (
@@ -138,12 +139,12 @@ class Builder:
 
     def _put_edge(self, settings: Settings, edge: int, path: Path, facts: ModelFacts | None) -> None:
         settings.values[path] = edge
-        settings.comments[path] = "area of the pictures, as the edge of a square"
+        settings.comments[path] = reasons.EDGE
         buckets = buckets_of(edge, facts)
         place = (*path[:-1], "buckets")
         if buckets is not None and value_at(self.document, place) is None:
             settings.values[place] = buckets
-            settings.comments[place] = "finer steps than usual, for small pictures"
+            settings.comments[place] = reasons.BUCKETS
 
     def _preset(self) -> dict[str, Any]:
         """What the model's author advises for adapters."""
@@ -157,7 +158,6 @@ class Builder:
             Option(value=way.name, title=f"{way.name}: {_summary(settings[way.name], size_at)}; {way.cost()}")
             for way in ways
         )
-        self.interview.tell("presets:", *(f"  {option.title}" for option in options))
         fitting = [way.name for way in ways if way.fits is not False]
         default = PLANNED_FIRST if PLANNED_FIRST in fitting or not fitting else fitting[0]
         name = self.interview.choose(
@@ -170,6 +170,8 @@ class Builder:
         way = by_name[name]
         if way.plan is not None:
             self.interview.tell(*_plan_lines(way.plan, card))
+        if fewer := [key for key, value in way.changes.items() if key.startswith("quantize.") and value]:
+            self.interview.tell(f"weights in fewer bits change results a little: {', '.join(fewer)}")
         return way
 
     # --- samples ------------------------------------------------------------------------------------------------------
@@ -186,12 +188,12 @@ class Builder:
         )
         if prompt:
             every = value_at(self.document, ("checkpoint", "every"))
-            self.put(("sample", "prompts"), [prompt], "drawn at each of these steps, and by the base model to compare")
+            self.put(("sample", "prompts"), [prompt], reasons.PROMPTS)
             if value_at(self.document, ("sample", "every")) is None and every is not None:
                 self.put(("sample", "every"), every)
             small = self.edge is not None and self.edge < SMALL
             if small and value_at(self.document, ("sample", "size")) is None:
-                self.put(("sample", "size"), self.edge, "as in training, which is smaller than usual")
+                self.put(("sample", "size"), self.edge, reasons.SAMPLE_SIZE)
         elif value_at(self.document, ("sample",)) is not None:
             self.put(("sample", "prompts"), GONE)
             self.put(("sample", "every"), GONE)
@@ -214,18 +216,18 @@ class Builder:
         folder = self.interview.ask(
             Question(id="name", text="What is the training to be called?", read=read, default=default)
         )
-        self.put(("checkpoint", "dir"), folder, "the run's folder: report, samples, and the file for your programs")
+        self.put(("checkpoint", "dir"), folder, reasons.FOLDER)
 
 
 def _reason(text: str) -> str:
-    return text or "chosen by the planner"
+    return text or reasons.PLANNED
 
 
 def _summary(settings: Settings, size_at: Path | None) -> str:
     rank, steps = settings.values.get(("network", "rank")), settings.values[("train", "steps")]
     parts = [f"rank {rank}"] if rank is not None and rank is not GONE else ["all weights"]
     if size_at is not None:
-        parts.append(f"{settings.values[size_at]} pixels")
+        parts.append(f"{settings.values[size_at]} px")
     return ", ".join([*parts, f"{steps} steps"])
 
 

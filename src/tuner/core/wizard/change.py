@@ -23,6 +23,7 @@ from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import ChosenModel, choose_model
 from tuner.core.wizard.pictures import ChosenPictures, choose_pictures, look_at_pictures
 from tuner.core.wizard.questions import Interview, Option, Question
+from tuner.core.wizard.reasons import is_own
 
 
 def configure_existing(interview: Interview, catalog: Catalog, target: FilePath, scratch: FilePath) -> Outcome:
@@ -35,7 +36,7 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     )
     plan = edit.run()
     builder = edit.builder
-    text = edited_text(before, builder.document, str(target), builder.comments)
+    text = edited_text(before, builder.document, str(target), builder.comments, is_own=is_own)
     return Outcome(path=target, text=text, before=before, plan=plan)
 
 

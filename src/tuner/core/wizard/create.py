@@ -8,6 +8,7 @@ from typing import Any
 
 from tuner.core.errors import UsageError
 from tuner.core.registry import Catalog
+from tuner.core.wizard import reasons
 from tuner.core.wizard.builder import Builder, Outcome
 from tuner.core.wizard.document import GONE, new_text
 from tuner.core.wizard.goals import best_edge
@@ -35,7 +36,7 @@ def configure_new(interview: Interview, catalog: Catalog, target: FilePath | Non
     builder.put(("checkpoint", "dir"), f"out/{name}")
     images, size = pictures.pictures.images, pictures.pictures.size
     if images >= HOLD_OUT:
-        builder.put(("validate", "split"), 0.1, "a tenth is held out: the report tells whether new pictures gain too")
+        builder.put(("validate", "split"), 0.1, reasons.HELD_OUT)
     way = builder.choose_way(model.facts, images, best_edge(size, model.facts), ("data", "sets", 0, "resolution"))
     builder.put(("checkpoint", "dir"), GONE)
     builder.choose_prompt(_suggested(pictures))

@@ -78,9 +78,15 @@ def _within(place: Path, folder: Path) -> bool:
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
     """(path, whether it holds weights) of everything that could be part of a model, by name."""
-    for folder, names, files in os.walk(root):
+    seen: set[str] = set()
+    # Links are followed: models are large, and often lie elsewhere.
+    for folder, names, files in os.walk(root, followlinks=True):
         here = Path(folder)
         names[:] = sorted(name for name in names if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:
+            names.clear()
+            continue
+        seen.add(real)
         if len(here.relative_to(root).parts) >= DEPTH:
             names.clear()
         for name in sorted(files):

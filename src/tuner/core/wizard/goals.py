@@ -22,6 +22,7 @@ NATIVE = 1024
 """Edge that a model is used at when its facts are not known."""
 SMALL = 512
 """Below this edge the defaults for buckets and samples are too coarse."""
+AS_PRESET = "as the model's own preset has it"
 ROUND = 50
 """Steps are multiples of this."""
 
@@ -127,7 +128,7 @@ def settings_of(
         found.put("network.alpha", rank)
         for key, value in preset.get("network", {}).items():
             if key not in ("rank", "alpha"):
-                found.put(f"network.{key}", value, "as the model's own preset has it")
+                found.put(f"network.{key}", value, AS_PRESET)
         rate = preset.get("optimizer", {}).get("lr", 1e-4)
         found.put(
             "optimizer.lr", rate, "the usual start; halve it when pictures burn out, double it when nothing happens"

@@ -57,7 +57,7 @@ def question_of(key: AskedKey, now: Any = None) -> Question[Any]:
     blank: Question[Any] = Question(
         id=f"model.{key.name}",
         text=key.ask.question,
-        help=key.field.description or "",
+        help=plain_help(key),
         read=partial(_read, key),
         default=None if default is None else str(default),
     )
@@ -68,6 +68,11 @@ def question_of(key: AskedKey, now: Any = None) -> Question[Any]:
         values = {str(each): each for each in get_args(annotation)}
         return replace(blank, kind="choice", read=values.__getitem__, options=options)
     return blank
+
+
+def plain_help(key: AskedKey) -> str:
+    """The key's docstring on one line."""
+    return " ".join((key.field.description or "").replace("``", "").split())
 
 
 def missing_key(problem: UsageError, keys: list[AskedKey]) -> tuple[AskedKey, str] | None:

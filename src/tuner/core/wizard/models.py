@@ -15,7 +15,7 @@ from tuner.core.places import Place, here_only
 from tuner.core.registry import Catalog, model_schema, open_facts, open_public, typed_config
 from tuner.core.types import ModelFacts
 from tuner.core.wizard.files import Found, FoundModel, families_of, look_for_models, nearest_first
-from tuner.core.wizard.keys import AskedKey, asked_keys, missing_key, question_of
+from tuner.core.wizard.keys import AskedKey, asked_keys, missing_key, plain_help, question_of
 from tuner.core.wizard.questions import NOTHING, Interview, Option, Question, text_or_nothing
 
 _ROUNDS = 40
@@ -245,7 +245,7 @@ class _Parts:
                 id=name,
                 kind="place",
                 text=key.ask.question.format(name=entry),
-                help=key.field.description or "",
+                help=plain_help(key),
                 options=tuple(shown),
                 default=default,
                 read=partial(_existing, without is not None),

@@ -15,6 +15,7 @@ from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.probe import image_extensions
 from tuner.core.data.records import Size, SourceIndex
 from tuner.core.errors import UsageError
+from tuner.core.wizard import reasons
 from tuner.core.wizard.questions import NOTHING, Interview, Question, text_or_nothing
 
 EXTENSIONS = (".txt", ".caption")
@@ -93,7 +94,7 @@ def choose_pictures(interview: Interview, cache: Path, *, now: Mapping[str, Any]
         "skip_odd", "Leave out the files that cannot be used?", default=True, help="No: repair them before training."
     ):
         chosen.data |= {"on_corrupt": "skip", "on_missing": "skip"}
-        chosen.comments["data.on_corrupt"] = f"files that cannot be read are left out: {len(pictures.odd)} now"
+        chosen.comments["data.on_corrupt"] = reasons.SKIPPED.format(count=len(pictures.odd))
     _ask_captions(interview, chosen, dict((now or {}).get("captions") or {}))
     return chosen
 
@@ -174,10 +175,10 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
         )
     if text:
         captions["fallback"] = text
-        chosen.comments["captions"] = f"fallback describes the {missing} pictures without a caption"
+        chosen.comments["captions"] = reasons.FALLBACK.format(count=missing)
     elif missing:
         captions["on_missing"] = "skip"
-        chosen.comments["captions"] = f"{missing} pictures without a caption are left out"
+        chosen.comments["captions"] = reasons.UNCAPTIONED.format(count=missing)
     before = str(now.get("prefix") or "").removesuffix(",")
     chosen.trigger = interview.ask(
         Question(
@@ -194,7 +195,7 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
     lacking = sum(chosen.trigger.lower() not in each.lower() for each in texts)
     if chosen.trigger and 2 * lacking > len(texts):
         captions["prefix"] = f"{chosen.trigger},"
-        chosen.comments["captions"] = f"prefix puts the word before every caption: {lacking} of {len(texts)} lack it"
+        chosen.comments["captions"] = reasons.PREFIX.format(lacking=lacking, count=len(texts))
     if captions:
         chosen.source["captions"] = captions
 

@@ -77,7 +77,7 @@ class Interview:
                 value = question.read(_among(question, raw))
             except UsageError as problem:
                 named = UsageError(
-                    problem.what, where=f"{question.id}: {_shown(raw)}", why=problem.why, fix=problem.fix
+                    problem.what, where=f"{question.id}: {shown(raw)}", why=problem.why, fix=problem.fix
                 )  # fmt: skip
                 if not self.asker.patient:
                     raise named from problem
@@ -122,5 +122,8 @@ def _among(question: Question[Any], raw: Raw) -> Raw:
     return raw
 
 
-def _shown(raw: Raw) -> str:
-    return ", ".join(raw) if isinstance(raw, tuple) else str(raw)
+def shown(raw: Raw) -> str:
+    """The answer as a person would write it."""
+    if isinstance(raw, bool):
+        return "yes" if raw else "no"
+    return ", ".join(raw) if isinstance(raw, tuple) else raw

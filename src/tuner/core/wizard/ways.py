@@ -16,6 +16,7 @@ from tuner.core.registry import Catalog
 from tuner.core.track.progress import byte_size, duration
 from tuner.core.wizard.card import Card
 from tuner.core.wizard.goals import PACES, Pace
+from tuner.core.wizard.reasons import FEWER_BITS
 
 FASTER = "faster"
 """The balanced way with base weights in fewer bits."""
@@ -37,20 +38,20 @@ class Way:
     def cost(self) -> str:
         """Memory and time, in words."""
         if self.plan is None:
-            return f"memory and time not known: {self.unknown}"
+            return f"memory and time unknown: {self.unknown}"
         memory = self.plan.needed()
-        parts = [f"needs {byte_size(memory)} of the card" if memory else f"needs {byte_size(self.plan.host)} of memory"]
+        parts = [byte_size(memory) if memory else f"{byte_size(self.plan.host)} of host memory"]
         if self.fits is False:
-            parts[0] = f"DOES NOT FIT: {parts[0]}"
+            parts[0] = f"DOES NOT FIT, needs {parts[0]}"
         seconds = self.plan.run_seconds
-        parts.append("time not known for this device" if seconds is None else _about(seconds))
+        parts.append("time unknown" if seconds is None else _about(seconds))
         if any(key.startswith("quantize.denoiser") for key in self.changes):
-            parts.append("base weights in fewer bits, which changes results a little")
+            parts.append("base weights in fewer bits")
         return ", ".join(parts)
 
 
 def _about(seconds: float) -> str:
-    return "takes less than a minute" if seconds < 60 else f"takes about {duration(60 * round(seconds / 60))}"
+    return "less than a minute" if seconds < 60 else f"about {duration(60 * round(seconds / 60))}"
 
 
 def find_ways(
@@ -79,8 +80,7 @@ def _ways(
     reasons = {line.split(" = ", 1)[0]: line.split(": ", 1)[1] for line in choice.why}
     ways = [_way(pace, pace, choice.best, reasons, fits=choice.fits)]
     if pace == "balanced" and choice.faster is not None:
-        why = {"quantize.denoiser": "faster here, with slightly different results"}
-        ways.append(_way(FASTER, pace, choice.faster, why, fits=True))
+        ways.append(_way(FASTER, pace, choice.faster, {"quantize.denoiser": FEWER_BITS}, fits=True))
     return ways
 
 
