@@ -12,6 +12,7 @@ from tuner.cli.console import error, out, warn
 from tuner.core.errors import UsageError
 
 COMMANDS = {
+    "configure": "write or change a configuration by answering questions",
     "train": "train an adapter or a whole model",
     "check": "check everything a training needs, without a GPU",
     "plan": "predict memory, disk and time, and find what fits into a GPU",

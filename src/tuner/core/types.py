@@ -416,6 +416,23 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Marks a key of the ``model`` section that ``tuner configure`` asks for: ``Annotated[float, Ask(question=...)]``.
+
+    question: in a user's words; of a dictionary each key is asked for, ``{name}`` stands for it. The help is the key's
+    docstring, the answer's kind follows from the type: a choice for ``Literal``, yes or no, a number, a place of
+    weights for ``ComponentSource``. when: ``missing`` asks only after the plugin's ``files`` or ``facts`` refused the
+    section for the lack of this key. optional: keys of a dictionary that are offered although the model works without
+    them. weights: the answer, a string, is a place of weights.
+    """
+
+    question: str
+    when: Literal["always", "missing"] = "always"
+    optional: tuple[str, ...] = ()
+    weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlugin:
     """What an entry point of ``tuner.models`` points at. Every string is ``module:attribute``, imported when needed.
 
@@ -427,6 +444,8 @@ class ModelPlugin:
     published model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     importers: the ``Importers`` of ``tuner.core.config.foreign``, what other trainers call the options of this model.
     weight_maps: the `WeightMaps`, for tools that have weight files but no run.
+    recognise: (Header) -> keys of the ``model`` section that a file other than the denoiser's may be given for, such as
+    ``vae`` or ``text_encoders.NAME``; () for any other file. It lets ``tuner configure`` find files by their content.
     """
 
     name: str
@@ -442,6 +461,7 @@ class ModelPlugin:
     public: str | None = None
     importers: str | None = None
     weight_maps: str | None = None
+    recognise: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,6 +178,20 @@ def t5_sizes(shapes: Mapping[str, TensorInfo], where: str = "") -> T5Sizes:
     )
 
 
+def encoder_kind(header: Mapping[str, TensorInfo]) -> Literal["clip", "t5"] | None:
+    """Which of the two a file holds the text encoder of, None for any other file. Parts of an all-in-one file do not
+    count."""
+    if CLIP_PROBE in clip_names(header):
+        return "clip"
+    return "t5" if T5_PROBE in header else None
+
+
+def is_autoencoder(header: Mapping[str, TensorInfo], channels: int) -> bool:
+    """Whether a file holds a KL autoencoder alone, with so many latent channels; both spellings share these names."""
+    last = header.get("encoder.conv_out.weight")
+    return last is not None and "decoder.conv_in.weight" in header and last.shape[0] == 2 * channels
+
+
 def refuse_scaled(names: Iterable[str], where: str = "") -> None:
     """Raise UsageError for weights whose scales are kept beside them: read as they are they would be wrong."""
     found = next((name for name in names if SCALED.fullmatch(name)), None)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tuner.core.config import CaptionsConfig, DataConfig
 from tuner.core.data.captions import caption_lines
-from tuner.core.data.images import open_upright
 from tuner.core.data.index import scan_sources
 from tuner.core.data.records import ImageRecord, Size, Skip, SourceIndex
 from tuner.core.errors import UsageError
@@ -109,6 +108,9 @@ def thread_count(workers: int | None) -> int:
 
 
 def _decode_error(path: Path) -> UsageError | None:
+    # What only looks at headers should not pay for torch.
+    from tuner.core.data.images import open_upright
+
     try:
         open_upright(path)
     except UsageError as error:

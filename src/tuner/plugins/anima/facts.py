@@ -85,6 +85,15 @@ def detect(header: Header) -> str | None:
     return flavour_of(denoiser_sizes({name: header[key] for name, key in found.items()}))
 
 
+def recognise(header: Header) -> tuple[str, ...]:
+    """Which keys of the ``model`` section a file may be given for, by its names; () for a file of no use here."""
+    if "layers.0.self_attn.q_norm.weight" in encoder_names(header):
+        return ("text_encoders.qwen3",)
+    if "encoder.conv1.weight" in vae_names.names(header):
+        return ("vae",)
+    return ("llm_adapter",) if "out_proj.weight" in adapter_names(header) else ()
+
+
 def flavour_of(sizes: DenoiserSizes) -> str:
     """The name of a public size, or depth x width."""
     return FLAVOURS.get((sizes.width, sizes.blocks), f"{sizes.blocks}x{sizes.width}")

@@ -18,4 +18,5 @@ plugin = ModelPlugin(
     count_tokens="tuner.plugins.anima.sources:count_tokens",
     importers="tuner.plugins.anima.importers:IMPORTERS",
     weight_maps="tuner.plugins.anima.stored:WEIGHTS",
+    recognise="tuner.plugins.anima.facts:recognise",
 )

@@ -18,4 +18,5 @@ plugin = ModelPlugin(
     count_tokens="tuner.plugins.flux.sources:count_tokens",
     importers="tuner.plugins.flux.importers:IMPORTERS",
     weight_maps="tuner.plugins.flux.stored:WEIGHTS",
+    recognise="tuner.plugins.flux.facts:recognise",
 )

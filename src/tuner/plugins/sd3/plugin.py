@@ -18,4 +18,5 @@ plugin = ModelPlugin(
     count_tokens="tuner.plugins.sd3.sources:count_tokens",
     importers="tuner.plugins.sd3.importers:IMPORTERS",
     weight_maps="tuner.plugins.sd3.stored:WEIGHTS",
+    recognise="tuner.plugins.sd3.facts:recognise",
 )
