@@ -30,12 +30,23 @@ FULL = DenoiserSizes(
 
 def build(sizes: DenoiserSizes, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Denoiser, list[nn.Parameter]]:
     """A frozen random denoiser with adapters on the ten attention and MLP linears of each block."""
+    denoiser = build_frozen(sizes, dtype, device, seed)
+    return denoiser, add_adapters(denoiser, seed)
+
+
+def build_frozen(sizes: DenoiserSizes, dtype: torch.dtype, device: str, seed: int = 0) -> Denoiser:
+    """A random denoiser of which nothing trains."""
     torch.manual_seed(seed)
     with torch.device(device), _default_dtype(dtype):
         denoiser = Denoiser(sizes).requires_grad_(False)
         for name, parameter in denoiser.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=(0.1 if "adaln" in name else 1.0) * parameter.shape[1] ** -0.5)
+    return denoiser
+
+
+def add_adapters(denoiser: Denoiser, seed: int = 0) -> list[nn.Parameter]:
+    """Rank-16 adapters on the ten attention and MLP linears of each block; returns what they train."""
     trained: list[nn.Parameter] = []
     for name, linear in denoiser.blocks.named_modules():
         if isinstance(linear, nn.Linear) and "adaln" not in name:
@@ -46,7 +57,7 @@ def build(sizes: DenoiserSizes, dtype: torch.dtype, device: str, seed: int = 0) 
             nn.init.normal_(layer.up, std=0.02)
             inject(linear, layer)
             trained += [layer.down, layer.up]
-    return denoiser, trained
+    return trained
 
 
 @contextmanager

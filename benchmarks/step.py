@@ -24,10 +24,21 @@ import torch
 
 from benchmarks.models import FULL, RANK, REDUCED, TEXT_TOKENS, build, forward_loss, make_inputs, saved_bytes
 from tuner.core.memory.checkpointing import apply_checkpointing
+from tuner.core.memory.compiling import Band, CompileSettings, compile_blocks
+from tuner.core.types import Blocks
 from tuner.plugins.anima.denoiser import Denoiser
 from tuner.plugins.anima.sizes import DenoiserSizes
 
-ARMS = ("eager", "eager, recomputed", "compiled", "compiled, recomputed", "eager, forward only")
+ARMS = (
+    "eager", "eager, recomputed", "compiled", "compiled, recomputed", "compiled, dynamic", "eager, forward only",
+)  # fmt: skip
+"""``compiled`` has a graph for the size that is timed, as a run with one picture size; ``dynamic`` one for a range of
+sizes around it, which needs a process of its own: arms share what was compiled. The baseline of both is ``eager``."""
+AXES = Blocks(
+    path="blocks",
+    count=0,
+    axes={"x": (1, "image"), "rope": (1, "image"), "context": (1, "text"), "context_bias": (0, "text")},
+)
 PRODUCT = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices whose product measures the peak."""
 
@@ -120,16 +131,19 @@ class Runner:
         self.case = case
         self.denoiser, self.trained = build(case.sizes, case.dtype, device)
         self.inputs = make_inputs(case.sizes, case.batch, case.height, case.width, case.dtype, device)
-        self.compiled = {}
-        if any(arm.startswith("compiled") for arm in arms):
-            self.compiled = {block: torch.compile(block.forward, dynamic=False) for block in self.denoiser.blocks}
+        tokens = case.height * case.width // 4
+        self.settings = {
+            arm: CompileSettings(band=Band(tokens // 2, 2 * tokens) if arm.endswith("dynamic") else None)
+            for arm in arms
+            if arm.startswith("compiled")
+        }
 
     def prepare(self, arm: str) -> Denoiser:
         apply_checkpointing(self.denoiser.blocks, "off")
         for block in self.denoiser.blocks:
             block.__dict__.pop("forward", None)
-            if arm.startswith("compiled"):
-                block.forward = self.compiled[block]
+        if arm.startswith("compiled"):
+            compile_blocks(self.denoiser, [AXES], self.settings[arm])
         apply_checkpointing(self.denoiser.blocks, "block" if arm.endswith("recomputed") else "off")
         for parameter in self.trained:
             parameter.grad = None
@@ -211,6 +225,9 @@ def main() -> None:
     ]
     if unknown or not chosen:
         parser.error(f"unknown arms {unknown}" if unknown else f"no such case; there are {cases(arguments.device)}")
+    dynamic = [arm.endswith("dynamic") for arm in arms if arm.startswith("compiled")]
+    if any(dynamic) and not all(dynamic):
+        parser.error("compiled+dynamic cannot run with other compiled arms: each would use the graphs of the first")
     peak = arguments.peak * 1e12 if arguments.peak else None
     results: list[Result] = []
     for case in chosen:

@@ -13,18 +13,26 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tuner.core.config.describe import (
+    INHERITED,
+    as_json,
+    default_words,
+    entry_suffix,
+    meaning,
+    sections_in,
+    type_words,
+)
+
 REFERENCE = Path(__file__).parent / "reference"
-INHERITED = "See the source."
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run it again. -->\n"
 
 
@@ -60,14 +68,14 @@ def config_page() -> str:
     parts = [NOTE, "# Configuration keys\n", CONFIG_INTRO]
     for name, field in RunConfig.model_fields.items():
         key = field.alias or name
-        sections = _sections(field.annotation)
+        sections = sections_in(field.annotation)
         if key == "model":
             parts += [*_section(key, sections[0], text=field.description), *_model_sections()]
         elif sections:
             parts += _section(key, sections[0])
         else:
-            kind = _json_type(RunConfig, name)
-            parts += [f"## {key}\n", f"{_text(field)} {kind[0].upper()}{kind[1:]}, default {_default(field)}.\n"]
+            kind = _cell(type_words(RunConfig, name))
+            parts += [f"## {key}\n", f"{_text(field)} {kind[0].upper()}{kind[1:]}, default {default_words(field)}.\n"]
     return "\n".join([*parts, *_planned()])
 
 
@@ -84,16 +92,16 @@ an object with `steps`, `epochs` or `minutes`. A *step* is one optimizer update.
 def _section(path: str, model: type[BaseModel], *, text: str | None = None, depth: int = 2) -> Iterator[str]:
     """A heading, the section's docstring, a table of its keys, then the sections inside it."""
     yield f"{'#' * depth} {path}\n"
-    yield f"{_plain(text or model.__doc__)}\n"
+    yield f"{meaning(text or model.__doc__)}\n"
     yield "| Key | Type | Default | Meaning |\n|---|---|---|---|"
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in model.model_fields.items():
         key = field.alias or name
-        if field.description == INHERITED:
+        if field.description in INHERITED:
             yield f"| `{key}` | as in a source | none | For all sources of the set that do not say otherwise. |"
             continue
-        yield f"| `{key}` | {_json_type(model, name)} | {_default(field)} | {_text(field)} |"
-        inner += [(f"{path}.{key}{_suffix(field.annotation)}", each) for each in _sections(field.annotation)]
+        yield f"| `{key}` | {_cell(type_words(model, name))} | {default_words(field)} | {_text(field)} |"
+        inner += [(f"{path}.{key}{entry_suffix(field.annotation)}", each) for each in sections_in(field.annotation)]
     yield ""
     for place, each in inner:
         if each.__name__ == "DefaultsConfig":
@@ -105,7 +113,7 @@ def _section(path: str, model: type[BaseModel], *, text: str | None = None, dept
 def _defaults_section(place: str, model: type[BaseModel]) -> Iterator[str]:
     keys = ", ".join(f"`{name}`" for name in model.model_fields)
     yield f"### {place}\n"
-    yield f"{_plain(model.__doc__)} It may hold {keys}; each means what it means in a set or source.\n"
+    yield f"{meaning(model.__doc__)} It may hold {keys}; each means what it means in a set or source.\n"
 
 
 def _model_sections() -> Iterator[str]:
@@ -122,11 +130,11 @@ def _model_sections() -> Iterator[str]:
             continue
         schema = model_schema(catalog, entry.name)
         yield f"### model of {entry.name}\n"
-        yield f"{_plain(schema.__doc__)}\n"
+        yield f"{meaning(schema.__doc__)}\n"
         yield "| Key | Type | Default | Meaning |\n|---|---|---|---|"
         for name, field in schema.model_fields.items():
             if name in schema.__annotations__ or name not in ModelConfigBase.model_fields:
-                yield f"| `{name}` | {_json_type(schema, name)} | {_default(field)} | {_text(field)} |"
+                yield f"| `{name}` | {_cell(type_words(schema, name))} | {default_words(field)} | {_text(field)} |"
         yield "\nPresets:\n"
         for preset in preset_names(catalog, entry.name):
             settings = _flat({k: v for k, v in read_preset(catalog, f"{entry.name}/{preset}").items() if k != "model"})
@@ -155,80 +163,12 @@ def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes in a type, through unions, lists and mappings."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _sections(part)]
-
-
-def _suffix(annotation: Any) -> str:
-    text = str(annotation)
-    return "[]" if "tuple[tuner" in text else ".*" if "dict[" in text else ""
-
-
-def _json_type(model: type[BaseModel], name: str) -> str:
-    """The type of a key in words, from the JSON schema, which is what the file has to satisfy."""
-    document = model.model_json_schema(by_alias=True, mode="validation")
-    definitions = document.get("$defs", {})
-    if "properties" not in document:
-        document = definitions[document["$ref"].rsplit("/", 1)[1]]
-    found = document["properties"][model.model_fields[name].alias or name]
-    return _cell(_words(found, definitions))
-
-
-def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    if "$ref" in schema:
-        name = schema["$ref"].rsplit("/", 1)[1]
-        return "every" if name == "EveryFields" else _words(definitions[name], definitions)
-    if "anyOf" in schema:
-        words = dict.fromkeys(_words(each, definitions) for each in schema["anyOf"])
-        return "every or null" if "every" in words and "null" in words else " or ".join(words)
-    if "const" in schema:
-        return f'`"{schema["const"]}"`'
-    if "enum" in schema:
-        return " or ".join(f'`"{value}"`' for value in schema["enum"])
-    kind = schema.get("type", "any value")
-    if kind == "array":
-        inside = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
-        words = _words(inside, definitions)
-        return f"list of ({words})" if " or " in words else f"list of {words}"
-    return {"string": "text", "boolean": "true or false"}.get(kind, kind) + _limits(schema)
-
-
-def _limits(schema: Mapping[str, Any]) -> str:
-    signs = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    limits = [f"{word} {schema[key]:g}" for key, word in signs.items() if key in schema]
-    if "%" in schema.get("pattern", ""):
-        return ' such as `"5%"`'
-    return f" {', '.join(limits)}" if limits else ""
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "**required**"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        changed = value.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        return f"`{_json(changed)}`" if changed else "its defaults"
-    return "none" if value is None else f"`{_json(value)}`"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, default=lambda each: each.model_dump(mode="json"))
-
-
 def _text(field: FieldInfo) -> str:
-    return _cell(_plain(field.description))
+    return _cell(meaning(field.description))
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _plain(text: str | None) -> str:
-    """A docstring as one line of Markdown."""
-    return " ".join(inspect.cleandoc(text or "").replace("``", "`").split())
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -316,7 +256,7 @@ def cli_page() -> str:
     parts = [NOTE, "# Command line\n", CLI_INTRO]
     for name in COMMANDS:
         module = importlib.import_module(f"tuner.cli.{name}")
-        parts += [f"## tuner {name}\n", f"{_plain(module.__doc__)}\n"]
+        parts += [f"## tuner {name}\n", f"{meaning(module.__doc__)}\n"]
         parser = command_parser(name)
         actions = next((each for each in parser._actions if isinstance(each, argparse._SubParsersAction)), None)
         if actions is None:
@@ -432,7 +372,7 @@ def _plugin_tables(tool: str) -> Iterator[str]:
         names = ", ".join(f"`{name}`" for name in choice.family.names)
         said = {"model.family": choice.model, **choice.family.settings}
         yield f"## Of {choice.family.names[0].removesuffix('.py')}\n"
-        yield f"{names}: " + ", ".join(f"`{key}` = `{_json(value)}`" for key, value in said.items()) + ".\n"
+        yield f"{names}: " + ", ".join(f"`{key}` = `{as_json(value)}`" for key, value in said.items()) + ".\n"
         yield from _option_table(choice.family.options)
 
 
@@ -445,7 +385,7 @@ def _option_table(options: Iterable[Any]) -> Iterator[str]:
         words = [f"{status}{option.note}"] if option.note else []
         words += [f"`{value}`: {made.why}" for value, made in option.values.items() if hasattr(made, "why")]
         words += [f"only with `{option.needs[0]}`"] if option.needs else []
-        default = "" if option.default is None else f"`{_json(option.default)}`"
+        default = "" if option.default is None else f"`{as_json(option.default)}`"
         yield f"| {names} | {keys} | {default} | {_cell('; '.join(words))} |"
     yield ""
 

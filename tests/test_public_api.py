@@ -10,7 +10,7 @@ import pytest
 import tuner
 
 PUBLIC = {
-    "Batch", "Blocks", "DtypeRules", "ExtensionPlugin", "Field", "Item", "KeyFormat", "KeyMaps", "LoraRules",
+    "Ask", "Batch", "Blocks", "DtypeRules", "ExtensionPlugin", "Field", "Item", "KeyFormat", "KeyMaps", "LoraRules",
     "ModelConfigBase", "ModelFacts", "ModelPlugin", "Models", "Network", "NoiseDefaults", "NoiseTarget", "ParamGroup",
     "Placement", "Rng", "SampleDefaults", "TensorInfo", "TextEmbeds", "UsageError", "hookimpl", "open_model", "train",
 }  # fmt: skip

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.door import open_model as open_model
     from tuner.core.rng import Rng as Rng
     from tuner.core.train.door import train as train
+    from tuner.core.types import Ask as Ask
     from tuner.core.types import Batch as Batch
     from tuner.core.types import Blocks as Blocks
     from tuner.core.types import DtypeRules as DtypeRules
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tuner.core.types import TextEmbeds as TextEmbeds
 
 _TYPES = (
+    "Ask",
     "Batch",
     "Blocks",
     "DtypeRules",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 import tuner
 from tests.docs.pages import ROOT, blocks_of
 from tests.fixtures.tiny_anima import make_tiny_anima
+from tuner.cli.main import main
 
 
 @pytest.fixture
@@ -68,6 +70,30 @@ def test_the_python_page_runs_from_top_to_bottom(project: Path, capsys: pytest.C
     assert "unknown key 'trian'" in printed
     assert names["picture"].shape == (1, 3, 256, 256)
     assert [step for step, _ in names["losses"]] == [1, 2]
+
+
+def test_every_command_of_the_page_about_pictures_draws_some(project: Path) -> None:
+    small = {"size": 64, "steps": 2, "prompts": ["a red dog"]}
+    trained = config(sample=small, ema={"enabled": True}, checkpoint={"dir": "out/hero", "every": 1})
+    (project / "config.json").write_text(json.dumps(trained), encoding="utf-8")
+    tuner.train("config.json")
+    (project / "style.safetensors").write_bytes((project / "out/hero/hero.safetensors").read_bytes())
+    (project / "prompts.txt").write_text("a red dog --l 3 --n blurry\n", encoding="utf-8")
+    smaller = {"1024x768": "96x64", "30": "3", "1000": "1"}
+    drawn = []
+    for block in blocks_of(ROOT / "docs" / "how-to" / "sample-pictures.md"):
+        if block.language == "console":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = [smaller.get(word, word) for word in shlex.split(line.removeprefix("$ "))]
+                if "--model" in words:
+                    words += ["--size", "64x64", "--steps", "2"]
+                assert main(words[1:]) == 0, line
+                drawn.append(sorted((project / "samples").iterdir())[-1])
+    counts = [len(list(folder.glob("0*.png"))) for folder in drawn]
+    assert counts == [1, 1, 1, 12, 1, 1, 1, 1, 3, 1]
+    first = (drawn[0] / "000.png").read_bytes()
+    assert (drawn[7] / "000.png").read_bytes() == first
+    assert (drawn[1] / "000.png").read_bytes() != first
 
 
 def test_the_extension_of_the_page_keeps_its_diary(

@@ -1,22 +1,47 @@
-"""Encode and store the images and captions of CONFIG ahead; a killed call goes on where it stopped."""
+"""Encode and store the images and captions of CONFIG ahead; a killed call goes on where it stopped.
+
+info, verify and prune look after a cache instead: what it holds, whether every entry is sound, and removing what none
+of the named configurations reads."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tuner.cli.console import out
-from tuner.cli.settings import add_config_arguments, load
+from tuner.cli.console import error, heading, out, out_json, table, warn
+from tuner.cli.settings import add_setting_options, load
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.config import RawConfig
+    from tuner.core.data.upkeep import CacheInfo
+
+ACTIONS = ("info", "verify", "prune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    parser.add_argument(
+        "what", nargs="*", metavar="WHAT", help="a configuration; or info, verify or prune and any configurations"
+    )
+    add_setting_options(parser)
+    parser.add_argument("--dir", metavar="DIR", help="info, verify: the cache folder, when no configuration names it")
+    parser.add_argument("--yes", action="store_true", help="prune: remove without asking")
+    parser.add_argument("--json", action="store_true", help="info, verify, prune: print the result as JSON")
     parser.set_defaults(command="cache")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tuner.core.registry import Catalog
-
-    raw = load(arguments, Catalog())
+    words: list[str] = arguments.what
+    if words and words[0] in ACTIONS:
+        return {"info": _info, "verify": _verify, "prune": _prune}[words[0]](arguments, words[1:])
+    for name in ("dir", "yes", "json"):
+        if getattr(arguments, name):
+            raise UsageError(f"--{name} is for info, verify and prune", fix=f"tuner cache info --{name}")
+    if len(words) > 1:
+        raise UsageError("one configuration at a time", fix=f"tuner cache {words[0]}")
+    raw = _load(arguments, words[0] if words else None)
     from tuner.core.train.logs import set_up_logging
     from tuner.core.train.run import cache_only
 
@@ -25,3 +50,132 @@ def run(arguments: argparse.Namespace) -> int:
     plan = cache_only(raw)
     out(f"cached: {plan.images} images for training, {plan.validation_images} held out")
     return 0
+
+
+def _load(arguments: argparse.Namespace, config: str | None) -> RawConfig:
+    from tuner.core.registry import Catalog
+
+    arguments.config = config
+    return load(arguments, Catalog())
+
+
+def _info(arguments: argparse.Namespace, configs: list[str]) -> int:
+    from tuner.core.data.upkeep import cache_info
+
+    if arguments.dir is not None:
+        infos = [cache_info(Path(arguments.dir))]
+    else:
+        infos = [cache_info(folder, used) for folder, used in _used(arguments, configs).items()]
+    if arguments.json:
+        out_json([info.as_dict() for info in infos])
+    else:
+        for info in infos:
+            _show(info)
+    return 0
+
+
+def _show(info: CacheInfo) -> None:
+    from tuner.core.track.progress import byte_size
+
+    heading(str(info.folder))
+    rows = [
+        (row.kind, row.model or "-", row.entries, byte_size(row.bytes), "-" if row.used is None else row.used)
+        for row in info.rows
+    ]
+    table(("kind", "model", "entries", "size", "used"), rows)
+    out(f"{info.entries} entries, {byte_size(info.bytes)}; {info.indices} indices, {byte_size(info.index_bytes)}")
+    if info.leftovers:
+        out(f"{info.leftovers} files of killed runs: tuner cache prune removes them")
+    if info.others:
+        out(f"{info.others} files are not of the cache and stay as they are")
+
+
+def _verify(arguments: argparse.Namespace, configs: list[str]) -> int:
+    from rich.console import Console
+
+    from tuner.core.data.upkeep import verify_cache
+    from tuner.core.track.progress import Progress
+
+    folders = [Path(arguments.dir)] if arguments.dir is not None else _folders(arguments, configs)
+    found = []
+    for folder in folders:
+        with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
+
+            def tick(done: int, total: int, progress: Progress = progress) -> None:
+                progress.total = total
+                progress.advance(done)
+
+            found.append(verify_cache(folder, tick))
+    if arguments.json:
+        out_json([each.as_dict() for each in found])
+        return int(not all(each.ok for each in found))
+    for each in found:
+        for path in each.broken:
+            error(f"broken, and made again when it is needed: {path}")
+        for path in each.changed:
+            error(f"not what it was hashed as: {path}\n  fix: its new hash is taken at the next start; then prune")
+        sound = each.entries - len(each.broken)
+        out(f"{each.folder}: {sound} of {each.entries} entries are sound")
+    return int(not all(each.ok for each in found))
+
+
+def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
+    from tuner.core.data.upkeep import doomed_files, remove
+    from tuner.core.track.progress import byte_size
+
+    if arguments.dir is not None:
+        raise UsageError(
+            "prune needs configurations", why="they say what is still needed", fix="tuner cache prune config.json"
+        )
+    found = [doomed_files(folder, used) for folder, used in _used(arguments, configs).items()]
+    count, size = sum(len(each.files) for each in found), sum(each.bytes for each in found)
+    if not arguments.json:
+        for each in found:
+            out(f"{each.folder}: {each.kept} entries are used by what is named here and stay")
+            parts = (("unused", each.unused), ("broken", each.broken), ("of killed runs", each.leftovers))
+            for name, paths in parts:
+                if paths:
+                    out(f"  {len(paths)} {name}, such as {paths[0].relative_to(each.folder)}")
+        if count and not arguments.yes:
+            warn("what is unused here may be used by configurations that are not named; they would encode it again")
+    removing = bool(count) and (arguments.yes or (not arguments.json and _agreed(f"remove {count} files?")))
+    if removing:
+        for each in found:
+            remove(each)
+    if arguments.json:
+        out_json([each.as_dict() | {"removed": removing} for each in found])
+    elif not count:
+        out("there is nothing to remove")
+    else:
+        out(f"removed {count} files, {byte_size(size)}" if removing else f"{count} files would go: add --yes")
+    return 0
+
+
+def _agreed(question: str) -> bool:
+    """Ask on a terminal; elsewhere nobody can answer."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _folders(arguments: argparse.Namespace, configs: list[str]) -> list[Path]:
+    from tuner.core.registry import Catalog, typed_config
+
+    configs_here = (typed_config(raw, Catalog()) for raw in _raws(arguments, configs))
+    return list(dict.fromkeys(Path(config.cache.dir) for config in configs_here))
+
+
+def _used(arguments: argparse.Namespace, configs: list[str]) -> dict[Path, set[str]]:
+    """The cache folders of the configurations, and the entries that these read."""
+    from tuner.core.train.run import used_entries
+
+    used: dict[Path, set[str]] = {}
+    for raw in _raws(arguments, configs):
+        folder, names = used_entries(raw)
+        used.setdefault(folder, set()).update(names)
+    return used
+
+
+def _raws(arguments: argparse.Namespace, configs: list[str]) -> list[RawConfig]:
+    """The named configurations; without any, the one that --set and --preset make."""
+    return [_load(arguments, config) for config in configs] or [_load(arguments, None)]

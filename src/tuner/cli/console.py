@@ -36,6 +36,17 @@ def heading(text: str) -> None:
     out(f"{_BOLD}{text}{_OFF}" if colours(sys.stdout) else text)
 
 
+def wrapped(text: str, indent: int = 2) -> None:
+    """A paragraph, broken at the width of the terminal; nothing for an empty text."""
+    if text:
+        import shutil
+        import textwrap
+
+        margin = " " * indent
+        width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+        out(textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin + "  ", break_on_hyphens=False))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Aligned columns; numbers to the right."""
     texts = [[str(cell) for cell in row] for row in rows]

@@ -12,13 +12,22 @@ from tuner.cli.console import error, out, warn
 from tuner.core.errors import UsageError
 
 COMMANDS = {
-    "train": "train an adapter",
+    "configure": "write or change a configuration by answering questions",
+    "train": "train an adapter or a whole model",
     "check": "check everything a training needs, without a GPU",
     "plan": "predict memory, disk and time, and find what fits into a GPU",
+    "data": "look at pictures and captions before training: buckets, duplicates, blur, odd files",
     "cache": "encode and store images and captions ahead",
     "verify": "compare what saves time or memory with plain execution, here",
+    "sample": "draw pictures with a model, adapters and strengths, or with a run",
+    "inspect": "tell what a model or adapter file is, and strip its metadata",
+    "merge": "put adapters into a checkpoint, or several adapters into one",
+    "extract": "make a LoRA of the difference between two checkpoints",
+    "resize": "give an adapter other ranks",
     "convert": "rewrite an adapter file in another format",
     "config": "print the schema or a configuration with every default, or import another trainer's",
+    "explain": "what a key means, or where every value of a configuration comes from",
+    "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",
     "plugins": "list, install, check and write models and extensions",
 }
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``config``, ``--model``, ``--preset`` and ``--set``."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a JSON file; comments are allowed")
+    add_setting_options(parser)
+
+
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
+    """``--model``, ``--preset`` and ``--set``."""
     parser.add_argument("--model", metavar="NAME", help="the model plugin, when the file does not name it")
     parser.add_argument("--preset", metavar="MODEL/NAME", help="start from a preset; the file wins over it")
     parser.add_argument(

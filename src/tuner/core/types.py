@@ -215,11 +215,13 @@ class StoredTensor:
     """Where the values of one tensor of a weight file are in the loaded model.
 
     names: the parameters ``component:name`` whose rows it holds, one below the other. exchange: the two halves of its
-    rows stand in the other order in the file.
+    rows stand in the other order in the file. rows: how many rows each of ``names`` has for one of the others; empty:
+    all have the same.
     """
 
     names: tuple[str, ...]
     exchange: bool = False
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +235,28 @@ class StoredFile:
     name: str
     header: WeightHeader
     tensors: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightMaps:
+    """How the weight files of a model are laid out, for tools that have files but no run. No part may import torch.
+
+    stored: (header, component) to the tensors of a file that are parameters, as in `StoredFile.tensors`. component
+    None: the denoiser's file, with what an all-in-one file holds besides; a name: the file of that component. Empty for
+    a file of something else.
+    original, diffusers: from the parameters of the denoiser, ``component:name``, to the tensors that a file of that
+    layout holds, under its names without prefix; a component that goes into the same file is among them.
+    folders: component to the names of its folder in the diffusers layout, the first is the one to write.
+    prefixes: component to what stands in front of its tensors in a single file; ``denoiser`` is always among them.
+    alone: what stands there in a file that holds the denoiser alone.
+    """
+
+    stored: Callable[[WeightHeader, str | None], Mapping[str, StoredTensor]]
+    original: Callable[[Collection[str]], Mapping[str, StoredTensor]]
+    diffusers: Callable[[Collection[str]], Mapping[str, StoredTensor]]
+    folders: Mapping[str, tuple[str, ...]]
+    prefixes: Mapping[str, str]
+    alone: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +316,7 @@ class KeyFormat:
     only where there are twice as many rows as columns. kinds: kinds of adapters that the format's readers know, as in
     ``network.type``, and ``norms``; parts other than the two matrices are called the same everywhere. lengths: suffix
     of a DoRA's lengths. numbered: rotations are stored part by part of a joint matrix, with a number behind the suffix.
+    readers: programs that load such files.
     """
 
     name: str
@@ -307,6 +332,7 @@ class KeyFormat:
     read_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, tuple[tuple[Fused, str], ...]] = field(default_factory=dict)
     exchange: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,6 +416,23 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Marks a key of the ``model`` section that ``tuner configure`` asks for: ``Annotated[float, Ask(question=...)]``.
+
+    question: in a user's words; of a dictionary each key is asked for, ``{name}`` stands for it. The help is the key's
+    docstring, the answer's kind follows from the type: a choice for ``Literal``, yes or no, a number, a place of
+    weights for ``ComponentSource``. when: ``missing`` asks only after the plugin's ``files`` or ``facts`` refused the
+    section for the lack of this key. optional: keys of a dictionary that are offered although the model works without
+    them. weights: the answer, a string, is a place of weights.
+    """
+
+    question: str
+    when: Literal["always", "missing"] = "always"
+    optional: tuple[str, ...] = ()
+    weights: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlugin:
     """What an entry point of ``tuner.models`` points at. Every string is ``module:attribute``, imported when needed.
 
@@ -400,6 +443,9 @@ class ModelPlugin:
     counts}; called by checks only, so it may import a tokenizer library. public: (RunConfig) -> ModelFacts of a
     published model, chosen by ``model.flavour``, with no file behind it: what ``tuner plan`` uses before a download.
     importers: the ``Importers`` of ``tuner.core.config.foreign``, what other trainers call the options of this model.
+    weight_maps: the `WeightMaps`, for tools that have weight files but no run.
+    recognise: (Header) -> keys of the ``model`` section that a file other than the denoiser's may be given for, such as
+    ``vae`` or ``text_encoders.NAME``; () for any other file. It lets ``tuner configure`` find files by their content.
     """
 
     name: str
@@ -414,6 +460,8 @@ class ModelPlugin:
     count_tokens: str | None = None
     public: str | None = None
     importers: str | None = None
+    weight_maps: str | None = None
+    recognise: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

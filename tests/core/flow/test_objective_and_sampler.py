@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from tests.helpers import golden
 from tuner.core.config import InputPerturbation, NoiseOffset
-from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas, offset_noise, perturb_noise, rectified_flow
+from tuner.core.flow import (
+    apply_cfg,
+    euler_sample,
+    euler_sigmas,
+    heun_sample,
+    offset_noise,
+    perturb_noise,
+    rectified_flow,
+    rescale_cfg,
+)
 
 CASES = golden("core/noise.json")["cases"]
 DATA = golden("core/noise.safetensors")
@@ -96,6 +107,37 @@ def test_the_sampler_lands_on_the_latents_when_the_velocity_is_right() -> None:
     torch.testing.assert_close(out, latents, rtol=1e-5, atol=1e-5)
     assert steps == [1, 2, 3, 4, 5]
     assert set(seen) == {(torch.Size([2]), torch.float32)}
+
+
+def test_heun_is_of_second_order_and_predicts_twice_but_at_the_end() -> None:
+    """dx / dsigma = x, whose value at 0 is 1/e of that at 1."""
+    errors = []
+    for steps in (10, 20):
+        seen: list[float] = []
+
+        def predict(noisy: torch.Tensor, sigmas: torch.Tensor, seen: list[float] = seen) -> torch.Tensor:
+            seen.append(sigmas.item())
+            return noisy
+
+        counted: list[int] = []
+        out = heun_sample(predict, torch.ones(1, 1, 1, 1), euler_sigmas(steps, 1.0), on_step=counted.append)
+        errors.append(abs(out.item() - math.exp(-1)))
+        assert counted == list(range(1, steps + 1))
+        assert len(seen) == 2 * steps - 1 and min(seen) > 0
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    euler = euler_sample(lambda x, s: x, torch.ones(1, 1, 1, 1), euler_sigmas(20, 1.0))
+    assert errors[0] < abs(euler.item() - math.exp(-1)) / 5
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_prediction_without() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positive = torch.randn(2, 3, 4, 4, generator=generator).bfloat16()
+    guided = 5 * torch.randn(2, 3, 4, 4, generator=generator) + 1
+    assert rescale_cfg(guided, positive, 0.0) is guided
+    fully = rescale_cfg(guided, positive, 1.0)
+    axes = (1, 2, 3)
+    torch.testing.assert_close(fully.std(axes), positive.float().std(axes))
+    torch.testing.assert_close(rescale_cfg(guided, positive, 0.25), 0.25 * fully + 0.75 * guided)
 
 
 def test_a_bfloat16_model_does_not_round_the_latents() -> None:

@@ -209,6 +209,9 @@ def test_a_prompt_file_is_named_with_the_change_of_its_flags(tmp_path: Path) -> 
     assert status(result, "sample_prompts") == "changed"
     assert "30 July 2025" in row(result, "sample_prompts").note
     assert "cannot use --ss" in row(result, "sample_prompts").note
+    write(tmp_path, "prompts.txt", "a cat --l 4 --ss euler\n")
+    result = words(f"{LORA['flux']} --sample_prompts prompts.txt --sample_every_n_steps 50", tmp_path)
+    assert "cannot use" not in row(result, "sample_prompts").note
 
 
 def test_what_has_no_effect_there_has_none_here() -> None:
@@ -249,6 +252,31 @@ def test_defaults_of_simpletuner_that_differ_are_written_out(tmp_path: Path) -> 
     assert result.options == 3
 
 
+@pytest.mark.parametrize(
+    ("family", "flavour", "repository"),
+    [
+        ("flux", "krea", "black-forest-labs/FLUX.1-Krea-dev"),
+        ("flux", "schnell", "black-forest-labs/FLUX.1-schnell"),
+        ("chroma", "hd", "lodestones/Chroma1-HD"),
+        ("sd3", "large", "stabilityai/stable-diffusion-3.5-large"),
+    ],
+)
+def test_a_flavour_of_simpletuner_chooses_the_repository(family, flavour, repository, tmp_path: Path) -> None:
+    result = backends(tmp_path, {"id": "a", "instance_data_dir": "a"}, model_family=family, model_flavour=flavour)
+    assert result.config["model"]["path"] == repository
+    assert status(result, "model_flavour") == "mapped"
+
+
+def test_a_flavour_of_simpletuner_that_is_not_known_leads_to_no_other_weights(tmp_path: Path) -> None:
+    folder = {"id": "a", "instance_data_dir": "a"}
+    result = backends(tmp_path, folder, model_family="flux", model_flavour="kontext")
+    assert "path" not in result.config["model"]
+    assert status(result, "model_flavour") == "not_applicable"
+    named = {"model_flavour": "kontext", "pretrained_model_name_or_path": "some/weights"}
+    result = backends(tmp_path, folder, model_family="flux", **named)
+    assert result.config["model"]["path"] == "some/weights"
+
+
 def test_schedules_of_simpletuner_are_explained(tmp_path: Path) -> None:
     result = backends(tmp_path, {"id": "a", "instance_data_dir": "a"}, lr_scheduler="cosine", lr_warmup_steps=50)
     assert result.config["schedule"] == {"name": "cosine", "warmup": 50}
@@ -277,6 +305,17 @@ def test_a_prompt_library_becomes_prompt_lines(tmp_path: Path) -> None:
     keys = {"user_prompt_library": "elsewhere/library.json", "validation_prompt": "a bird", "validation_steps": 10}
     result = backends(tmp_path, {"id": "a", "instance_data_dir": "a"}, **keys)
     assert result.config["sample"]["prompts"] == ["a bird", "a cat", "a dog"]
+
+
+def test_an_adapter_for_pictures_is_taken_over_with_its_strength(tmp_path: Path) -> None:
+    source = {"id": "a", "instance_data_dir": "a"}
+    keys = {"validation_prompt": "a bird", "validation_steps": 10, "validation_adapter_path": "style.safetensors"}
+    result = backends(tmp_path, source, **keys, validation_adapter_strength=0.5, validation_guidance_rescale=0.7)
+    assert result.config["sample"]["adapters"] == [{"path": "style.safetensors", "strength": 0.5}]
+    assert result.config["sample"]["cfg_rescale"] == 0.7
+    assert status(result, "validation_adapter_path") == "changed"
+    result = backends(tmp_path, source, **{**keys, "validation_adapter_path": "someone/style"})
+    assert status(result, "validation_adapter_path") == "not_built"
 
 
 def test_every_model_of_simpletuner_that_a_plugin_knows_imports(tmp_path: Path) -> None:

@@ -265,12 +265,5 @@ def test_a_count_outside_the_limits_is_refused_with_them(count: int) -> None:
         streamed(Model(), count)
 
 
-def test_blocks_that_train_are_refused() -> None:
-    model = Model()
-    model.pairs.requires_grad_(True)
-    with pytest.raises(UsageError, match="never written back"):
-        streamed(model, 4)
-
-
 def test_limits_count_all_lists() -> None:
     assert stream_limit((Blocks(path="a", count=19), Blocks(path="b", count=38))) == 55

@@ -78,6 +78,8 @@ def train(optimizer: torch.optim.Optimizer, steps: int = 30) -> tuple[float, flo
         ("adamw_bf16", {}),
         ("muon", {}),
         ("radam", {}),
+        ("adam", {}),
+        ("adagrad", {}),
         ("torch.optim.RAdam", {}),
         ("torch.optim.Adafactor", {}),
     ],
@@ -125,8 +127,9 @@ def test_lists_in_args_become_tuples() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "parts"),
     [
-        ("adamv", {}, ["no optimizer is called 'adamv'", "did you mean 'adamw'?"]),
+        ("adamww", {}, ["no optimizer is called 'adamww'", "did you mean 'adamw'?"]),
         ("sdnq-adamw", {}, ["quantize the weights they train"]),
+        ("SGDNesterov8bit", {}, ["does nothing with it", "sgd_nesterov"]),
         ("nowhere_to_be_found.optim.X", {}, ["pip install nowhere_to_be_found"]),
         ("torch.optimizers.AdamW", {}, ["has no module torch.optimizers", "check the import path"]),
         ("torch.optim.AdamWW", {}, ["did you mean torch.optim.AdamW?"]),

@@ -57,7 +57,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "sgd_nesterov"]
+SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "adam", "adagrad", "sgd_nesterov"]
 
 
 @pytest.mark.parametrize("name", SEPARATE)
@@ -223,3 +223,21 @@ def test_micro_batches_in_bfloat16_are_added_up_in_float32(name: str, keys: dict
 def test_float32_sums_of_what_is_float32_already_are_an_error() -> None:
     with pytest.raises(UsageError, match="gradients in float32 have no effect"):
         add_up_in_float32(Rig().update.group_of)
+
+
+ELSEWHERE = torch.device("cpu", 0)
+"""Is not what the parameters say they are on, so they come over and go back."""
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+@pytest.mark.parametrize("name", SEPARATE)
+def test_weights_in_host_memory_are_updated_on_the_device_to_the_same_bits(name: str, rounding: str) -> None:
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    keys = {"name": name, "rounding": rounding}
+    plain, rig = Rig(dtype, **keys), Rig(dtype, **keys)
+    rig.update = Update(rig.config, rig.optimizer, rig.names, 5, ELSEWHERE)
+    places = {name: value.data_ptr() for name, value in rig.names.items()}
+    assert same(rig.steps(3), plain.steps(3))
+    one, other = (optimizer_state_tensors(each.optimizer, each.names) for each in (rig, plain))
+    assert same(one[0], other[0]) and one[1] == other[1]
+    assert {name: value.data_ptr() for name, value in rig.names.items()} == places

@@ -129,7 +129,7 @@ def test_no_more_than_one_tensor_is_held_beside_the_model(make_config, monkeypat
     """While a file is written; what is put together for it is the only copy."""
     alive: list[int] = []
     most: list[int] = []
-    original = checkpoints._assembled
+    original = checkpoints.assembled
 
     def watched(*arguments):
         value = original(*arguments)
@@ -138,7 +138,7 @@ def test_no_more_than_one_tensor_is_held_beside_the_model(make_config, monkeypat
         most.append(sum(alive))
         return value
 
-    monkeypatch.setattr(checkpoints, "_assembled", watched)
+    monkeypatch.setattr(checkpoints, "assembled", watched)
     folder = train(full(make_config, train__steps=1)).folder
     largest = max(value.nbytes for value in load_file(folder / "out.safetensors").values())
     # The one before lives until its name is given to the next.
@@ -146,7 +146,7 @@ def test_no_more_than_one_tensor_is_held_beside_the_model(make_config, monkeypat
 
 
 def test_a_file_that_does_not_say_what_was_trained_is_noticed(make_config, monkeypatch):
-    original = checkpoints._assembled
+    original = checkpoints.assembled
     calls = []
 
     def wrong(*arguments):
@@ -154,7 +154,7 @@ def test_a_file_that_does_not_say_what_was_trained_is_noticed(make_config, monke
         value = original(*arguments)
         return value + 1 if len(calls) == 3 else value
 
-    monkeypatch.setattr(checkpoints, "_assembled", wrong)
+    monkeypatch.setattr(checkpoints, "assembled", wrong)
     with pytest.raises(UsageError, match="differs from the trained weights"):
         train(full(make_config, train__steps=1))
 
@@ -164,7 +164,6 @@ def test_a_file_that_does_not_say_what_was_trained_is_noticed(make_config, monke
     [
         ({"network": {"rank": 4}}, "network.rank: has no effect with train.mode 'full'"),
         ({"quantize": {"denoiser": "int8"}}, "quantized weights cannot train"),
-        ({"memory": {"swap_blocks": 1}}, "nothing of them is ever written back"),
         ({"train__components": ["denoiser", "qwen3"]}, "no program loads"),
         ({"train__freeze": ["denoiser:nothing"]}, "freezes nothing"),
         ({"train__freeze": [".*"]}, "everything is frozen"),

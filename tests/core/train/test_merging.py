@@ -163,7 +163,7 @@ def test_what_cannot_be_merged_is_named(make_config, adapter, tmp_path):
     narrow = {name: value[..., :2].contiguous() if "lora_A" in name else value for name, value in good.items()}
     refused(narrow, "does not fit")
     refused({name: value * float("nan") for name, value in good.items()}, "not finite")
-    with pytest.raises(UsageError, match=r"model\.merge.*strength|0 merges nothing"):
+    with pytest.raises(UsageError, match=r"model\.merge.*strength|0 adds nothing"):
         train(make_config(model__merge=[{"path": "a", "strength": 0}]))
     with pytest.raises(UsageError, match=r"No such file|cannot read"):
         train(make_config(model__merge=[{"path": str(tmp_path / "absent.safetensors")}]))

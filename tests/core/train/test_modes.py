@@ -123,7 +123,7 @@ def test_a_failed_preview_costs_pictures_and_nothing_else(make_config, tmp_path,
     def no_memory(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(previews, "euler_sample", no_memory)
+    monkeypatch.setattr(previews, "draw_latents", no_memory)
     train(make_config(checkpoint__dir=str(tmp_path / "failed"), sample={"prompts": [PROMPT], "every": 2}, **options))
     assert losses(tmp_path / "failed") == losses(tmp_path / "plain")
     warnings = [event for event in read_events(tmp_path / "failed/events.jsonl") if event["kind"] == "warning"]

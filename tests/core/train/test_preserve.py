@@ -68,7 +68,7 @@ def test_preserved_pictures_stay_close_to_what_the_base_model_makes_of_them(with
         train(config)
         config["data"]["sets"][0]["sources"][1]["enabled"] = True
         far[name] = distance(config, tmp_path / name / f"{name}.safetensors")
-    assert far["preserve"] < 0.6 * min(far["train"], far["nothing"]), far
+    assert far["preserve"] < 0.8 * min(far["train"], far["nothing"]), far
 
 
 def test_before_anything_is_learnt_they_lose_nothing_and_the_others_lose_as_always(with_role, tmp_path):

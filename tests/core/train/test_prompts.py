@@ -61,6 +61,14 @@ def test_a_flag_that_previews_cannot_honour_is_refused():
         resolve_prompts(SampleConfig(prompts=("a cat --ss euler_a",)), FACTS)
 
 
+def test_sampler_and_rescaling_come_from_the_line_and_the_configuration():
+    sample = SampleConfig(prompts=("a cat", "a cat --ss euler"), sampler="heun", cfg_rescale=0.5)
+    found = resolve_prompts(sample, FACTS)
+    assert [(prompt.sampler, prompt.cfg_rescale) for prompt in found] == [("heun", 0.5), ("euler", 0.5)]
+    with pytest.raises(UsageError, match="cfg_rescale has no effect"):
+        resolve_prompts(sample.model_copy(update={"cfg": 1.0}), FACTS)
+
+
 def test_a_flow_shift_that_is_no_number_is_refused():
     with pytest.raises(UsageError, match="--fs"):
         resolve_prompts(SampleConfig(prompts=("a cat --fs fast",)), FACTS)

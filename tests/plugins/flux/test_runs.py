@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.fixtures.drawing import drawn, recorded
 from tests.fixtures.runs import counted, make_pictures, run_document
 from tests.helpers import delta_weight
 from tests.plugins.flux.test_modulation import MODULATIONS
@@ -167,6 +168,27 @@ def test_previews_use_embedded_guidance_and_guidance_by_a_negative_prompt(docume
     # Base and adapted pictures: two steps without, two steps with a second pass for the negative.
     assert sorted(sampled) == [2.0] * 4 + [5.0] * 8
     assert (tmp_path / "out/samples/step-000002/001.png").is_file()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["joint projections", "separate projections"])
+def test_a_run_draws_the_picture_of_its_training_again_bit_by_bit(document, tmp_path, monkeypatch, split):
+    monkeypatch.chdir(tmp_path)
+    config = document(
+        train={"steps": 2, "components": ["denoiser", "clip_l", "t5"]},
+        network={"rank": 2, "split_fused": split},
+        optimizer={"lr": 1e-2},
+        sample={"prompts": ["a dog --w 64 --h 48 --s 2 --g 5 --l 3 --n cat"]},
+    )
+    with recorded() as before:
+        train(config)
+    base, trained = before
+    zero, one = drawn(tmp_path / "out", "--adapter-strengths", "0,1")
+    assert torch.equal(zero, base) and torch.equal(one, trained)
+    assert not torch.equal(zero, one)
+    given = ["--prompt", "a dog --w 64 --h 48 --l 3 --n cat", "--steps", "2", "--guidance"]
+    [same], [other] = (drawn(tmp_path / "out", *given, guidance) for guidance in ("5", "2"))
+    assert torch.equal(same, one)
+    assert not torch.equal(other, one)
 
 
 def test_schnell_ignores_guidance_in_prompts_and_is_told_none(document, given, tmp_path, caplog):

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.fixtures.drawing import drawn, recorded
 from tests.fixtures.runs import make_pictures, run_document
 from tuner.core.config import load_config
 from tuner.core.track.events import read_events
@@ -46,8 +48,12 @@ def test_denoiser_and_encoders_train_at_their_own_rates_with_pictures(document, 
         sample={"prompts": ["a red dog --w 64 --h 48 --s 2 --l 3 --n cat"], "every": 2},
         memory={"checkpointing": "block"},
     )
-    train(config)
+    with recorded() as before:
+        train(config)
     out = tmp_path / "out"
+    # The same pictures again without the training: of the base, and with all three adapters.
+    again = drawn(out, "--adapter-strengths", "0,1", "--out", tmp_path / "again")
+    assert all(torch.equal(one, other) for one, other in zip(again, before, strict=True))
     assert events(out, "step")[0]["lr"] == {"denoiser": 1e-3, **rates}
     assert (out / "samples/step-000002/000.png").is_file()
     tensors = load_file(out / "out.safetensors")

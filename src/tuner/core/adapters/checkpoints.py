@@ -9,25 +9,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.files import header_bytes
-from tuner.core.atomic import atomic_path
+from tuner.core.adapters.streams import FILE_NAMES, Planned, copied, write_tensors
 from tuner.core.compute.dtypes import dtype_by_name
-from tuner.core.compute.weights import read_tensors, write_values
+from tuner.core.compute.weights import read_tensors
 from tuner.core.errors import UsageError
-from tuner.core.files import DTYPE_BYTES, TensorInfo, safetensors_header
+from tuner.core.files import safetensors_header
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
     from tuner.core.types import ModelFacts, StoredFile, StoredTensor
-
-COPY_BYTES = 1 << 24
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +99,7 @@ def verify_checkpoint(
     for key, value in read_tensors(header):
         stored = file.tensors.get(key)
         if stored is not None and _trained(tensors, stored):
-            expected = _assembled(tensors, stored, dtype)
+            expected = assembled(tensors, stored, dtype)
             trained += 1
         else:
             [(_, expected)] = read_tensors(file.header.renamed({key: key}))
@@ -120,46 +117,51 @@ def read_checkpoint(path: Path, file: StoredFile, shapes: Mapping[str, torch.Siz
         raise UsageError(f"the file lacks {missing[0]}", where=str(path), why="it is of another model")
     for key, value in read_tensors(header.renamed({key: key for key in wanted})):
         stored = wanted[key]
-        value = torch.cat(value.chunk(2)[::-1]) if stored.exchange else value
-        rows = [shapes[name][0] if shapes[name] else 1 for name in stored.names]
-        parts = torch.split(value, rows) if len(rows) > 1 else (value,)
-        yield from zip(stored.names, parts, strict=True)
+        yield from zip(stored.names, members(value, stored), strict=True)
+
+
+def members(value: Tensor, stored: StoredTensor) -> tuple[Tensor, ...]:
+    """The parameters of which a file's tensor holds the values, in the order of ``stored.names``."""
+    value = torch.cat(value.chunk(2)[::-1]) if stored.exchange else value
+    if len(stored.names) == 1:
+        return (value,)
+    rows = stored.rows or (1,) * len(stored.names)
+    unit = value.shape[0] // sum(rows)
+    return torch.split(value, [count * unit for count in rows])
+
+
+def read_weights(
+    config: RunConfig, facts: ModelFacts, path: Path, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """(``component:parameter``, values) of a fully trained model: of ``path`` and of the files beside it, as a training
+    writes them. shapes: of the parameters that are wanted."""
+    for file in stored_files(config, facts):
+        yield from read_checkpoint(file_beside(path, file), file, shapes)
 
 
 def _write(
     tensors: Mapping[str, Tensor], file: StoredFile, path: Path, metadata: Mapping[str, str], dtype: torch.dtype
 ) -> None:
-    entries: dict[str, object] = {}
-    start = 0
+    planned = {}
     for key, info in file.header.items():
         stored = file.tensors.get(key)
-        kind = NAMES[dtype] if _trained(tensors, stored) else info.dtype
-        size = DTYPE_BYTES[kind]
-        for side in info.shape:
-            size *= side
-        entries[key] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [start, start + size]}
-        start += size
-    with atomic_path(path) as temporary, temporary.open("wb") as target:
-        target.write(header_bytes(entries, metadata))
-        for key, info in file.header.items():
-            stored = file.tensors.get(key)
-            if stored is not None and _trained(tensors, stored):
-                value = _assembled(tensors, stored, dtype)
-                if tuple(value.shape) != info.shape:
-                    raise UsageError(
-                        f"{key} has shape {info.shape} in the loaded file and {tuple(value.shape)} now", where=str(path)
-                    )
-                write_values(value, target)
-            else:
-                _copy(info, target)
+        if stored is not None and _trained(tensors, stored):
+            value = partial(assembled, tensors, stored, dtype)
+            planned[key] = Planned(FILE_NAMES[dtype], info.shape, value)
+        else:
+            planned[key] = copied(info)
+    write_tensors(path, planned, metadata)
 
 
 def _trained(tensors: Mapping[str, Tensor], stored: StoredTensor | None) -> bool:
     return stored is not None and all(name in tensors for name in stored.names)
 
 
-def _assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """The values of one tensor of a file, on the CPU and contiguous: the only copy that is made."""
+def assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The values of one tensor of a file, on the CPU and contiguous: the only copy that is made.
+
+    tensors: by ``component:parameter``.
+    """
     parts = [tensors[name] for name in stored.names]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
     value = torch.empty(shape, dtype=dtype)
@@ -173,18 +175,6 @@ def _assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch
             rows.copy_(part)
         start += part.shape[0] if part.ndim else 0
     return value
-
-
-def _copy(info: TensorInfo, target: BinaryIO) -> None:
-    with info.path.open("rb") as source:
-        source.seek(info.start)
-        left = info.stop - info.start
-        while left:
-            block = source.read(min(left, COPY_BYTES))
-            if not block:
-                raise UsageError("the weight file is cut short", where=str(info.path))
-            target.write(block)
-            left -= len(block)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.rotation import butterfly, limited, rotate, turn
+from tuner.core.adapters.spelling import kind_by_parts
 from tuner.core.errors import UsageError
 
 Parts = Mapping[str, Tensor]
@@ -19,21 +20,9 @@ Parts = Mapping[str, Tensor]
 
 def kind_of(parts: Parts) -> str:
     """The kind of adapter that the parts of one module make. UsageError for parts that make none."""
-    if "oft_blocks" in parts:
-        return "boft" if parts["oft_blocks"].ndim == 4 else "oft"
-    for part, kind in (
-        ("dora_scale", "dora"),
-        ("down", "lora"),
-        ("hada_w1_a", "loha"),
-        ("on_input", "ia3"),
-        ("diff", "full"),
-        ("diff_b", "full"),
-        ("w_norm", "norms"),
-    ):
-        if part in parts:
-            return kind
-    if any(part.startswith("lokr_") for part in parts):
-        return "lokr"
+    kind = kind_by_parts(parts, parts["oft_blocks"].ndim if "oft_blocks" in parts else 0)
+    if kind is not None:
+        return kind
     raise UsageError(f"the parts {', '.join(parts) or 'of nothing'} make no adapter")
 
 

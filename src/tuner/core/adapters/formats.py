@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,34 +22,22 @@ from torch import Tensor
 from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.fused import exchange_rows, join_members, split_members
 from tuner.core.adapters.kinds import checked_parts
-from tuner.core.adapters.members import member_of
 from tuner.core.adapters.rotation import limited
+from tuner.core.adapters.spelling import (
+    ALPHA,
+    NUMBERED,
+    StoredModule,
+    best_format,
+    module_name,
+    names_table,
+    stored_module,
+    take_apart,
+)
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.core.types import KeyFormat, KeyMaps, ModelFacts
 
-PAIRS = (
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-)
-"""Suffixes of the two matrices that programs use, whatever the rest of the name looks like."""
-ALPHA = ".alpha"
-LENGTHS = (
-    ".dora_scale",
-    ".lora_magnitude_vector",
-    ".lora_magnitude_vector.weight",
-    ".lora_magnitude_vector.default.weight",
-)
-OTHER_PARTS = (
-    *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")),
-    *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
-    *("oft_blocks", "diff", "diff_b", "w_norm", "b_norm", "on_input"),
-)
-"""Parts whose suffix is their name, as LyCORIS writes them and ComfyUI reads them."""
-NUMBERED = re.compile(r"(.*)\.(oft_blocks\.\d+)")
 UNKNOWN_KINDS = {
     "lora_mid": "LoCon with a core tensor",
     "hada_t": "LoHa with a core tensor",
@@ -91,39 +78,6 @@ def parts_of(tensors: Mapping[str, Tensor], component: str, path: str) -> dict[s
     return {name.removeprefix(key): value for name, value in tensors.items() if name.startswith(key)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """One module of a file: the linears it means, in the order of its rows, and how its values differ from ours."""
-
-    component: str
-    paths: tuple[str, ...]
-    rows: tuple[int, ...] = ()
-    exchange: bool = False
-
-
-def stored_module(fmt: KeyFormat, component: str, path: str) -> tuple[str, _Stored]:
-    """How a format calls the module that holds a linear, without prefix and suffix, and what that module is."""
-    for rule, replacement in fmt.fused.get(component, ()):
-        member = member_of((rule,), path)
-        if member is not None:
-            joint = re.sub(f"^{rule.parent}$", replacement, member.parent)
-            return joint.replace(".", fmt.separator), _Stored(component, member.paths, rule.rows)
-    exchange = any(re.fullmatch(pattern, path) for pattern in fmt.exchange.get(component, ()))
-    return _spelled(fmt, component, path), _Stored(component, (path,), exchange=exchange)
-
-
-def module_name(fmt: KeyFormat, component: str, path: str) -> str:
-    """How a format calls the module of a linear, without suffix. UsageError when it has no place for the component."""
-    if component not in fmt.prefixes:
-        raise UsageError(
-            f"the format {fmt.name} cannot hold {component}",
-            where="checkpoint.format",
-            why=f"it stores {', '.join(fmt.prefixes)}",
-            fix="choose another format",
-        )
-    return fmt.prefixes[component] + stored_module(fmt, component, path)[0]
-
-
 def encode_adapter(
     tensors: Mapping[str, Tensor], fmt: KeyFormat, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -136,7 +90,7 @@ def encode_adapter(
     """
     encoded: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, parts in _joined(tensors, fmt).items():
+    for name, (_, parts) in joined_modules(tensors, fmt).items():
         for suffix, tensor in _suffixed(parts, fmt, name).items():
             if name + suffix in encoded:
                 raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
@@ -176,25 +130,29 @@ def _suffixed(parts: Mapping[str, Tensor], fmt: KeyFormat, name: str) -> dict[st
     return {own if part == "alpha" else f".{part}": value for part, value in parts.items()}
 
 
-def _joined(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> dict[str, dict[str, Tensor]]:
-    """The modules of a file by their names, in the order of the linears."""
+def joined_modules(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> dict[str, tuple[StoredModule, dict[str, Tensor]]]:
+    """The modules that a format makes of internal tensors, by their names without suffix, in the order of the linears.
+
+    The parts of those that it joins are joined: one down, and the rows of all members.
+    """
     members: dict[str, dict[str, dict[str, Tensor]]] = {}
-    layouts: dict[str, _Stored] = {}
+    layouts: dict[str, StoredModule] = {}
     for component, path in modules_of(tensors):
         name, layout = module_name(fmt, component, path), stored_module(fmt, component, path)[1]
         if layouts.setdefault(name, layout) != layout or path in members.get(name, {}):
             raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
         parts = parts_of(tensors, component, path)
         members.setdefault(name, {})[path] = exchange_rows(parts, name) if layout.exchange else parts
-    joined: dict[str, dict[str, Tensor]] = {}
+    joined: dict[str, tuple[StoredModule, dict[str, Tensor]]] = {}
     for name, found in members.items():
         layout = layouts[name]
         if fmt.numbered:
-            joined[name] = _number_blocks([found.get(path) for path in layout.paths], name)
+            parts = _number_blocks([found.get(path) for path in layout.paths], name)
         elif layout.rows:
-            joined[name] = join_members([found.get(path) for path in layout.paths], layout.rows, name)
+            parts = join_members([found.get(path) for path in layout.paths], layout.rows, name)
         else:
-            joined[name] = next(iter(found.values()))
+            parts = next(iter(found.values()))
+        joined[name] = (layout, parts)
     return joined
 
 
@@ -217,15 +175,6 @@ def _number_blocks(members: Sequence[Mapping[str, Tensor] | None], name: str) ->
     return {**found, "alpha": torch.tensor(limits.pop() or NEVER)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """A file's key, taken apart. part: its internal name; style: index of the suffix pair of a matrix, else -1."""
-
-    name: str
-    part: str
-    style: int
-
-
 def decode_adapter(
     tensors: Mapping[str, Tensor],
     formats: Sequence[KeyFormat],
@@ -237,11 +186,11 @@ def decode_adapter(
     paths: component to the module paths that may occur. Where a module has no alpha key, `metadata` written by PEFT
     may give it; else it is the rank. Raises UsageError naming every key that maps nowhere, and every incomplete pair.
     """
-    keys = {key: _take_apart(key) for key in tensors}
+    keys = {key: take_apart(key) for key in tensors}
     names = {part.name for part in keys.values() if part is not None}
-    tables = [_names(fmt, paths) for fmt in formats]
-    best = _best_format(formats, tables, keys)
-    places: dict[str, _Stored] = {}
+    tables = [names_table(fmt, paths) for fmt in formats]
+    best = best_format(formats, tables, keys)
+    places: dict[str, StoredModule] = {}
     for table in (tables[best], *tables) if tables else ():
         for name in names:
             if name in table:
@@ -249,8 +198,8 @@ def decode_adapter(
     unmapped = [key for key, part in keys.items() if part is None or part.name not in places]
     if unmapped or not tensors:
         raise _unmapped_error(unmapped, len(tensors), formats, paths)
-    parts: dict[_Stored, dict[str, Tensor]] = {}
-    stored_as: dict[_Stored, str] = {}
+    parts: dict[StoredModule, dict[str, Tensor]] = {}
+    stored_as: dict[StoredModule, str] = {}
     for key, part in keys.items():
         assert part is not None
         place = places[part.name]
@@ -263,16 +212,26 @@ def decode_adapter(
     internal: dict[str, Tensor] = {}
     for place, found in _in_model_order(parts, paths):
         name = stored_as[place]
-        for path, each in zip(place.paths, _members(place, found, name, given(place.component, name)), strict=True):
-            named = {f"{place.component}:{path}.{kind}": value for kind, value in (each or {}).items()}
-            for twice in named.keys() & internal.keys():
-                raise UsageError(f"two keys mean the same tensor, {twice}", where=name)
-            internal |= named
+        named = split_module(place, found, name, given(place.component, name))
+        for twice in named.keys() & internal.keys():
+            raise UsageError(f"two keys mean the same tensor, {twice}", where=name)
+        internal |= named
     return internal, formats[best].name
 
 
+def split_module(
+    place: StoredModule, found: Mapping[str, Tensor], name: str, alpha: float | None = None
+) -> dict[str, Tensor]:
+    """Internal tensors of one module of a file, the reverse of `joined_modules`. alpha: where it has none."""
+    return {
+        f"{place.component}:{path}.{kind}": value
+        for path, each in zip(place.paths, _members(place, found, name, alpha), strict=True)
+        for kind, value in (each or {}).items()
+    }
+
+
 def _members(
-    place: _Stored, found: Mapping[str, Tensor], name: str, alpha: float | None
+    place: StoredModule, found: Mapping[str, Tensor], name: str, alpha: float | None
 ) -> Sequence[dict[str, Tensor] | None]:
     """The adapters of the linears that a file's module stands for."""
     key = f"{place.component}:{'+'.join(place.paths)}"
@@ -288,61 +247,9 @@ def _members(
     return split_members(parts, place.rows, name) if place.rows else [parts]
 
 
-def _take_apart(key: str) -> _Key | None:
-    if key.endswith(ALPHA):
-        return _Key(key.removesuffix(ALPHA), "alpha", -1)
-    for style, pair in enumerate(PAIRS):
-        for part, suffix in zip(("down", "up"), pair, strict=True):
-            if key.endswith(suffix):
-                return _Key(key.removesuffix(suffix), part, style)
-    for suffix in LENGTHS:
-        if key.endswith(suffix):
-            return _Key(key.removesuffix(suffix), "dora_scale", -1)
-    if numbered := NUMBERED.fullmatch(key):
-        return _Key(numbered[1], numbered[2], -1)
-    name, _, part = key.rpartition(".")
-    # The last is the whole (IA)^3 module; it must come after every longer name that ends so.
-    return _Key(name, part, -1) if part in OTHER_PARTS or part == "weight" else None
-
-
-def _spelled(fmt: KeyFormat, component: str, path: str) -> str:
-    for pattern, replacement in fmt.rename.get(component, ()):
-        path = re.sub(pattern, replacement, path)
-    return path.replace(".", fmt.separator)
-
-
-def _names(fmt: KeyFormat, paths: Mapping[str, Sequence[str]]) -> dict[str, _Stored]:
-    """Every name of a format to its module; names that would mean two modules are left out."""
-    table: dict[str, _Stored] = {}
-    twice: set[str] = set()
-    for component, prefix in fmt.prefixes.items():
-        for path in paths.get(component, ()):
-            spelled, module = stored_module(fmt, component, path)
-            for each in (prefix, *fmt.read_prefixes.get(component, ())):
-                if table.setdefault(each + spelled, module) != module:
-                    twice.add(each + spelled)
-    return {name: place for name, place in table.items() if name not in twice}
-
-
-def _best_format(
-    formats: Sequence[KeyFormat], tables: Sequence[Mapping[str, _Stored]], keys: Mapping[str, _Key | None]
-) -> int:
-    """The format with most keys; between equals, the one whose suffixes and use of alpha agree, then the first."""
-    parts = [part for part in keys.values() if part is not None]
-    has_alpha = any(part.part == "alpha" for part in parts)
-
-    def score(index: int) -> tuple[int, int, bool]:
-        fmt = formats[index]
-        known = sum(part.name in tables[index] for part in parts)
-        exact = sum(key.endswith((fmt.down, fmt.up)) for key in keys)
-        return known, exact, has_alpha == (fmt.alpha is not None)
-
-    return max(range(len(formats)), key=lambda index: (*score(index), -index))
-
-
 def _in_model_order(
-    parts: Mapping[_Stored, dict[str, Tensor]], paths: Mapping[str, Sequence[str]]
-) -> list[tuple[_Stored, dict[str, Tensor]]]:
+    parts: Mapping[StoredModule, dict[str, Tensor]], paths: Mapping[str, Sequence[str]]
+) -> list[tuple[StoredModule, dict[str, Tensor]]]:
     modules = ((component, path) for component, inside in paths.items() for path in inside)
     order = {module: number for number, module in enumerate(modules)}
     return sorted(parts.items(), key=lambda item: order[item[0].component, item[0].paths[0]])

@@ -456,8 +456,13 @@ def _adapted_convolution(base: nn.Conv2d, x: Tensor) -> Tensor:
     if not isinstance(layer, LoraLayer | LoraPart):
         adapted: Tensor = layer.adapt(x, y, base)
         return adapted
+    return y + convolved(layer, x, base)
+
+
+def convolved(layer: LoraLayer | LoraPart, x: Tensor, base: nn.Conv2d) -> Tensor:
+    """What a low-rank layer adds to the output of a convolution: [B, in, H, W] -> [B, out, H', W']."""
     mid = F.conv2d(x, layer.down.to(x.dtype), None, base.stride, base.padding, base.dilation)
     mask = layer.mid_mask(mid.permute(0, 2, 3, 1))
     if mask is not None:
         mid = mid * mask.permute(0, 3, 1, 2)
-    return y + F.conv2d(mid, (layer.up * layer.scale).to(x.dtype))
+    return F.conv2d(mid, (layer.up * layer.scale).to(x.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.files import read_adapter
-from tuner.core.adapters.formats import key_maps, module_name, modules_of, parts_of
+from tuner.core.adapters.formats import key_maps, modules_of, parts_of
 from tuner.core.adapters.kinds import KINDS, rank_of
 from tuner.core.adapters.layers import (
     AdapterLayer,
@@ -29,6 +29,7 @@ from tuner.core.adapters.layers import (
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.adapters.norms import NormLayer, inject_norm, is_norm
 from tuner.core.adapters.residual import INITIAL, ResidualLayer, split_weight
+from tuner.core.adapters.spelling import module_name
 from tuner.core.adapters.targets import Options, Target, join_fused, norm_targets, rate_of, rules_for, select_targets
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.config.network import LOW_RANK, SPLITTING

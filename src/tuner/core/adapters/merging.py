@@ -74,22 +74,38 @@ def merge_into(module: nn.Module, component: str, additions: Sequence[Addition])
 
 def _merge(base: Any, name: str, component: str, path: str, wanted: Sequence[Addition]) -> None:
     weight, bias = base.weight, getattr(base, "bias", None)
-    new_weight, new_bias = weight.detach().float(), None if bias is None else bias.detach().float()
+    if bias is None:
+        refuse_bias(name, component, path, wanted)
+    new_weight = added(weight, "weight", component, path, wanted)
+    new_bias = None if bias is None else added(bias, "bias", component, path, wanted)
+    weight.copy_(new_weight)
+    if bias is not None:
+        bias.copy_(new_bias)
+
+
+def refuse_bias(name: str, component: str, path: str, wanted: Sequence[Addition]) -> None:
+    """UsageError when one of ``wanted`` changes the bias of a module that has none."""
+    for addition in wanted:
+        if parts_of(addition.tensors, component, path).keys() & {"diff_b", "b_norm"}:
+            raise UsageError(f"{name} has no bias to merge into", where=f"{addition.path}, {addition.where}")
+
+
+def added(value: Tensor, leaf: str, component: str, path: str, wanted: Sequence[Addition]) -> Tensor:
+    """The weight or the bias (``leaf``) of one module with all that ``wanted`` adds to it, in float32.
+
+    UsageError: factors of another size, or a result that is not finite.
+    """
+    name = f"{component}:{path}"
+    total = value.detach().float()
     for addition in wanted:
         stored = parts_of(addition.tensors, component, path)
-        parts = {part: value.to(weight.device) for part, value in stored.items()}
-        if bias is None and parts.keys() & {"diff_b", "b_norm"}:
-            raise UsageError(f"{name} has no bias to merge into", where=f"{addition.path}, {addition.where}")
+        parts = {part: each.to(value.device) for part, each in stored.items()}
         try:
-            new_weight = merged_weight(new_weight, parts, addition.strength)
-            if new_bias is not None:
-                new_bias = merged_bias(new_bias, parts, addition.strength)
+            total = (merged_bias if leaf == "bias" else merged_weight)(total, parts, addition.strength)
         except UsageError as error:
             raise UsageError(
                 f"{name}: {error.what}", where=f"{addition.path}, {addition.where}", why=error.why, fix=error.fix
             ) from error
-    if not bool(torch.isfinite(new_weight).all()):
+    if not bool(torch.isfinite(total).all()):
         raise UsageError(f"{name} is not finite with the merged adapter", where=wanted[-1].where)
-    weight.copy_(new_weight)
-    if bias is not None:
-        bias.copy_(new_bias)
+    return total

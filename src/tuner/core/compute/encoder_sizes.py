@@ -1,4 +1,4 @@
-"""Names and sizes of CLIP and T5 text encoders, read from weight headers. No torch.
+"""Names and sizes of CLIP and T5 text encoders, and names of autoencoders, read from weight headers. No torch.
 
 The modules are transformers' ``CLIPTextModelWithProjection`` and ``T5EncoderModel``; module names here are theirs. A
 file may spell them bare, below a prefix of an all-in-one checkpoint, or as part of a whole CLIP.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.core.errors import UsageError
+from tuner.core.types import StoredTensor
 
 if TYPE_CHECKING:
     from tuner.core.files import TensorInfo
@@ -22,6 +23,7 @@ CLIP_PROJECTION = "text_projection.weight"
 CLIP_PROBE = "text_model.embeddings.token_embedding.weight"
 CLIP_UNUSED = re.compile(r"logit_scale|visual_projection\..*|vision_model\..*|.*\.position_ids|position_ids")
 T5_PROBE = "encoder.block.0.layer.0.SelfAttention.q.weight"
+T5_EMBEDDING, T5_SECOND_EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 T5_UNUSED = re.compile(r"decoder\..*|lm_head\..*|encoder\.embed_tokens\.weight|spiece_model")
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|weight_scale_2)")
 
@@ -102,6 +104,34 @@ def t5_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def encoder_tensors(component: str, keys: Mapping[str, str], kind: Literal["clip", "t5"]) -> dict[str, StoredTensor]:
+    """Which tensors of a file are parameters of an encoder. keys: names without prefix to those of the file.
+
+    {} for a file of something else.
+    """
+    names = clip_names(keys) if kind == "clip" else t5_names(keys)
+    if (CLIP_PROBE if kind == "clip" else T5_PROBE) not in names:
+        return {}
+    found = {keys[bare]: StoredTensor(names=(f"{component}:{own}",)) for own, bare in names.items()}
+    if kind == "t5" and T5_SECOND_EMBEDDING in keys:
+        # Some files hold the embedding twice; both must say the same.
+        found[keys[T5_SECOND_EMBEDDING]] = StoredTensor(names=(f"{component}:{T5_EMBEDDING}",))
+    return found
+
+
+def autoencoder_tensors(
+    keys: Mapping[str, str], shapes: Mapping[str, TensorInfo], channels: int
+) -> dict[str, StoredTensor]:
+    """The tensors of a KL autoencoder with that many latent channels, each under its own name; {} for another file.
+
+    keys: names without prefix to those of the file, the names in ``shapes``.
+    """
+    probe = keys.get("decoder.conv_in.weight")
+    if probe is None or "encoder.conv_in.weight" not in keys or shapes[probe].shape[1:2] != (channels,):
+        return {}
+    return {key: StoredTensor(names=(f"vae:{name}",)) for name, key in keys.items()}
+
+
 def clip_sizes(
     shapes: Mapping[str, TensorInfo], where: str = "", settings: Mapping[str, Any] | None = None
 ) -> ClipSizes:
@@ -146,6 +176,20 @@ def t5_sizes(shapes: Mapping[str, TensorInfo], where: str = "") -> T5Sizes:
         mlp_width=_shape(shapes, gate, where)[0],
         buckets=buckets,
     )
+
+
+def encoder_kind(header: Mapping[str, TensorInfo]) -> Literal["clip", "t5"] | None:
+    """Which of the two a file holds the text encoder of, None for any other file. Parts of an all-in-one file do not
+    count."""
+    if CLIP_PROBE in clip_names(header):
+        return "clip"
+    return "t5" if T5_PROBE in header else None
+
+
+def is_autoencoder(header: Mapping[str, TensorInfo], channels: int) -> bool:
+    """Whether a file holds a KL autoencoder alone, with so many latent channels; both spellings share these names."""
+    last = header.get("encoder.conv_out.weight")
+    return last is not None and "decoder.conv_in.weight" in header and last.shape[0] == 2 * channels
 
 
 def refuse_scaled(names: Iterable[str], where: str = "") -> None:

@@ -51,6 +51,13 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def not_zero(value: float) -> float:
+    """Validator of strengths."""
+    if value == 0:
+        raise ValueError("0 adds nothing; take the entry out")
+    return value
+
+
 def _every(value: Any) -> Any:
     return {"steps": value} if is_int(value) or isinstance(value, str) else value
 

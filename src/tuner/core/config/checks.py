@@ -160,7 +160,7 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
     sample = config.sample
     if sample.enabled and not sample.prompts:
         # The other keys are filled in from the model in a resolved configuration.
-        for key in ("every", "at_start", "negative", "seed", "count"):
+        for key in ("every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters"):
             if key in changed_keys(sample):
                 yield ("sample", key), "has no effect without sample.prompts", "add prompts"
     metadata = config.checkpoint.metadata
@@ -234,9 +234,6 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
         if name in train.components:
             path = ("quantize", "denoiser") if name == "denoiser" else ("quantize", "text_encoder", name)
             yield path, "quantized weights cannot train", "take it out, or train an adapter"
-    if config.memory.swap_blocks:
-        why = "streamed blocks are frozen: nothing of them is ever written back"
-        yield ("memory", "swap_blocks"), why, "use optimizer.fuse and memory.checkpointing to save memory"
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

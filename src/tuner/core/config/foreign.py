@@ -98,6 +98,34 @@ def unbuilt(
     return tuple(option(name, kind=kind, refused="not_built", note=note, off=off) for name in names.split())
 
 
+# --- helpers for the tables of SimpleTuner ----------------------------------------------------------------------------
+
+
+def repositories(by_flavour: Mapping[str, str], usual: str, note: str = "") -> tuple[ForeignOption, ForeignOption]:
+    """Rows about where SimpleTuner takes the model from: without a path, from the repository of the flavour.
+
+    by_flavour: its repositories. usual: the flavour when none is given; ``note`` says what else is to be known of it.
+    """
+
+    def path(value: Any, given: Given) -> Settings:
+        if given.get("pretrained_model_name_or_path"):
+            return Settings({"model.path": value})
+        flavour = given.get("model_flavour") or usual
+        why = "where that program takes the model from"
+        found = {"model.path": by_flavour[flavour]} if flavour in by_flavour else {}
+        return Settings(found, why if given.get("model_flavour") else note or why)
+
+    def flavour(value: Any, given: Given) -> Settings | Refused:
+        if value in by_flavour or given.get("pretrained_model_name_or_path"):
+            return Settings({}, "it chooses the repository there; the kind of model is read from the weights here")
+        return Refused("not_applicable", f"the repository of {value} is not known here: set model.path")
+
+    return (
+        option("pretrained_model_name_or_path", kind="text", convert=path, default=by_flavour[usual]),
+        option("model_flavour", kind="text", convert=flavour, off=(None, "")),
+    )
+
+
 # --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------
 
 

@@ -24,22 +24,30 @@ _MAX_DEPTH = 100
 
 @dataclass
 class Document:
-    """A parsed file: the value, and the line (from 1) where each key or list entry begins."""
+    """A parsed file: the value, and the line (from 1) where each key or list entry begins.
+
+    spans: start and end in the text of each key's (list entry's) name and value together, and of its value alone. The
+    document itself is the empty path.
+    """
 
     value: Any
     lines: dict[Path, int] = field(default_factory=dict)
+    spans: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    values: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
 
 def parse(text: str, name: str) -> Document:
     """Parse ``text``; ``name`` is the file name for messages. Raises UsageError at the first syntax error."""
     reader = _Reader(text.removeprefix("\ufeff"), name)
-    return Document(reader.document(), reader.lines)
+    return Document(reader.document(), reader.lines, reader.spans, reader.values)
 
 
 class _Reader:
     def __init__(self, text: str, name: str) -> None:
         self.text, self.name, self.at = text, name, 0
         self.lines: dict[Path, int] = {}
+        self.spans: dict[Path, tuple[int, int]] = {}
+        self.values: dict[Path, tuple[int, int]] = {}
 
     def document(self) -> Any:
         value = self.value(())
@@ -62,7 +70,16 @@ class _Reader:
             raise self.error("a comment that is never closed", fix="close it with */")
         return self.text[self.at : self.at + 1]
 
-    def value(self, path: Path) -> Any:
+    def value(self, path: Path, begin: int | None = None) -> Any:
+        """The value that comes next. begin: where its name starts, when it has one."""
+        self.peek()
+        start = self.at
+        found = self.plain_value(path)
+        self.values[path] = (start, self.at)
+        self.spans[path] = (start if begin is None else begin, self.at)
+        return found
+
+    def plain_value(self, path: Path) -> Any:
         start = self.peek()
         if len(path) > _MAX_DEPTH:
             raise self.error("nested too deeply")
@@ -115,7 +132,7 @@ class _Reader:
             if self.peek() != ":":
                 raise self.error(f"expected ':' after the key {key!r}")
             self.at += 1
-            result[key] = self.value((*path, key))
+            result[key] = self.value((*path, key), begin)
             self.separator("}", "object")
         self.at += 1
         return result

@@ -40,7 +40,8 @@ def load_config(
         raw = RawConfig(_include(absolute_paths(dict(source), base), {}))
     else:
         raw, base = read_file(FilePath(source)), FilePath(source).absolute().parent
-    raw = RawConfig(merged(absolute_paths(_PLACES, base), merged(preset or {}, raw)), raw.origins)
+    origins = preset.origins | raw.origins if isinstance(preset, RawConfig) else raw.origins
+    raw = RawConfig(merged(absolute_paths(_PLACES, base), merged(preset or {}, raw)), origins)
     cwd = FilePath.cwd()
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.upper().startswith(ENV_PREFIX):

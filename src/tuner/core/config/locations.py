@@ -17,7 +17,7 @@ from tuner.core.config.jsonc import Path
 _SOURCE = r"(data\.defaults\.|data\.sets\.\d+\.(sources\.\d+\.)?)"
 _PLAIN = re.compile(
     r"cache\.dir|checkpoint\.(dir|resume)|(network|ema)\.init_from|sample\.prompts|log\.(dir|file)|data\.include"
-    r"|model\.(\w+\.)*\w*_dir|model\.merge\.\d+\.path"
+    r"|model\.(\w+\.)*\w*_dir|(model\.merge|sample\.adapters)\.\d+\.path"
     rf"|{_SOURCE}(path|mask\.path|captions\.metadata(\.path)?)"
 )
 _WEIGHTS = re.compile(r"model\.(\w+\.)*path")

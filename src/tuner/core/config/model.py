@@ -6,13 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tuner.core.config.base import Section, changed_keys
-
-
-def _not_zero(value: float) -> float:
-    if value == 0:
-        raise ValueError("0 merges nothing; take the entry out")
-    return value
+from tuner.core.config.base import Section, changed_keys, not_zero
+from tuner.core.types import Ask
 
 
 class ComponentSource(Section):
@@ -31,7 +26,7 @@ class MergedAdapter(Section):
 
     path: str
     """Adapter file in any format that the model knows."""
-    strength: Annotated[float, AfterValidator(_not_zero)] = 1.0
+    strength: Annotated[float, AfterValidator(not_zero)] = 1.0
     """Factor on what the adapter changes; below 0 it is taken away."""
 
 
@@ -43,7 +38,7 @@ class ModelConfigBase(Section):
 
     family: str
     """Name of the model plugin; ``--model`` on the command line must agree with it."""
-    path: str
+    path: Annotated[str, Ask(question="Where are the weights of the model?", weights=True)]
     """Weights of the denoiser: a safetensors file, a folder, or a hub id."""
     subfolder: str | None = None
     """Folder inside ``path`` that holds the denoiser."""
@@ -51,13 +46,17 @@ class ModelConfigBase(Section):
     """Branch, tag or commit, when ``path`` is a hub id."""
     variant: str | None = None
     """File variant in a repository, such as ``fp16``."""
-    flavour: str | None = None
+    flavour: Annotated[str | None, Ask(question="Which variant of the model is it?", when="missing")] = None
     """Variant of the model. Read from the weights when left out; an error when the weights say otherwise."""
-    text_encoders: dict[str, ComponentSource] = Field(default_factory=dict)
+    text_encoders: Annotated[
+        dict[str, ComponentSource], Ask(question="Where is the text encoder {name}?", when="missing")
+    ] = Field(default_factory=dict)
     """Text encoders by the plugin's names."""
-    tokenizers: dict[str, ComponentSource] = Field(default_factory=dict)
+    tokenizers: Annotated[
+        dict[str, ComponentSource], Ask(question="Where is the tokenizer {name}?", when="missing")
+    ] = Field(default_factory=dict)
     """Tokenizer files by the plugin's names, where they are not beside the text encoder."""
-    vae: ComponentSource | None = None
+    vae: Annotated[ComponentSource | None, Ask(question="Where is the image autoencoder?", when="missing")] = None
     """Weights of the image autoencoder."""
     merge: tuple[MergedAdapter, ...] = ()
     """Adapters added to the weights as they are loaded, in this order, before quantization. The run trains on the

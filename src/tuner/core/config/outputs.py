@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from tuner.core.config.base import Count, Dtype, Every, EveryFields, NotNegative, Positive, Section, is_int
+from tuner.core.config.base import (
+    Count,
+    Dtype,
+    Every,
+    EveryFields,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    is_int,
+    not_zero,
+)
 
 
 class MetadataConfig(Section):
@@ -66,6 +77,15 @@ Size = Annotated[
 ]
 
 
+class SampleAdapter(Section):
+    """An adapter that acts in pictures and in nothing else."""
+
+    path: str
+    """Adapter file in any format that the model knows."""
+    strength: Annotated[float, AfterValidator(not_zero)] = 1.0
+    """Factor on what the adapter changes; below 0 it is taken away."""
+
+
 class SampleConfig(Section):
     """Pictures made during training."""
 
@@ -76,7 +96,7 @@ class SampleConfig(Section):
     at_start: bool = False
     """Also before the first step."""
     prompts: str | tuple[str, ...] = ()
-    """Prompt lines, or the path of a prompt file. A line may set ``--n --w --h --d --s --l --g --fs``."""
+    """Prompt lines, or the path of a prompt file. A line may set ``--n --w --h --d --s --l --g --fs --ss``."""
     negative: str = ""
     """Negative prompt."""
     seed: int = Field(0, ge=0)
@@ -93,6 +113,15 @@ class SampleConfig(Section):
     """Shift of the sampler's noise levels; ``auto`` goes by the size of the picture. Left out: the model's default."""
     count: Count = 1
     """Pictures per prompt."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """How the flow is followed. ``heun`` predicts twice in every step but the last and is closer to the flow's path. A
+    line may set ``--ss``."""
+    cfg_rescale: Share = 0.0
+    """Bring the contrast of guided predictions back towards that without guidance: 0 not at all, 1 fully. Against the
+    burnt look of strong ``cfg``."""
+    adapters: tuple[SampleAdapter, ...] = ()
+    """Further adapters, in all pictures, those of the base model too. Their changes of the base add up with that of the
+    adapter that trains."""
     weights: Literal["train", "ema", "both"] = "train"
     """Draw with the weights as they train, with their average, or with both side by side. Before the first step the
     weights as they are, once."""

@@ -73,13 +73,10 @@ PLANNED: Mapping[str, str] = {
     "checkpoint.rolling": "a second series of checkpoints",
     "checkpoint.start_at": "starting at a step of one's choice",
     "sample.adapter_strength": "adapter strength in samples",
-    "sample.adapters": "further adapters in samples",
-    "sample.cfg_rescale": "guidance rescaling",
     "sample.cfg_start": "guidance from a later step on",
     "sample.command": "an external program for samples",
     "sample.compare_base": "a switch for the base column; the contact sheet always begins with it",
     "sample.preview_every": "previews while sampling",
-    "sample.sampler": "other samplers",
     "sample.seed_device": "noise on the accelerator; it is drawn on the CPU, so pictures compare across devices",
     "sample.skip_layers": "skip-layer guidance",
     "validate.pool": "validation sets of their own",
@@ -115,7 +112,7 @@ PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "precision.compute": {"fp16": "fp16 with loss scaling"},
 }
 
-_SECRETS = frozenset(
+SECRETS = frozenset(
     {
         "access_key",
         "access_token",
@@ -147,9 +144,24 @@ def unusable_keys(raw: RawConfig) -> Iterator[tuple[Path, UsageError]]:
             yield path, error
 
 
+def refusal(path: Path) -> tuple[str, str] | None:
+    """Why a key cannot be used, as (``planned`` or ``not applicable``, reason); None for one that is not refused."""
+    if reason := _lookup(NOT_APPLICABLE, path):
+        return "not applicable", reason
+    if reason := _lookup(PLANNED, path):
+        return "planned", reason
+    return None
+
+
+def refused_values(path: Path) -> Mapping[str, str]:
+    """Values of a key that are planned, and the features they are for; empty text for what is never written."""
+    found: Mapping[str, str] = _lookup(PLANNED_VALUES, path) or {}
+    return found
+
+
 def _unusable(raw: RawConfig, path: Path, value: Any) -> UsageError | None:
     key = path[-1]
-    if isinstance(key, str) and key.lower() in _SECRETS:
+    if isinstance(key, str) and key.lower() in SECRETS:
         return UsageError(
             "a secret does not belong into a configuration",
             where=raw.where(path),

@@ -11,9 +11,10 @@ import errno
 import hashlib
 import json
 import logging
+import re
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ CACHE_FORMAT = 1
 _CHECKSUM = b'"checksum":"crc32-'
 _DIGITS = 8
 _LEFTOVER_AGE_S = 24 * 3600
+_NAME = re.compile(r"[0-9a-f]{32}")
+_LONGEST_HEADER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +131,34 @@ class CacheStore:
             raise
 
     def names(self) -> Iterator[str]:
-        """Names of all entries."""
+        """Names of all entries. A file that is not where an entry of its name would be is none of ours."""
         for path in sorted(self.root.glob("??/??/*.safetensors")):
-            yield path.stem
+            if _NAME.fullmatch(path.stem) and path == self.path(path.stem):
+                yield path.stem
 
-    def broken(self) -> Iterator[Path]:
-        """Entries whose content does not match their checksum."""
+    def broken(self, on_progress: Callable[[int], None] | None = None) -> Iterator[Path]:
+        """Entries whose content does not match their checksum; on_progress is called with 1 after each entry."""
         for name in self.names():
             path = self.path(name)
             if _problem(path.read_bytes(), name) is not None:
                 yield path
+            if on_progress is not None:
+                on_progress(1)
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What an entry was made from, read from its header alone; nothing for one that has none."""
+        try:
+            with self.path(name).open("rb") as file:
+                start = file.read(8)
+                loaded = json.loads(json.loads(_metadata(start + file.read(_length(start)))["tuner"])["ingredients"])
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    def leftovers(self) -> list[Path]:
+        """What killed writers left; what was written in the last day may still be in work."""
+        newest = time.time() - _LEFTOVER_AGE_S
+        return [path for path in sorted(self.root.glob("??/??/.*.tmp")) if path.stat().st_mtime < newest]
 
     def ingredients(self, name: str) -> dict[str, Any]:
         """What an entry was made from, as its header says; raises UsageError for a broken entry."""
@@ -151,9 +172,7 @@ class CacheStore:
     def prune(self, keep: Collection[str], *, dry_run: bool = False) -> list[Path]:
         """Remove entries whose name is not in ``keep`` and what killed writers left; returns the paths."""
         wanted = set(keep)
-        doomed = [self.path(name) for name in self.names() if name not in wanted]
-        newest = time.time() - _LEFTOVER_AGE_S
-        doomed += [path for path in self.root.glob("??/??/.*.tmp") if path.stat().st_mtime < newest]
+        doomed = [self.path(name) for name in self.names() if name not in wanted] + self.leftovers()
         if not dry_run:
             for path in doomed:
                 path.unlink(missing_ok=True)
@@ -204,6 +223,12 @@ def _checksum_at(data: bytes | bytearray) -> int | None:
     needle = _CHECKSUM.replace(b'"', b'\\"')
     at = data.find(needle, 8, 8 + length)
     return None if at < 0 else at + len(needle)
+
+
+def _length(data: bytes) -> int:
+    """Bytes of the header, as the first eight say; none where that cannot be."""
+    length = int.from_bytes(data[:8], "little")
+    return length if length < _LONGEST_HEADER else 0
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -63,6 +63,16 @@ def scan_source(source: SourceConfig, cache_dir: Path, *, data: DataConfig, veri
     )
 
 
+def scan_sources(data: DataConfig, cache_dir: Path, *, verify: str = "stat") -> dict[str, SourceIndex]:
+    """``scan_source`` of every enabled source, by its id."""
+    return {
+        source.id: scan_source(source, cache_dir, data=data, verify=verify)
+        for each in data.sets
+        for source in each.sources
+        if source.enabled
+    }
+
+
 @dataclass(slots=True)
 class _Scan:
     """The state of one scan; its steps run in the order of their definition."""

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tuner.core.config import CaptionsConfig, DataConfig
 from tuner.core.data.captions import caption_lines
-from tuner.core.data.images import open_upright
-from tuner.core.data.index import scan_source
+from tuner.core.data.index import scan_sources
 from tuner.core.data.records import ImageRecord, Size, Skip, SourceIndex
 from tuner.core.errors import UsageError
 
@@ -68,13 +67,7 @@ def inspect_data(data: DataConfig, cache_dir: Path, *, verify: str = "stat", dec
 
     Never raises for the data: problems are in the report. Nothing is changed on disk except the stored index.
     """
-    indices = [
-        scan_source(source, cache_dir, data=data, verify=verify)
-        for each in data.sets
-        for source in each.sources
-        if source.enabled
-    ]
-    return inspect_indices(data, indices, decode=decode)
+    return inspect_indices(data, list(scan_sources(data, cache_dir, verify=verify).values()), decode=decode)
 
 
 def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode: bool = True) -> DataReport:
@@ -100,12 +93,24 @@ def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode:
 def decode_errors(records: Sequence[ImageRecord], workers: int | None = None) -> list[UsageError]:
     """The error of every image or mask that cannot be decoded. workers: threads; None for one per CPU core."""
     files = dict.fromkeys(path for record in records for path in (record.path, record.mask_path) if path is not None)
-    count = max(1, workers if workers is not None else os.cpu_count() or 1)
-    with ThreadPoolExecutor(max_workers=count) as pool:
+    return broken_files(files, workers)
+
+
+def broken_files(files: Iterable[Path], workers: int | None = None) -> list[UsageError]:
+    """The error of every file that cannot be decoded."""
+    with ThreadPoolExecutor(max_workers=thread_count(workers)) as pool:
         return [error for error in pool.map(_decode_error, files) if error is not None]
 
 
+def thread_count(workers: int | None) -> int:
+    """``data.workers.scan`` as a number of threads: one per CPU core when it is left out, never none."""
+    return max(1, workers if workers is not None else os.cpu_count() or 1)
+
+
 def _decode_error(path: Path) -> UsageError | None:
+    # What only looks at headers should not pay for torch.
+    from tuner.core.data.images import open_upright
+
     try:
         open_upright(path)
     except UsageError as error:

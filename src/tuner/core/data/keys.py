@@ -17,6 +17,8 @@ from tuner.core.errors import UsageError
 if TYPE_CHECKING:
     from tuner.core.types import ModelFacts
 
+HASHES = "identities.json"
+"""File of a cache folder that remembers the hashes of weight files."""
 _CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000
 
@@ -55,6 +57,23 @@ class FileHashes:
             self._remember()
         return digest
 
+    def changed(self) -> list[Path]:
+        """Remembered files whose bytes are others although size and time are the same; they are forgotten."""
+        found = []
+        for name, known in list(self._known.items()):
+            file = Path(name)
+            try:
+                stat = file.stat()
+                same = (known.get("size"), known.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+                if same and _hash_file(file) != known.get("digest"):
+                    found.append(file)
+                    del self._known[name]
+            except (OSError, AttributeError):
+                continue
+        if found:
+            self._remember()
+        return found
+
     def _remember(self) -> None:
         try:
             write_json(self.path, self._known)
@@ -77,7 +96,7 @@ def component_identities(facts: ModelFacts, components: Iterable[str], cache_dir
 
     A component that is declared with no file is code alone; the family's name in every key stands for it.
     """
-    hashes = FileHashes(cache_dir / "identities.json")
+    hashes = FileHashes(cache_dir / HASHES)
     identities = {}
     for component in components:
         files = facts.files.get(component)

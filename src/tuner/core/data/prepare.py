@@ -84,10 +84,9 @@ def open_caches(
     encoders = {component for field in fields.values() for component in field.of}
     # Entries that live in memory only cannot be stale, so the weight files need no hashing for them.
     kept = [*(encoders if config.cache.text == "disk" else ()), *(["vae"] if config.cache.latents == "disk" else ())]
-    identities = {
-        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers), *merged.get(name, ())))
-        for name, digest in component_identities(facts, kept, root).items()
-    }
+    identities = encoder_identities(
+        facts, kept, root, text_wrappers=text_wrappers, latent_wrappers=latent_wrappers, merged=merged
+    )
     latents = LatentCache(
         plan, config, facts,
         store=latent_store, facade=facade, models=lambda: load(("vae",)), identity=identities.get("vae", ""),
@@ -101,3 +100,19 @@ def open_caches(
     )
     texts = tuple(planned_texts(plan, config))
     return DataCaches(plan=plan, config=config, latents=latents, text=text, texts=texts)
+
+
+def encoder_identities(
+    facts: ModelFacts,
+    components: Collection[str],
+    root: Path,
+    *,
+    text_wrappers: Sequence[str] = (),
+    latent_wrappers: Sequence[str] = (),
+    merged: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, str]:
+    """Component to everything but settings that changes what it encodes; see `open_caches`."""
+    return {
+        name: " + ".join((digest, *(latent_wrappers if name == "vae" else text_wrappers), *merged.get(name, ())))
+        for name, digest in component_identities(facts, components, root).items()
+    }

@@ -19,6 +19,13 @@ def cached_fields(config: RunConfig, facts: ModelFacts) -> dict[str, Field]:
     return {name: field for name, field in facts.text_fields.items() if not training & set(field.of)}
 
 
+def live_components(config: RunConfig, facts: ModelFacts) -> tuple[str, ...]:
+    """The text components that every step runs, because they train or because ``cache.text`` is off."""
+    cached = cached_fields(config, facts) if config.cache.text != "off" else {}
+    live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}
+    return tuple(name for name in facts.components if name in live)
+
+
 def planned_texts(plan: DataPlan, config: RunConfig) -> list[str]:
     """Every distinct text that the run will ask for, ``""`` included.
 

@@ -10,11 +10,12 @@ from tuner.core.flow.guidance import differential_target, distilled_target, guid
 from tuner.core.flow.losses import elementwise_loss, huber_threshold
 from tuner.core.flow.objective import offset_noise, perturb_noise, rectified_flow
 from tuner.core.flow.reduction import reduce_loss
-from tuner.core.flow.sampler import apply_cfg, euler_sample, euler_sigmas
+from tuner.core.flow.sampler import SAMPLERS, apply_cfg, euler_sample, euler_sigmas, heun_sample, rescale_cfg
 from tuner.core.flow.sigmas import apply_shift, resolution_mu, shift_value, sigmas_from_draws, stratify
 from tuner.core.flow.weights import loss_weight, min_snr_weight
 
 __all__ = [
+    "SAMPLERS",
     "apply_cfg",
     "apply_shift",
     "differential_target",
@@ -23,6 +24,7 @@ __all__ = [
     "euler_sample",
     "euler_sigmas",
     "guided_target",
+    "heun_sample",
     "huber_threshold",
     "loss_weight",
     "min_snr_weight",
@@ -30,6 +32,7 @@ __all__ = [
     "perturb_noise",
     "rectified_flow",
     "reduce_loss",
+    "rescale_cfg",
     "resolution_mu",
     "shift_value",
     "sigmas_from_draws",

@@ -1,8 +1,8 @@
-"""Euler sampling along the flow for previews: float32 schedule, float32 latents, whatever dtype the model runs in."""
+"""Sampling along the flow: float32 schedule, float32 latents, whatever dtype the model runs in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,43 @@ def euler_sample(
     return latents
 
 
+def heun_sample(
+    predict: Velocity, noise: Tensor, sigmas: Tensor, *, on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """As `euler_sample`, with the mean of the velocities at both ends of a step: two predictions per step.
+
+    The last step ends at 0, where models are hardly trained, so it is Euler's. Karras et al. 2022, algorithm 1.
+    """
+    latents = noise.to(torch.float32) * sigmas[0].item()
+    for index in range(len(sigmas) - 1):
+        here, there = (each.to(latents.device).expand(latents.shape[0]) for each in sigmas[index : index + 2])
+        length = (sigmas[index + 1] - sigmas[index]).item()
+        velocity = predict(latents, here).to(torch.float32)
+        if sigmas[index + 1] > 0:
+            velocity = (velocity + predict(latents + length * velocity, there).to(torch.float32)) / 2
+        latents = latents + length * velocity
+        if on_step is not None:
+            on_step(index + 1)
+    return latents
+
+
+SAMPLERS: Mapping[str, Callable[..., Tensor]] = {"euler": euler_sample, "heun": heun_sample}
+"""Values of ``sample.sampler``."""
+
+
 def apply_cfg(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance in float32: negative + scale*(positive - negative)."""
     negative = negative.to(torch.float32)
     return negative + scale * (positive.to(torch.float32) - negative)
+
+
+def rescale_cfg(guided: Tensor, positive: Tensor, share: float) -> Tensor:
+    """``guided`` with its standard deviation brought towards that of ``positive``, per sample, in float32.
+
+    share: 0 leaves it as it is, 1 makes both equal. Lin et al. 2024 (arXiv:2305.08891), section 3.4.
+    """
+    if share == 0.0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    factor = positive.to(torch.float32).std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+    return guided * (share * factor + (1.0 - share))

@@ -237,7 +237,7 @@ def _loraplus(into: Translation) -> None:
             del ratios["text_encoder"]
 
 
-_UNUSED_FLAGS = re.compile(r" --(ss|cn|ctr|rcfg)\b")
+_UNUSED_FLAGS = re.compile(r" --(ss(?! +(?:euler|heun)(?: |$))|cn|ctr|rcfg)\b", re.MULTILINE)
 
 
 def _prompts(into: Translation, base: Path) -> None:

@@ -80,13 +80,14 @@ OPTIMIZERS: dict[str, str] = {
     "bnb-adamw8bit": "adamw8bit",
     "ao-adamw8bit": "ao_adamw8bit",
     "ao-adamw4bit": "ao_adamw4bit",
+    "ao-adamfp8": "ao_adamfp8",
     "ao-adamwfp8": "ao_adamwfp8",
     "soap": "soap",
     "bnb-adamw-paged": "paged_adamw",
     "bnb-adamw8bit-paged": "paged_adamw8bit",
-    "bnb-adam": "bitsandbytes.optim.Adam",
-    "bnb-adam8bit": "bitsandbytes.optim.Adam8bit",
-    "bnb-adagrad": "bitsandbytes.optim.Adagrad",
+    "bnb-adam": "adam",
+    "bnb-adam8bit": "adam8bit",
+    "bnb-adagrad": "adagrad",
     "bnb-adagrad8bit": "adagrad8bit",
     "bnb-lion": "lion",
     "optimi-lion": "lion",
@@ -101,7 +102,7 @@ OPTIMIZERS: dict[str, str] = {
     "optimi-radam": "radam",
     "optimi-ranger": "ranger",
     "optimi-adan": "adan",
-    "optimi-adam": "optimi.Adam",
+    "optimi-adam": "optimi_adam",
     "optimi-sgd": "sgd",
     "prodigy": "prodigy",
     "adamw_schedulefree": "adamw_schedulefree",
@@ -201,3 +202,13 @@ def rolling(value: Any, given: Given) -> Settings:
 
 def text_trained(value: Any, given: Given) -> Settings | Refused:
     return Refused("not_applicable", "write the encoders into train.components by name")
+
+
+def sample_adapter(value: Any, given: Given) -> Settings | Refused:
+    """An adapter for pictures alone, which acts in the place of the one that trains there."""
+    if not str(value).endswith(".safetensors"):
+        return Refused("not_built", "adapters from the hub; download it and name the file in sample.adapters")
+    strength = given.get("validation_adapter_strength")
+    entry = {"path": str(value), "strength": 1.0 if strength is None else float(strength)}
+    note = "there it may stand in for the adapter that trains; here both act, and it is in the base column too"
+    return Settings({"sample.adapters[]": entry}, note, changed=True)

@@ -256,10 +256,12 @@ GENERAL = (
     option("validation_guidance_skip_layers", "sample.skip_layers"),
     *(option(f"validation_guidance_{name}", "sample.skip_layers", needs=("validation_guidance_skip_layers", ()))
       for name in ("skip_layers_start", "skip_layers_stop", "skip_scale")),
-    option("validation_noise_scheduler", "sample.sampler", "text", off=(None, "", "euler")),
+    *ignored("validation_noise_scheduler", "flow models are drawn with Euler steps, there too"),
     option("validation_lycoris_strength", "sample.adapter_strength", "float", off=(None, 1.0)),
-    *(option(f"validation_adapter_{name}", "sample.adapters", off=(None, ""))
-      for name in ("path", "name", "strength", "mode", "config")),
+    option("validation_adapter_path", kind="text", convert=to.sample_adapter, off=(None, "")),
+    option("validation_adapter_strength", kind="float", note="the strength in sample.adapters"),
+    *ignored("validation_adapter_name validation_adapter_mode", "further adapters act in all pictures here"),
+    *unbuilt("validation_adapter_config", "a file with several adapters; write them into sample.adapters"),
     option("validation_preview", "sample.preview_every", "flag", off=(None, False)),
     option("validation_preview_steps", "sample.preview_every", "int", needs=("validation_preview", (True,))),
     option("validation_method", "sample.command", "text", off=(None, "simpletuner-local")),

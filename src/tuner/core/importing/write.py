@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any
 
 from tuner.core.config.jsonc import Path
 from tuner.core.config.locations import absolute_paths
+from tuner.core.config.write import one_line, written_object
 from tuner.core.importing.report import Imported, fill_in
 from tuner.core.importing.source import shown_value
 
-_WIDTH = 100
 _ORDER = ("model", "data", "network", "optimizer", "schedule", "train", "precision", "checkpoint")
 
 
@@ -28,35 +25,7 @@ def config_text(result: Imported) -> str:
     head = [f"// Imported from {result.tool} by tuner config import."]
     head += [f"// Not taken over: {row.option} ({row.note})" for row in result.rows if row.status == "not_built"]
     head += [f"// Still to do: {text.splitlines()[0]}" for text in result.open]
-    return "\n".join([*map(_one_line, head), _object(ordered, (), comments, 0)]) + "\n"
-
-
-def _value(value: Any, path: Path, comments: Mapping[Path, str], depth: int) -> str:
-    plain = json.dumps(value, ensure_ascii=False)
-    noted = any(place[: len(path)] == path and len(place) > len(path) for place in comments)
-    if not noted and len(plain) + 2 * depth <= _WIDTH and (not isinstance(value, dict) or depth > 1):
-        return plain
-    if isinstance(value, dict) and value:
-        return _object(value, path, comments, depth)
-    if isinstance(value, list) and value:
-        pad = "  " * (depth + 1)
-        entries = [f"{pad}{_value(each, (*path, i), comments, depth + 1)}" for i, each in enumerate(value)]
-        return "[\n" + ",\n".join(entries) + "\n" + "  " * depth + "]"
-    return plain
-
-
-def _object(value: Mapping[str, Any], path: Path, comments: Mapping[Path, str], depth: int) -> str:
-    pad = "  " * (depth + 1)
-    parts = []
-    for key, below in value.items():
-        place = (*path, key)
-        note = f"{pad}{_one_line('// ' + comments[place])}\n" if place in comments else ""
-        parts.append(f"{note}{pad}{json.dumps(key)}: {_value(below, place, comments, depth + 1)}")
-    return "{\n" + ",\n".join(parts) + "\n" + "  " * depth + "}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return "\n".join([*map(one_line, head), written_object(ordered, comments)]) + "\n"
 
 
 def relocated(result: Imported, base: FilePath, home: FilePath) -> Imported:

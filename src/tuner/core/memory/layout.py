@@ -20,7 +20,8 @@ Put = Callable[[Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor's place in the buffer, at ``offset`` bytes. value: the tensor now; put: make a view the tensor."""
+    """One tensor's place in the buffer, at ``offset`` bytes. value: the tensor now; put: make a view the tensor.
+    trained: the parameter, if it trains."""
 
     offset: int
     size: torch.Size
@@ -28,6 +29,7 @@ class Piece:
     dtype: torch.dtype
     value: Callable[[], Tensor]
     put: Put
+    trained: Tensor | None = None
 
     def view(self, flat: Tensor) -> Tensor:
         start = self.offset // self.dtype.itemsize
@@ -35,34 +37,56 @@ class Piece:
 
 
 class Layout:
-    """Where everything lies. owners: the parameters and buffers that belong to it; size: bytes of a buffer."""
+    """Where everything lies. owners: the parameters and buffers that belong to it; size: bytes of a buffer. trained:
+    those of the parameters that train, which are in one place all the time.
+    """
 
     def __init__(self, pieces: Sequence[Piece], owners: Sequence[Tensor], size: int) -> None:
         self.pieces, self.owners, self.size = tuple(pieces), tuple(owners), size
-        self._views: dict[int, list[Tensor]] = {}
+        self.trained = tuple(piece.trained for piece in pieces if piece.trained is not None)
+        self._frozen = [piece for piece in pieces if piece.trained is None]
+        self._lent = [piece for piece in pieces if piece.trained is not None]
+        self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._at: int | None = None
 
-    def point(self, flat: Tensor) -> None:
-        """Make the module's tensors views of ``flat``, uint8 with at least ``size`` bytes. Copies nothing."""
-        key = flat.data_ptr()
-        if key == self._at:
-            return
-        if key not in self._views:
-            self._views[key] = [piece.view(flat) for piece in self.pieces]
-        for piece, view in zip(self.pieces, self._views[key], strict=True):
+    def settle(self, flat: Tensor) -> None:
+        """Make all of the module's tensors views of ``flat``, uint8 with at least ``size`` bytes. Copies nothing."""
+        for piece, view in zip(self._lent, self.lent(flat), strict=True):
             piece.put(view)
-        self._at = key
+        self.point(flat)
+
+    def point(self, flat: Tensor) -> None:
+        """Make those of the module's tensors that do not train views of ``flat``. Copies nothing."""
+        if flat.data_ptr() == self._at:
+            return
+        for piece, view in zip(self._frozen, self._in(flat)[0], strict=True):
+            piece.put(view)
+        self._at = flat.data_ptr()
+
+    def lent(self, flat: Tensor) -> list[Tensor]:
+        """Views of ``flat`` where it has copies of what trains, in the order of ``trained``."""
+        return self._in(flat)[1]
 
     def forget(self) -> None:
         """Let go of the buffers it has pointed at; the module's own tensors stay as they are."""
         self._views = {}
 
+    def _in(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        key = flat.data_ptr()
+        if key not in self._views:
+            self._views[key] = (
+                [piece.view(flat) for piece in self._frozen],
+                [piece.view(flat) for piece in self._lent],
+            )
+        return self._views[key]
+
 
 def flat_layout(module: nn.Module, outside: Sequence[re.Pattern[str]] = ()) -> Layout:
     """Lay out a module's parameters and buffers, leaving out names that an ``outside`` pattern matches in full.
 
-    Linears that share storage among themselves stay adjacent; storage shared with the outside is given up. Tensors made
-    of several tensors (quantized weights) are laid out part by part.
+    Frozen linears that share storage among themselves stay adjacent; storage shared with the outside is given up, and
+    that of linears that train, which are multiplied one by one. Tensors made of several tensors (quantized weights) are
+    laid out part by part.
     """
     named = (*module.named_parameters(), *module.named_buffers())
     owners = {id(tensor): tensor for name, tensor in named if not any(pattern.fullmatch(name) for pattern in outside)}
@@ -70,7 +94,8 @@ def flat_layout(module: nn.Module, outside: Sequence[re.Pattern[str]] = ()) -> L
     for tensor, value, put in _parts(module, owners):
         # Dense tensors keep their order of axes, others become contiguous.
         stride = torch.empty_like(tensor, device="meta").stride()
-        pieces.append(Piece(size, tensor.size(), stride, tensor.dtype, value, put))
+        trained = tensor if tensor.requires_grad else None
+        pieces.append(Piece(size, tensor.size(), stride, tensor.dtype, value, put, trained))
         size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
     return Layout(pieces, list(owners.values()), size)
 
@@ -82,7 +107,8 @@ def _parts(module: nn.Module, owners: dict[int, Tensor]) -> Iterator[tuple[Tenso
         if not any(id(weight) in owners for weight in weights):
             continue
         whole = all(id(weight) in left for weight in weights) and all(map(_same, group.parameters, weights))
-        if group.weight is None or not whole:
+        trains = any(tensor.requires_grad for member in group.members for tensor in member.parameters(recurse=False))
+        if group.weight is None or not whole or trains:
             group.unlink()
             continue
         yield from _joint(group, "weight")

@@ -1,9 +1,11 @@
-"""Frozen blocks that live in host memory and visit a few slots on the device.
+"""Blocks that live in host memory and visit a few slots on the device.
 
 Each streamed block owns one flat host buffer, and its parameters are views of it or of the slot that holds a copy, so
-a load is one transfer. Frozen weights are the same in both places: nothing is ever written back. The blocks are visited
-in order in the forward pass and in reverse in the backward pass; while one computes, the next ones are on their way
-into the other slots, and the last ones of the forward pass are still there when the backward pass begins with them.
+a load is one transfer. Frozen weights are the same in both places: nothing is ever written back. Weights that train are
+those in host memory, where their gradients go and where they are updated (`lending`); copies of them are good for one
+forward pass and its backward pass. The blocks are visited in order in the forward pass and in reverse in the backward
+pass; while one computes, the next ones are on their way into the other slots, and the last ones of the forward pass are
+still there when the backward pass begins with them.
 
 On CUDA transfers run on one stream of their own and are ordered by events alone: a load waits for the computation that
 was queued when it was asked for, which includes the slot's last use, and a block waits for its own load. The host never
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from tuner.core.errors import UsageError
 from tuner.core.memory.layout import Layout, flat_layout
+from tuner.core.memory.lending import Loans
 from tuner.core.memory.transfers import Slot, Transfers, open_transfers
 from tuner.core.types import Blocks
 
@@ -42,11 +46,12 @@ class Streamed:
         self.recomputed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.streaming.bring(self.number)
-        if self.recomputed or not torch.is_grad_enabled():
-            return self.inner(*args, **kwargs)
-        with saved_tensors_hooks(self._pack, self._unpack):
-            return self.inner(*args, **kwargs)
+        slot = self.streaming.bring(self.number)
+        with self.streaming.lent(self.number, slot):
+            if self.recomputed or not torch.is_grad_enabled():
+                return self.inner(*args, **kwargs)
+            with saved_tensors_hooks(self._pack, self._unpack):
+                return self.inner(*args, **kwargs)
 
     def _pack(self, tensor: Tensor) -> Any:
         """What autograd keeps: a weight's place in its block instead of the slot's bytes, which will change."""
@@ -97,7 +102,7 @@ class Streaming:
     """The streamed blocks of a module, in the order in which they run.
 
     loads: transfers into a slot so far. late: those of them that were not asked for ahead. transfers: every copy goes
-    through it; its ``to_host`` does not grow after the construction.
+    through it; after the construction its ``to_host`` grows by gradients alone.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], transfers: Transfers) -> None:
@@ -108,19 +113,28 @@ class Streaming:
             flat = transfers.host_buffer(layout.size)
             for piece in layout.pieces:
                 transfers.copy(piece.view(flat), piece.value())
-            layout.point(flat)
+            layout.settle(flat)
             self.host.append(flat)
+        self.loans = {
+            number: Loans(block, layout.trained, transfers)
+            for number, (block, layout) in enumerate(zip(blocks, layouts, strict=True))
+            if layout.trained
+        }
         largest = max(layout.size for layout in layouts)
         self.slots = [transfers.slot(largest) for _ in range(min(SLOTS, len(blocks) - 1))]
         self._bases = {slot.flat.untyped_storage().data_ptr() for slot in self.slots}
         self._held: dict[int, Slot] = {}
         self._current: tuple[int, bool] | None = None
+        self._last = -1
         for number, block in enumerate(self.blocks):
             block.forward = Streamed(self, number, block.forward)
 
     def bring(self, number: int) -> Slot:
         """Make block ``number`` ready in a slot, its parameters being views of it, and ask for the next ones."""
         backward = torch._C._current_graph_task_id() != -1
+        if not backward and number <= self._last:
+            self._forget_copies()
+        self._last = len(self.blocks) if backward else number
         if self._current == (number, backward):
             return self._held[number]
         wanted = self._wanted(number, backward)
@@ -137,6 +151,11 @@ class Streaming:
             self.layouts[number].point(slot.flat)
         self._current = (number, backward)
         return slot
+
+    def lent(self, number: int, slot: Slot) -> AbstractContextManager[None]:
+        """Inside, the block computes with the slot's copies of those of its weights that train."""
+        loans = self.loans.get(number)
+        return nullcontext() if loans is None else loans.standing_in(self.layouts[number].lent(slot.flat))
 
     def is_in_slot(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._bases
@@ -157,7 +176,8 @@ class Streaming:
     def _wanted(self, number: int, backward: bool) -> list[int]:
         """The block itself and those that follow, as many as there are slots.
 
-        A forward pass with gradients ends where its backward pass begins; one without is followed by another.
+        A forward pass with gradients ends where its backward pass begins; one without is followed by another, for which
+        copies of what trains would be too old.
         """
         count = len(self.blocks)
         ahead = range(len(self.slots))
@@ -165,7 +185,16 @@ class Streaming:
             return [number - step for step in ahead if number >= step]
         if torch.is_grad_enabled():
             return [number + step for step in ahead if number + step < count]
-        return [(number + step) % count for step in ahead]
+        following = [((number + step) % count, number + step < count) for step in ahead]
+        return [each for each, same in following if same or each not in self.loans]
+
+    def _forget_copies(self) -> None:
+        """A pass begins, and weights that train may have changed since the last one."""
+        for number in self.loans.keys() & self._held.keys():
+            self._held.pop(number).block = None
+            self.layouts[number].point(self.host[number])
+            if self._current is not None and self._current[0] == number:
+                self._current = None
 
     def _load(self, number: int, wanted: Sequence[int]) -> None:
         free = next((slot for slot in self.slots if slot.block not in wanted), None)
@@ -189,7 +218,8 @@ def stream_blocks(model: nn.Module, lists: Sequence[Blocks], count: int, device:
 
     ``model`` may be on any device and needs no room on ``device`` as a whole. Replaces ``forward`` on the instances;
     what it was before (a compiled block, say) runs inside. Adapters of the blocks are none of their parameters and stay
-    where they are. UsageError: fewer than 2 blocks, more than `stream_limit`, or weights that train.
+    where they are. Parameters that train, as ``requires_grad`` says now, stay in host memory with their gradients.
+    UsageError: fewer than 2 blocks, or more than `stream_limit`.
     """
     limit = stream_limit(lists)
     if not 2 <= count <= limit:
@@ -200,13 +230,6 @@ def stream_blocks(model: nn.Module, lists: Sequence[Blocks], count: int, device:
     chosen = [sequence[(2 * index + 1) * len(sequence) // (2 * count)] for index in range(count)]
     layouts = [flat_layout(block, [re.compile(pattern) for pattern in outside]) for block, outside in chosen]
     streamed = {id(tensor) for layout in layouts for tensor in layout.owners}
-    if any(tensor.requires_grad for layout in layouts for tensor in layout.owners):
-        raise UsageError(
-            "blocks whose own weights train cannot be streamed",
-            where="memory.swap_blocks",
-            why="streamed weights are never written back",
-            fix="take memory.swap_blocks out",
-        )
     streaming = Streaming([block for block, _ in chosen], layouts, open_transfers(device))
     for module in model.modules():
         _move(module, streamed, device)

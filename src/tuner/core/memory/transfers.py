@@ -6,6 +6,8 @@ The CUDA half has not run on a GPU yet.
 from __future__ import annotations
 
 import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,14 +51,31 @@ class Transfers:
     def wait(self, slot: Slot) -> None:
         """What is computed from now on finds the slot filled."""
 
+    def fetch(self, values: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Callable[[], None]]:
+        """Copies in host memory, and what to call before they are read."""
+        return [None if value is None else self._fetched(value) for value in values], lambda: None
+
+    def _fetched(self, value: Tensor) -> Tensor:
+        self.to_host += value.numel() * value.element_size()
+        return value.detach().to("cpu", copy=True)
+
+
+FETCHES = 2
+"""Fetches on their way at a time: what they copy stays on the device until then."""
+
 
 class CudaTransfers(Transfers):
-    """Pinned host memory and one stream for loads, ordered against computation by events; the host never waits."""
+    """Pinned host memory and a stream for each direction, ordered against computation by events.
+
+    Loads never make the host wait. A fetch waits for the one `FETCHES` before it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.back = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ready: dict[Slot, torch.cuda.Event] = {}
+        self._arriving: deque[torch.cuda.Event] = deque()
 
     def host_buffer(self, size: int) -> Tensor:
         flat = super().host_buffer(size)
@@ -75,6 +94,25 @@ class CudaTransfers(Transfers):
 
     def wait(self, slot: Slot) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._ready[slot])
+
+    def fetch(self, values: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Callable[[], None]]:
+        if len(self._arriving) == FETCHES:
+            self._arriving.popleft().synchronize()
+        made = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.back):
+            self.back.wait_event(made)
+            copies = [None if value is None else self._fetched(value) for value in values]
+            arrived = self.back.record_event()
+        self._arriving.append(arrived)
+        return copies, arrived.synchronize
+
+    def _fetched(self, value: Tensor) -> Tensor:
+        host = torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
+        host.copy_(value.detach(), non_blocking=True)
+        # Its own use ends before the copy may have; the memory must not be given away until then.
+        value.record_stream(self.back)
+        self.to_host += value.numel() * value.element_size()
+        return host
 
 
 def open_transfers(device: torch.device) -> Transfers:

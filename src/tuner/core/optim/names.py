@@ -37,8 +37,12 @@ def _bitsandbytes(attribute: str, state: float, **fixed: float) -> Entry:
     )
 
 
-def _dadaptation(attribute: str, state: float) -> Entry:
-    return Entry(module="dadaptation", attribute=attribute, package="dadaptation", own_rate=True, bytes=state)
+def _dadaptation(attribute: str, state: float, module: str = "dadaptation") -> Entry:
+    return Entry(module=module, attribute=attribute, package="dadaptation", own_rate=True, bytes=state)
+
+
+def _optimi(attribute: str, state: float) -> Entry:
+    return Entry(module="optimi", attribute=attribute, package="torch-optimi", bytes=state)
 
 
 def _schedule_free(attribute: str, state: float) -> Entry:
@@ -46,8 +50,10 @@ def _schedule_free(attribute: str, state: float) -> Entry:
 
 
 BUILTIN: Mapping[str, Entry] = {
+    "adam": Entry(module="torch.optim", attribute="Adam", separate=True),
     "adamw": Entry(module="torch.optim", attribute="AdamW", separate=True),
     "adamw_bf16": Entry(module="tuner.core.optim.adamw_bf16", attribute="AdamWBf16", separate=True, bytes=4),
+    "adagrad": Entry(module="torch.optim", attribute="Adagrad", separate=True, bytes=4),
     "adafactor": Entry(module="tuner.core.optim.adafactor", attribute="Adafactor", separate=True, bytes=0.01),
     "lion": Entry(module="tuner.core.optim.lion", attribute="Lion", separate=True, bytes=4),
     "muon": Entry(module="tuner.core.optim.muon", attribute="Muon", separate=True, bytes=4),
@@ -59,7 +65,9 @@ BUILTIN: Mapping[str, Entry] = {
     # Rates that find themselves.
     "prodigy": Entry(module="prodigyopt", attribute="Prodigy", package="prodigyopt", own_rate=True, bytes=16),
     "dadapt_adam": _dadaptation("DAdaptAdam", 12),
+    "dadapt_adam_preprint": _dadaptation("DAdaptAdamPreprint", 12, "dadaptation.experimental"),
     "dadapt_adan": _dadaptation("DAdaptAdan", 20),
+    "dadapt_adan_ip": _dadaptation("DAdaptAdanIP", 20, "dadaptation.experimental"),
     "dadapt_adagrad": _dadaptation("DAdaptAdaGrad", 12),
     "dadapt_lion": _dadaptation("DAdaptLion", 8),
     "dadapt_sgd": _dadaptation("DAdaptSGD", 12),
@@ -69,12 +77,14 @@ BUILTIN: Mapping[str, Entry] = {
     "sgd_schedulefree": _schedule_free("SGDScheduleFree", 4),
     # State in 8 bits, or paged to host memory by the driver.
     "adagrad8bit": _bitsandbytes("Adagrad8bit", 1),
+    "adam8bit": _bitsandbytes("Adam8bit", 2),
     "adamw8bit": _bitsandbytes("AdamW8bit", 2),
     "ademamix": _bitsandbytes("AdEMAMix", 12),
     "ademamix8bit": _bitsandbytes("AdEMAMix8bit", 3),
     "lion8bit": _bitsandbytes("Lion8bit", 1),
     "sgd8bit": _bitsandbytes("SGD8bit", 1, momentum=0.9),
     "paged_adamw": _bitsandbytes("PagedAdamW", 8),
+    "paged_adamw32bit": _bitsandbytes("PagedAdamW32bit", 8),
     "paged_adamw8bit": _bitsandbytes("PagedAdamW8bit", 2),
     "paged_ademamix": _bitsandbytes("PagedAdEMAMix", 12),
     "paged_ademamix8bit": _bitsandbytes("PagedAdEMAMix8bit", 3),
@@ -82,11 +92,17 @@ BUILTIN: Mapping[str, Entry] = {
     "paged_lion8bit": _bitsandbytes("PagedLion8bit", 1),
     "ao_adamw8bit": Entry(module="torchao.optim", attribute="AdamW8bit", package="torchao", bytes=2),
     "ao_adamw4bit": Entry(module="torchao.optim", attribute="AdamW4bit", package="torchao", bytes=1),
+    "ao_adamfp8": Entry(module="torchao.optim", attribute="AdamFp8", package="torchao", bytes=2),
     "ao_adamwfp8": Entry(module="torchao.optim", attribute="AdamWFp8", package="torchao", bytes=2),
     # Others that people ask for, from packages that are kept up.
-    "adan": Entry(module="optimi", attribute="Adan", package="torch-optimi", bytes=16),
-    "ranger": Entry(module="optimi", attribute="Ranger", package="torch-optimi", bytes=12),
-    "stableadamw": Entry(module="optimi", attribute="StableAdamW", package="torch-optimi", bytes=8),
+    "adan": _optimi("Adan", 16),
+    "ranger": _optimi("Ranger", 12),
+    "stableadamw": _optimi("StableAdamW", 8),
+    "optimi_adam": _optimi("Adam", 8),
+    "optimi_adamw": _optimi("AdamW", 8),
+    "optimi_lion": _optimi("Lion", 4),
+    "optimi_radam": _optimi("RAdam", 8),
+    "optimi_sgd": _optimi("SGD", 0),
     "came": Entry(module="pytorch_optimizer", attribute="CAME", package="pytorch-optimizer", bytes=4),
     "soap": Entry(module="pytorch_optimizer", attribute="SOAP", package="pytorch-optimizer", bytes=28),
 }

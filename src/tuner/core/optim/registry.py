@@ -36,6 +36,8 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 NOT_OFFERED = {
     "sdnq": "its optimizers quantize the weights they train; use one of the 8-bit optimizers",
+    "sgdnesterov8bit": "bitsandbytes takes nesterov and does nothing with it; use sgd8bit, or sgd_nesterov",
+    "sgd_nesterov8bit": "bitsandbytes takes nesterov and does nothing with it; use sgd8bit, or sgd_nesterov",
 }
 """Beginnings of names that people know from elsewhere, and what to do instead."""
 

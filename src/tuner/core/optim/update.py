@@ -1,13 +1,14 @@
 """Applying an optimizer: all parameters at once, some after the other, or during the backward pass.
 
 The optimizer itself knows nothing of it. Around its step, weights in bfloat16 become float32 and are rounded back, and
-its state comes from host memory and goes there again.
+its state comes from host memory and goes there again, as do weights that live there, with their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,17 +31,27 @@ REST = "kahan"
 class Update:
     """One update of the parameters that have a gradient. names: all trained parameters, by a name that is stable.
 
+    device: where updates are computed; None: where the parameters are. Those that are elsewhere come with gradient and
+    state, so many at a time as fit into `CHUNK_BYTES`, and go back without gradient: the optimizer must be one that
+    updates every parameter by itself then.
     Raises UsageError when what is asked for has no effect on these parameters, or cannot work with the optimizer.
     """
 
     def __init__(
-        self, config: OptimizerConfig, optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], seed: int
+        self,
+        config: OptimizerConfig,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[str, nn.Parameter],
+        seed: int,
+        device: torch.device | None = None,
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
         self.rounding, self.offload = config.rounding, config.offload
         self.separate = is_separate(config.name)
         self.name_of = {parameter: name for name, parameter in names.items()}
         self.group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        self.device = device
+        self.away = {each for each in self.group_of if device is not None and each.device != device}
         self._check(config)
 
     def _check(self, config: OptimizerConfig) -> None:
@@ -61,7 +72,7 @@ class Update:
 
     def __call__(self, step: int) -> None:
         """Update number ``step``, counted from 1."""
-        if self.rounding == "nearest" and not self.offload:
+        if self.rounding == "nearest" and not self.offload and not self.away:
             with fitting_gradients(self.group_of):
                 self.optimizer.step()
             return
@@ -70,8 +81,8 @@ class Update:
             self.apply(chunk, step)
 
     def apply(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """Update these parameters alone; their gradients are gone afterwards if they had to be converted."""
-        with torch.no_grad(), self._only(parameters), self._state_here(parameters):
+        """Update these parameters alone; their gradients are gone afterwards if they had to be converted or moved."""
+        with torch.no_grad(), self._only(parameters), self._here(parameters), self._state_here(parameters):
             kept = [parameter.data for parameter in parameters]
             convert = [self.rounding != "nearest" and data.dtype == torch.bfloat16 for data in kept]
             for parameter, data, converted in zip(parameters, kept, convert, strict=True):
@@ -142,21 +153,37 @@ class Update:
                 group["params"] = before[key]
 
     @contextmanager
+    def _here(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Bring weights and gradients that live in host memory for the time being."""
+        guests = [(parameter, parameter.data) for parameter in parameters if parameter in self.away]
+        for parameter, data in guests:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            parameter.data = data.to(self.device)
+            parameter.grad = gradient.to(self.device)
+        yield
+        for parameter, data in guests:
+            parameter.grad = None
+            data.copy_(parameter.data)
+            parameter.data = data
+
+    @contextmanager
     def _state_here(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Bring state that lives in host memory to the parameters' device for the time being."""
-        if not self.offload:
-            yield
-            return
-        self._move(parameters, lambda parameter: parameter.device)
+        guests = [parameter for parameter in parameters if self.offload or parameter in self.away]
+        if guests:
+            self._move(guests, lambda parameter: parameter.device)
         yield
-        self._move(parameters, lambda parameter: torch.device("cpu"))
+        if guests:
+            self._move(guests, lambda parameter: torch.device("cpu"))
 
     def _move(self, parameters: Sequence[nn.Parameter], place: Callable[[nn.Parameter], torch.device]) -> None:
         for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
+            state, group = self.optimizer.state.get(parameter, {}), self.group_of[parameter]
+            # Counters stay where the optimizer put them, unless a resumed one found them with the weights.
+            counters = parameter in self.away and (group.get("fused") or group.get("capturable"))
             for key, value in state.items():
-                # Counters stay where the optimizer put them.
-                if isinstance(value, Tensor) and value.ndim:
+                if isinstance(value, Tensor) and (value.ndim or counters):
                     state[key] = value.to(place(parameter))
 
 
@@ -174,7 +201,9 @@ class FusedUpdate:
         single: dict[nn.Parameter, Sequence[nn.Parameter]] = {each: (each,) for each in update.group_of}
         self._unit = single | {parameter: unit for unit in units for parameter in unit}
         self._waiting: dict[int, int] = {}
-        self._squares: list[Tensor] = []
+        self._squares: dict[nn.Parameter, Tensor] = {}
+        # Gradients of parameters in host memory arrive in another thread than those on the device.
+        self._lock = Lock()
         self._step: int | None = None
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in update.group_of
@@ -183,7 +212,7 @@ class FusedUpdate:
     @contextmanager
     def during(self, step: int) -> Iterator[None]:
         """Around the backward pass of update ``step``; what has got no gradient by then stays as it is."""
-        self._step, self._waiting, self._squares = step, {}, []
+        self._step, self._waiting, self._squares = step, {}, {}
         try:
             yield
             for parameter, unit in self._unit.items():
@@ -194,7 +223,10 @@ class FusedUpdate:
 
     def norm(self) -> Tensor:
         """Norm of all gradients of the last update, before they were limited."""
-        return torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
+        squares = [self._squares[each] for each in self._unit if each in self._squares]
+        if not squares:
+            return torch.zeros(())
+        return torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt()
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -204,17 +236,18 @@ class FusedUpdate:
         if self._step is None:
             return
         assert isinstance(parameter, nn.Parameter)
-        unit = self._unit[parameter]
-        left = self._waiting.get(id(unit), len(unit)) - 1
-        self._waiting[id(unit)] = left
-        if left == 0:
-            self._apply(unit)
+        with self._lock:
+            unit = self._unit[parameter]
+            left = self._waiting.get(id(unit), len(unit)) - 1
+            self._waiting[id(unit)] = left
+            if left == 0:
+                self._apply(unit)
 
     def _apply(self, parameters: Sequence[nn.Parameter]) -> None:
         assert self._step is not None
         for parameter in parameters:
             assert parameter.grad is not None
-            self._squares.append(parameter.grad.float().square().sum())
+            self._squares[parameter] = parameter.grad.float().square().sum()
             if self.clip_value is not None:
                 parameter.grad.clamp_(-self.clip_value, self.clip_value)
         self.update.apply(parameters, self._step)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tuner.core.config.network import SPLITTING
+from tuner.core.data.texts import live_components
 from tuner.core.plan.devices import Device
 from tuner.core.plan.trained import FULL, component_values
 from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
@@ -124,7 +125,7 @@ def step_phase(
     kept, working = max((activations(config, costs, shape) for shape in work.shapes), key=sum)
     others = sum(
         part_bytes(config, facts, costs, name)
-        for name in {*facts.step_components, *config.train.components, *_live(config, facts)} - {"denoiser"}
+        for name in {*facts.step_components, *config.train.components, *live_components(config, facts)} - {"denoiser"}
     )
     offloaded = kept * item if config.memory.offload_activations != "off" else 0.0
     # With accumulation gradients are there from the second micro-batch on.
@@ -171,17 +172,9 @@ def _kept(config: RunConfig, block: BlockCost, image: int, text: int) -> float:
 # --- the other phases -------------------------------------------------------------------------------------------------
 
 
-def _live(config: RunConfig, facts: ModelFacts) -> set[str]:
-    """Text components that every step runs."""
-    if config.cache.text == "off":
-        return set(facts.text_components)
-    training = set(config.train.components)
-    return {name for spec in facts.text_fields.values() if training & set(spec.of) for name in spec.of}
-
-
 def _encoding(config: RunConfig, facts: ModelFacts, costs: CostRules) -> Phase:
     """Captions: all encoders whose output is cached, at once."""
-    names = [name for name in facts.text_components if name not in _live(config, facts)]
+    names = [name for name in facts.text_components if name not in live_components(config, facts)]
     if not names:
         return Phase(name="captions", device=0, host=0)
     weights = sum(part_bytes(config, facts, costs, name) for name in names)
@@ -222,12 +215,7 @@ def _loading(config: RunConfig, facts: ModelFacts, costs: CostRules, weights: We
 
 def _preview(config: RunConfig, facts: ModelFacts, costs: CostRules, step: Phase) -> Phase:
     """Pictures while training: beside the weights, first the denoiser without gradients, then the autoencoder."""
-    width, height = config.sample.size or facts.sample.size
-    shape = Shape(width=width, height=height, batch=1)
-    image = shape.tokens(costs.token)
-    running = max(block.levels["block"].work.of(image, costs.text_rows) for block in costs.blocks) / 2
-    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * width * height
-    pictures = max(running * BYTES[config.precision.compute], part_bytes(config, facts, costs, "vae") + decoder)
+    pictures = picture_bytes(config, facts, costs, config.sample.size or facts.sample.size)
     resident = step.device - step.parts.get("activations and gradients", 0)
     return Phase(
         name="preview",
@@ -235,6 +223,15 @@ def _preview(config: RunConfig, facts: ModelFacts, costs: CostRules, step: Phase
         host=step.host,
         parts={"weights and training": resident, "autoencoder and picture": pictures},
     )
+
+
+def picture_bytes(config: RunConfig, facts: ModelFacts, costs: CostRules, size: tuple[int, int]) -> float:
+    """What one picture of (width, height) needs beside the weights: the denoiser at work, then the autoencoder."""
+    width, height = size
+    image = Shape(width=width, height=height, batch=1).tokens(costs.token)
+    running = max(block.levels["block"].work.of(image, costs.text_rows) for block in costs.blocks) / 2
+    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * width * height
+    return max(running * BYTES[config.precision.compute], part_bytes(config, facts, costs, "vae") + decoder)
 
 
 def _saving(step: Phase, trained: Trained) -> Phase:

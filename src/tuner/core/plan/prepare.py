@@ -9,9 +9,8 @@ from typing import Any
 
 from tuner.core.config import RawConfig, RunConfig, load_config
 from tuner.core.errors import NotHereError, UsageError
-from tuner.core.places import here_only
 from tuner.core.plan.work import Work, work_of
-from tuner.core.registry import Catalog, open_facts, open_public, typed_config
+from tuner.core.registry import Catalog, open_known, typed_config
 from tuner.core.types import ModelFacts
 
 
@@ -27,19 +26,10 @@ def prepare(
     document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
     config = typed_config(document, catalog)
     try:
-        with here_only():
-            opened = open_facts(config, catalog, document)
-        config, facts = opened.config, opened.facts
+        config, facts, _ = open_known(config, catalog, document)
     except NotHereError as absent:
-        try:
-            config, facts = open_public(config, catalog, document)
-        except UsageError as unknown:
-            raise UsageError(
-                f"no plan without weights: {unknown.what}",
-                where=absent.where,
-                why=absent.what,
-                fix=unknown.fix,
-            ) from absent
+        what = f"no plan without weights: {absent.what}"
+        raise UsageError(what, where=absent.where, why=absent.why, fix=absent.fix) from absent
     return config, facts, replace(work_of(config, facts), common=_is_common(document))
 
 

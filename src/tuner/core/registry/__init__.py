@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.catalog import Catalog as Catalog
     from tuner.core.registry.catalog import Entry as Entry
     from tuner.core.registry.door import open_model as open_model
+    from tuner.core.registry.door import without_training as without_training
     from tuner.core.registry.extensions import Extensions as Extensions
     from tuner.core.registry.facade import ModelFacade as ModelFacade
     from tuner.core.registry.facade import default_placement as default_placement
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tuner.core.registry.run import family_of as family_of
     from tuner.core.registry.run import model_schema as model_schema
     from tuner.core.registry.run import open_facts as open_facts
+    from tuner.core.registry.run import open_known as open_known
     from tuner.core.registry.run import open_public as open_public
     from tuner.core.registry.run import open_run as open_run
     from tuner.core.registry.run import typed_config as typed_config
@@ -43,12 +45,14 @@ _HOME = {
     "family_of": "run",
     "model_schema": "run",
     "open_facts": "run",
+    "open_known": "run",
     "open_model": "door",
     "open_public": "run",
     "open_run": "run",
     "preset_names": "presets",
     "read_preset": "presets",
     "typed_config": "run",
+    "without_training": "door",
 }
 
 __all__ = sorted(_HOME)

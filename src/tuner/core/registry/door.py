@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.core.config.document import merged
+from tuner.core.config.document import RawConfig, merged
 from tuner.core.errors import UsageError
 from tuner.core.registry.catalog import Catalog
 from tuner.core.registry.facade import ModelFacade
@@ -19,6 +19,22 @@ _NO_TRAINING: Mapping[str, Any] = {
     "train": {"steps": 1},
     "checkpoint": {"dir": "."},
 }
+_LENGTHS = ("steps", "epochs")
+
+
+def without_training(raw: RawConfig) -> RawConfig:
+    """``raw`` with what the schema demands for a training, where it says nothing of it: for commands that do not train.
+
+    A configuration for pictures needs a ``model`` section and nothing else.
+    """
+    filled = dict(raw)
+    for name, section in _NO_TRAINING.items():
+        given = raw.get(name)
+        if given is None:
+            filled[name] = section
+        elif isinstance(given, Mapping) and name != "data" and not (name == "train" and given.keys() & _LENGTHS):
+            filled[name] = merged(section, given)
+    return RawConfig(filled, raw.origins, raw.homes)
 
 
 def open_model(

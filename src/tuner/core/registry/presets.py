@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import Any
 
+from tuner.core.config import RawConfig
+from tuner.core.config.document import walk
 from tuner.core.config.jsonc import parse
 from tuner.core.errors import UsageError
 from tuner.core.registry.catalog import MODELS, Catalog
@@ -19,7 +20,7 @@ def preset_names(catalog: Catalog, family: str) -> list[str]:
     return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
 
 
-def read_preset(catalog: Catalog, name: str) -> dict[str, Any]:
+def read_preset(catalog: Catalog, name: str) -> RawConfig:
     """The settings of ``model/preset``, with ``model.family`` set."""
     family, slash, preset = name.partition("/")
     if not slash:
@@ -36,4 +37,5 @@ def read_preset(catalog: Catalog, name: str) -> dict[str, Any]:
         raise UsageError(
             f"the preset {name!r} is not a JSON object", fix=f"tell the author of {catalog.entry(MODELS, family).dist}"
         )
-    return settings | {"model": {"family": family} | settings.get("model", {})}
+    whole = settings | {"model": {"family": family} | settings.get("model", {})}
+    return RawConfig(whole, {path: f"preset {name}" for path, _ in walk(whole)})

@@ -21,8 +21,9 @@ from tuner.core.config import (
     resolve_defaults,
 )
 from tuner.core.config.network import kinds_of
-from tuner.core.errors import Problems, UsageError
+from tuner.core.errors import NotHereError, Problems, UsageError
 from tuner.core.files import WeightHeader, weight_header
+from tuner.core.places import here_only
 from tuner.core.registry.catalog import EXTENSIONS, MODELS, Catalog, Entry
 from tuner.core.registry.extensions import Extensions
 from tuner.core.registry.facade import ModelFacade
@@ -113,6 +114,22 @@ def open_public(config: RunConfig, catalog: Catalog, raw: RawConfig | None = Non
         )
     facts = catalog.call(entry, "public", catalog.load(entry, "descriptor", descriptor.public), config)
     return _resolved(config, facts, catalog, entry, raw), facts
+
+
+def open_known(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None) -> tuple[RunConfig, ModelFacts, bool]:
+    """``open_facts`` where the weights are on this machine, else ``open_public``; whether it was the first.
+
+    Nothing is fetched. NotHereError when neither tells the facts; other UsageErrors are problems of the configuration.
+    """
+    try:
+        with here_only():
+            opened = open_facts(config, catalog, raw)
+        return opened.config, opened.facts, True
+    except NotHereError as absent:
+        try:
+            return (*open_public(config, catalog, raw), False)
+        except UsageError as unknown:
+            raise NotHereError(unknown.what, where=absent.where, why=absent.what, fix=unknown.fix) from absent
 
 
 def _resolved(config: RunConfig, facts: ModelFacts, catalog: Catalog, entry: Entry, raw: RawConfig | None) -> RunConfig:

@@ -193,7 +193,7 @@ class Bench:
             config=config,
             device=torch.device("cpu"),
             live_text=live,
-            update=build_update(config, optimizer, network, run.facts),
+            update=build_update(config, optimizer, network, run.facts, torch.device("cpu")),
             total=1000,
             empty=EmptyCaption(
                 config.guidance,

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from tuner.core.adapters.checkpoints import file_beside, read_checkpoint, stored_files
+from tuner.core.adapters.checkpoints import read_weights
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import key_maps
 from tuner.core.adapters.lora import with_own_alphas
@@ -50,7 +49,8 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
     kept = {name: parameter.detach().clone() for name, parameter in ema.params.items()}
     try:
         if network.kind == WEIGHTS:
-            tensors = _read_weights(network, config, facts, path)
+            shapes = {name: value.shape for name, value in network_tensors(network).items()}
+            tensors = dict(read_weights(config, facts, path, shapes))
         else:
             tensors = with_own_alphas(network, read_adapter(path, key_maps(facts)).tensors)
         load_network_tensors(network, tensors)
@@ -65,12 +65,3 @@ def start_average(ema: Ema, network: Network, config: RunConfig, facts: ModelFac
         with torch.no_grad():
             for name, parameter in ema.params.items():
                 parameter.copy_(kept[name])
-
-
-def _read_weights(network: Network, config: RunConfig, facts: ModelFacts, path: Path) -> dict[str, Tensor]:
-    """The values of the file and of those beside it, as a training writes them, by parameter."""
-    shapes = {name: value.shape for name, value in network_tensors(network).items()}
-    tensors: dict[str, Tensor] = {}
-    for file in stored_files(config, facts):
-        tensors.update(read_checkpoint(file_beside(path, file), file, shapes))
-    return tensors

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.core.adapters.network import trained
 from tuner.core.compute.linear import separate_projections
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.base import changed_keys
@@ -62,8 +63,9 @@ def prepare_blocks(
     streaming = None
     if memory.swap_blocks:
         streaming = stream_blocks(denoiser, facts.block_lists, memory.swap_blocks, device)
-        # The adapters were made beside weights that were still in host memory.
-        network.module.to(device)
+        if trained(network).has_base:
+            # The adapters were made beside weights that were still in host memory.
+            network.module.to(device)
         _tell(streaming)
     else:
         cache_modulations(denoiser, facts.modulation, [each.path for each in facts.block_lists])

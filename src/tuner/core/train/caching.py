@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tuner.core.data.prepare import open_caches
-from tuner.core.data.text_cache import cached_fields
+from tuner.core.data.texts import live_components
 from tuner.core.track.progress import Progress
+from tuner.core.train.device import empty_cache
 from tuner.core.train.merging import merged_identities
 from tuner.core.train.prompts import Prompt, resolve_prompts, texts_of
 from tuner.core.train.quantizing import load_components
@@ -48,9 +49,7 @@ class Caches:
             latent_wrappers=run.extensions.wrapping("encode_latents"),
             merged=merged_identities(run),
         )
-        cached = cached_fields(config, facts) if self.data.text is not None else {}
-        live = {name for field, spec in facts.text_fields.items() if field not in cached for name in spec.of}
-        self.live_text = tuple(name for name in facts.components if name in live)
+        self.live_text = live_components(config, facts)
 
     def fill(self) -> None:
         """Encode what is missing, text first; afterwards no encoder is in memory."""
@@ -59,6 +58,12 @@ class Caches:
             texts = [*self.data.texts, *texts_of(self.prompts)]
             self._stage("captions", "texts", len(text.missing(texts)), lambda tick: text.fill(texts, tick))
         self._stage("latents", "images", len(self.data.latents.missing()), self.data.fill_latents)
+
+    def names(self) -> set[str]:
+        """Names of all entries that the run reads, those of its sample prompts included."""
+        text = self.data.text
+        prompts = set() if text is None else {text.key(each).name for each in texts_of(self.prompts)}
+        return self.data.keys() | prompts
 
     def cached_text(self, texts: Sequence[str]) -> TextEmbeds:
         """The cached fields [B, ...] of texts on the run's device; fields of live components are not among them."""
@@ -105,10 +110,9 @@ class Caches:
                     done = now
 
                 fill(tick)
-        # The encoder went with the call that loaded it; its memory should too.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # The encoder went with the call that loaded it; its memory should too.
+            gc.collect()
+            empty_cache(self.device)
         if self.events is not None:
             seconds = time.monotonic() - started
             self.events.emit("stage", name=name, state="end", items=missing, seconds=seconds)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tuner.core.adapters.targets import check_targets
 from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RawConfig, RunConfig, examine_config, load_config
-from tuner.core.data.index import scan_source
+from tuner.core.data.index import scan_sources
 from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
 from tuner.core.data.records import SourceIndex
@@ -30,6 +30,7 @@ from tuner.core.train.compiling import check_compile
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.merging import read_additions
+from tuner.core.train.mounting import read_extra
 from tuner.core.train.prompts import resolve_prompts
 from tuner.core.train.quantizing import check_quantize
 from tuner.core.types import ModelFacts
@@ -104,8 +105,9 @@ def check(
 
 def check_network(config: RunConfig, facts: ModelFacts) -> None:
     """Raise a UsageError for patterns that match no module, a start file that is no weight file, and adapters that do
-    not belong to the model they are to be merged into."""
+    not belong to the model they are to be merged into, or to act on in pictures."""
     read_additions(config, facts)
+    read_extra(config, facts)
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
     if config.train.mode == "full":
@@ -153,12 +155,7 @@ def _folder_problems(config: RunConfig, *, resuming: bool) -> list[UsageError]:
 
 def _look_at_data(config: RunConfig, problems: Problems) -> tuple[dict[str, SourceIndex], list[str]]:
     """Scan every source and decode every image, so that all bad ones are listed; also what is rarely meant."""
-    indices = {
-        source.id: scan_source(source, Path(config.cache.dir), verify=config.cache.verify, data=config.data)
-        for entry in config.data.sets
-        for source in entry.sources
-        if source.enabled
-    }
+    indices = scan_sources(config.data, Path(config.cache.dir), verify=config.cache.verify)
     found = inspect_indices(config.data, list(indices.values()))
     problems.extend(found.problems)
     return indices, found.warnings()

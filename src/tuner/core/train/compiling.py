@@ -32,9 +32,13 @@ def check_compile(config: RunConfig, device: torch.device) -> None:
 
 def token_counts(plan: DataPlan, prompts: Iterable[Prompt], facts: ModelFacts) -> list[int]:
     """Tokens of every picture size that the run will see: training, validation and samples."""
-    side = facts.costs.token if facts.costs is not None else facts.resolution_multiple
     sizes = {group.bucket for group in (*plan.groups, *plan.validation_groups)}
-    sizes |= {(prompt.width, prompt.height) for prompt in prompts}
+    return tokens_of({*sizes, *((prompt.width, prompt.height) for prompt in prompts)}, facts)
+
+
+def tokens_of(sizes: Iterable[tuple[int, int]], facts: ModelFacts) -> list[int]:
+    """The different numbers of tokens of pictures of these sizes (width, height)."""
+    side = facts.costs.token if facts.costs is not None else facts.resolution_multiple
     return sorted({(width // side) * (height // side) for width, height in sizes})
 
 

@@ -7,9 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.core.adapters.formats import key_maps
-from tuner.core.adapters.merging import Addition, merge_into, read_addition
-from tuner.core.errors import UsageError
+from tuner.core.adapters.merging import Addition, merge_into
+from tuner.core.train.mounting import read_fitting
 from tuner.core.types import Models
 
 if TYPE_CHECKING:
@@ -26,20 +25,10 @@ NEVER_ADAPTED = ("vae",)
 def read_additions(config: RunConfig, facts: ModelFacts) -> list[Addition]:
     """The adapters of ``model.merge``, in order. UsageError: a key that maps nowhere, or a component that the model
     does not have."""
-    found = []
-    for number, entry in enumerate(config.model.merge):
-        where = f"model.merge[{number}]"
-        addition = read_addition(Path(entry.path), entry.strength, key_maps(facts), where=where)
-        for component in addition.components:
-            if component not in facts.components:
-                raise UsageError(
-                    f"the adapter changes {component}, which this model does not load",
-                    where=f"{entry.path}, {where}",
-                    why=f"its components are {', '.join(facts.components)}",
-                    fix="merge a file without that part, or give the model that component",
-                )
-        found.append(addition)
-    return found
+    return [
+        read_fitting(Path(entry.path), entry.strength, facts, where=f"model.merge[{number}]")
+        for number, entry in enumerate(config.model.merge)
+    ]
 
 
 def merge_adapters(run: Run, models: Models, components: Collection[str]) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.network import adapter_eval, adapter_strength, trained
-from tuner.core.atomic import atomic_path
-from tuner.core.compute.attention import attending
-from tuner.core.flow import apply_cfg, euler_sample, euler_sigmas
 from tuner.core.train.folder import RunFolder
+from tuner.core.train.pictures import read_settings, write_png, write_sheet
 from tuner.core.train.prompts import Prompt
+from tuner.core.train.sampling import draw_latents
 from tuner.core.types import ModelFacts, Models, Network, TextEmbeds
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from tuner.core.registry.facade import ModelFacade
 
 MAX_COLUMNS = 6
@@ -70,11 +67,15 @@ class Previewer:
         load_vae: WithVae,
         device: torch.device,
         kernel: str | None = None,
+        extra: Callable[[], AbstractContextManager[None]] = nullcontext,
+        extra_told: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """kernel: of attention in samples; None for the one that trains."""
+        """kernel: of attention in samples; None for the one that trains. extra: a context in which further adapters
+        act; extra_told: what pictures say about them."""
         self.model, self.models, self.network, self.facts = model, models, network, facts
         self.folder, self.prompts, self.device = folder, tuple(prompts), device
         self.encode_texts, self.load_vae, self.kernel = encode_texts, load_vae, kernel
+        self.extra, self.extra_told = extra, [dict(each) for each in extra_told]
 
     def run(self, step: int, looks: Sequence[Look], on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates, once with each kind of weights. The base pictures are made with the first
@@ -87,7 +88,8 @@ class Previewer:
             with weights():
                 images = self._render(folder, step, strength=1.0, suffix=suffix, on_image=on_image)
             present.append((_title(step, suffix), images))
-        write_sheet(folder / SHEET, self.prompts, [*base, *self._earlier(step, len(present)), *present])
+        rows = [prompt.text for prompt in self.prompts]
+        write_sheet(folder / SHEET, rows, [*base, *self._earlier(step, len(present)), *present])
         return Preview(step, tuple(path for _, images in present for path in images), folder / SHEET)
 
     def draw_base(self, on_image: OnImage | None = None) -> None:
@@ -109,7 +111,7 @@ class Previewer:
 
     def _base_folder(self) -> Path:
         # Named by the prompts, so that a resumed run with other prompts does not reuse old pictures.
-        described = json.dumps([asdict(prompt) for prompt in self.prompts], sort_keys=True)
+        described = json.dumps([*(asdict(prompt) for prompt in self.prompts), *self.extra_told], sort_keys=True)
         return self.folder.samples / f"base-{hashlib.blake2b(described.encode(), digest_size=4).hexdigest()}"
 
     def _render(
@@ -136,24 +138,13 @@ class Previewer:
     @torch.no_grad()
     def sample(self, prompt: Prompt, *, strength: float = 1.0) -> Tensor:
         """Latents [1,C,h,w] float32 on the CPU, with the adapter at ``strength``; 0 is the base model."""
-        factor = self.facts.spatial_factor
-        shape = (1, self.facts.latent_channels, prompt.height // factor, prompt.width // factor)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed)).to(self.device)
-        guidance = None if prompt.guidance is None else torch.full((1,), prompt.guidance, device=self.device)
         # Texts too are encoded at this strength: the text side may be adapted as well.
-        with adapter_eval(self.network), adapter_strength(self.network, strength):
+        with adapter_eval(self.network), adapter_strength(self.network, strength), self.extra():
             positive = self.encode_texts([prompt.text])
             negative = self.encode_texts([prompt.negative]) if prompt.cfg > 1 else None
-
-            def velocity(noisy: Tensor, sigmas: Tensor) -> Tensor:
-                pred = self.model.predict(self.models, noisy, sigmas, positive, guidance)
-                if negative is None:
-                    return pred
-                return apply_cfg(pred, self.model.predict(self.models, noisy, sigmas, negative, guidance), prompt.cfg)
-
-            sigmas = euler_sigmas(prompt.steps, prompt.shift, self.facts.sample.schedule)
-            with attending(self.kernel):
-                return euler_sample(velocity, noise, sigmas).cpu()
+            return draw_latents(
+                self.model, self.models, prompt, positive, negative, device=self.device, kernel=self.kernel
+            )
 
     def _paths(self, folder: Path, suffix: str = "") -> list[Path]:
         return [folder / f"{number:03d}{suffix}.png" for number in range(len(self.prompts))]
@@ -181,77 +172,11 @@ class Previewer:
             for path, prompt in zip(paths, self.prompts, strict=True)
         )
 
-    @staticmethod
-    def _settings(prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
-        return {"step": step, **({"weights": suffix.removeprefix("_")} if suffix else {}), **asdict(prompt)}
+    def _settings(self, prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
+        weights = {"weights": suffix.removeprefix("_")} if suffix else {}
+        return {"step": step, **weights, **asdict(prompt), **({"extra": self.extra_told} if self.extra_told else {})}
 
 
 def _title(step: int, suffix: str) -> str:
     """Heading of a column: ``step 100`` or ``step 100 ema``."""
     return f"step {step}{suffix.replace('_', ' ')}"
-
-
-def to_image(pixels: Tensor) -> Image:
-    """Pixels [3,H,W] float in -1..1 to an RGB picture."""
-    from PIL import Image
-
-    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
-
-
-def write_png(path: Path, pixels: Tensor, settings: dict[str, Any]) -> None:
-    """Write a PNG with the settings that made it in its text chunk ``tuner``."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("tuner", json.dumps(settings, ensure_ascii=False))
-    with atomic_path(path) as temporary:
-        to_image(pixels).save(temporary, format="PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """What `write_png` stored in the text chunk, None for a picture from elsewhere."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            settings = json.loads(image.info.get("tuner", "null"))
-    except (UnidentifiedImageError, ValueError):
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
-def write_sheet(path: Path, prompts: Sequence[Prompt], columns: Sequence[tuple[str, Sequence[Path]]]) -> None:
-    """One row per prompt, one titled column per preview; small pictures are enlarged so that a person sees them."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    cell, gap, title = 224, 8, 28
-    caption_height = 34
-    font = ImageFont.load_default(14)
-    width = gap + len(columns) * (cell + gap)
-    height = title + len(prompts) * (cell + caption_height)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (name, paths) in enumerate(columns):
-        left = gap + column * (cell + gap)
-        draw.text((left, 6), name, fill="black", font=font)
-        for row, file in enumerate(paths):
-            with Image.open(file) as image:
-                scale = cell / max(image.size)
-                resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-                small = image.resize((round(image.width * scale), round(image.height * scale)), resample)
-            sheet.paste(small, (left, title + row * (cell + caption_height)))
-    for row, prompt in enumerate(prompts):
-        text = _shorten(prompt.text, draw, font, width - 2 * gap)
-        draw.text((gap, title + row * (cell + caption_height) + cell + 6), text, fill="black", font=font)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
-
-
-def _shorten(text: str, draw: Any, font: Any, width: int) -> str:
-    """``text`` cut to ``width`` pixels, with a mark where it was cut."""
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."

@@ -2,8 +2,8 @@
 
 A line is a prompt followed by flags, as users of kohya-ss/sd-scripts write them: ``a cat --w 768 --h 512 --d 1 --s 28
 --l 4``. ``--n`` negative prompt, ``--w`` ``--h`` size, ``--d`` seed, ``--s`` steps, ``--l`` guidance scale, ``--fs``
-flow shift, ``--g`` embedded guidance. Files are ``.txt`` (one line each, ``#`` starts a comment), ``.json`` (list of
-lines or objects) or ``.toml``.
+flow shift, ``--g`` embedded guidance, ``--ss`` sampler. Files are ``.txt`` (one line each, ``#`` starts a comment),
+``.json`` (list of lines or objects) or ``.toml``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
-from tuner.core.flow import shift_value
+from tuner.core.flow import SAMPLERS, shift_value
 
 if TYPE_CHECKING:
     from tuner.core.config.outputs import SampleConfig
@@ -46,7 +46,7 @@ _FLAGS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("renorm_cfg", rf"rcfg {_NUMBER}", float),
     ("flow_shift", r"fs (.+)", str),
 )
-_UNSUPPORTED = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg")
+_UNSUPPORTED = ("controlnet_image", "cfg_trunc_ratio", "renorm_cfg")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class Prompt:
     cfg: float
     shift: float
     guidance: float | None = None
+    sampler: str = "euler"
+    cfg_rescale: float = 0.0
 
 
 def parse_line(line: str) -> dict[str, Any]:
@@ -128,6 +130,13 @@ def resolve_prompts(sample: SampleConfig, facts: ModelFacts) -> list[Prompt]:
     for entry in entries:
         for number in range(sample.count):
             prompts.append(_resolve(entry, len(prompts), number, sample, facts))
+    if sample.cfg_rescale and prompts and all(prompt.cfg <= 1 for prompt in prompts):
+        raise UsageError(
+            "sample.cfg_rescale has no effect",
+            where="sample.cfg_rescale",
+            why="no picture has guidance above 1",
+            fix="set sample.cfg, or take it out",
+        )
     return prompts
 
 
@@ -156,7 +165,20 @@ def _resolve(fields: Mapping[str, Any], index: int, number: int, sample: SampleC
         cfg=_first(fields.get("scale"), sample.cfg, facts.sample.cfg),
         shift=_shift(fields, sample, facts, (height, width)),
         guidance=guidance,
+        sampler=_sampler(fields, sample),
+        cfg_rescale=sample.cfg_rescale,
     )
+
+
+def _sampler(fields: Mapping[str, Any], sample: SampleConfig) -> str:
+    name = str(fields.get("sample_sampler", sample.sampler)).strip()
+    if name not in SAMPLERS:
+        raise UsageError(
+            f"there is no sampler {name!r}",
+            where=f"sample_sampler (--ss) of the prompt {fields['prompt']!r}",
+            fix=f"use {' or '.join(SAMPLERS)}",
+        )
+    return name
 
 
 def _fit_side(side: int, facts: ModelFacts) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.core.adapters.network import adapter_eval
 from tuner.core.compute.quantized import Arithmetic, multiplying, quantized_linears, set_arithmetic
@@ -178,8 +178,7 @@ def check_parity(
     result = Parity(
         arithmetic=arithmetic, loss=loss, gradient=apart, linears=able, others=len(quantized) - able, passed=passed
     )  # fmt: skip
-    for linear in quantized:
-        linear.original = None
+    _forget_originals(denoiser)
     if not passed and limits.on_failure == "refuse":
         raise UsageError(
             f"{arithmetic} arithmetic is too far from plain arithmetic",
@@ -190,6 +189,17 @@ def check_parity(
         )
     set_arithmetic(denoiser, arithmetic if passed else "weights")
     return result
+
+
+def use_arithmetic(denoiser: nn.Module, arithmetic: Arithmetic) -> None:
+    """Compute so without a comparison, as another run has found it right, and let go of the original weights."""
+    _forget_originals(denoiser)
+    set_arithmetic(denoiser, arithmetic)
+
+
+def _forget_originals(denoiser: nn.Module) -> None:
+    for linear in quantized_linears(denoiser):
+        linear.original = None
 
 
 def difference_text(result: Parity) -> str:

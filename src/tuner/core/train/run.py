@@ -15,6 +15,7 @@ import torch
 from tuner.core.atomic import write_json
 from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RunConfig
+from tuner.core.config.resuming import free_on_resume
 from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
@@ -124,6 +125,13 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
     return report_plan(plan, run.config.train)
 
 
+def used_entries(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> tuple[Path, set[str]]:
+    """(cache folder, names of the entries that a run reads). Nothing is loaded or encoded."""
+    run = open_run(raw, base_dir=base_dir)
+    caches = Caches(run, plan_data(run.config, run.facts), pick_device(), None)
+    return Path(run.config.cache.dir), caches.names()
+
+
 def require_cache_folder(config: RunConfig) -> None:
     """Make the cache folder when something will be kept there; UsageError when it cannot be written."""
     if "disk" in (config.cache.latents, config.cache.text):
@@ -175,20 +183,12 @@ def resolved(run: Run) -> dict[str, Any]:
     return run.config.model_dump(mode="json", by_alias=True)
 
 
-# What may differ between a run and its continuation: how long, what is shown, what is kept, and how it is worked on.
-FREE_ON_RESUME = (
-    "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
-    "validate.timesteps", "log", "checkpoint", "memory", "compile",
-    "cache.dir", "cache.verify", "data.workers", "data.prefetch",
-)  # fmt: skip
-
-
 def check_same_run(folder: RunFolder, run: Run) -> None:
     """Refuse to continue with settings that would make it another run."""
     if not folder.config.is_file() or not folder.is_used():
         return
     before = json.loads(folder.config.read_text(encoding="utf-8"))
-    changed = [name for name in differences(before, resolved(run)) if not _is_free(name)]
+    changed = [name for name in differences(before, resolved(run)) if not free_on_resume(name)]
     if folder.manifest.is_file():
         manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
         if manifest.get("merged", []) != run.manifest.get("merged", []):
@@ -201,10 +201,6 @@ def check_same_run(folder: RunFolder, run: Run) -> None:
             "differ",
             fix="restore these values, or start a new run in another checkpoint.dir",
         )
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -35,6 +35,7 @@ from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.export import export
 from tuner.core.train.interrupt import Interrupt
 from tuner.core.train.loop import Chores, Length, Loop
+from tuner.core.train.mounting import mount_extra
 from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
@@ -85,7 +86,7 @@ class Trainer:
             scale=rate_scale(self.config),
         )
         self.stops = Stops(self.config.train.stop_component_at, self.network.param_groups, self.total)
-        self.update = build_update(self.config, self.optimizer, self.network, self.facts)
+        self.update = build_update(self.config, self.optimizer, self.network, self.facts, device)
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
@@ -236,6 +237,7 @@ class Trainer:
     def _previewer(self) -> Previewer | None:
         if not self.caches.prompts:
             return None
+        extra = mount_extra(self.config, self.facts, self.models, self.device)
         return Previewer(
             model=self.run.model,
             models=self.models,
@@ -247,6 +249,8 @@ class Trainer:
             load_vae=lambda: self.caches.load(["vae"]),
             device=self.device,
             kernel=self.config.attention.sample_backend,
+            extra=extra.acting,
+            extra_told=extra.told,
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:

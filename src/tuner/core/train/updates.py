@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from tuner.core.config import steps_of
 from tuner.core.errors import UsageError
 from tuner.core.optim import FusedUpdate, Update, add_up_in_float32, is_schedule_free
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from tuner.core.config import RunConfig
@@ -48,9 +49,11 @@ def rate_scale(config: RunConfig) -> float:
 
 
 def build_update(
-    config: RunConfig, optimizer: torch.optim.Optimizer, network: Network, facts: ModelFacts
+    config: RunConfig, optimizer: torch.optim.Optimizer, network: Network, facts: ModelFacts, device: torch.device
 ) -> Update | FusedUpdate:
-    """What moves the weights in every step. UsageError for what cannot work with the optimizer or has no effect."""
+    """What moves the weights in every step, on ``device``. UsageError for what cannot work with the optimizer or has no
+    effect.
+    """
     groups = network.param_groups
     names = {name: parameter for group in groups for name, parameter in group.params.items()}
     if config.network.max_norm is not None and is_schedule_free(optimizer):
@@ -60,7 +63,16 @@ def build_update(
             why="it keeps a second copy of what trains, which the limit does not reach",
             fix="choose another optimizer, or take the limit out",
         )
-    update = Update(config.optimizer, optimizer, names, config.train.seed)
+    # With its number, as tensors on it have it.
+    update = Update(config.optimizer, optimizer, names, config.train.seed, torch.empty(0, device=device).device)
+    streamed = config.memory.swap_blocks and config.train.mode == "full" and "denoiser" in config.train.components
+    if streamed and not update.separate:
+        raise UsageError(
+            f"the optimizer {config.optimizer.name!r} cannot train streamed blocks",
+            where="memory.swap_blocks",
+            why="weights come from host memory a few at a time, and it is not known to update every one by itself",
+            fix="choose another optimizer, such as adamw, adamw_bf16, adafactor or lion, or take swap_blocks out",
+        )
     if config.precision.gradients == "fp32":
         add_up_in_float32(update.group_of)
     if config.optimizer.fuse == "off":

@@ -24,6 +24,7 @@ from .keys import adapter_keys, denoiser_keys, encoder_keys, key_problems, vae_p
 from .names import adapter_modules, denoiser_modules, encoder_modules
 from .sizes import (
     ADAPTER_PREFIX,
+    OWN_PROBE,
     PICKLE_SUFFIXES,
     AdapterSizes,
     DenoiserSizes,
@@ -78,9 +79,19 @@ def detect(header: Header) -> str | None:
     ``preview`` for the public 28-block model, else the depth and width, so that derivatives get a name too.
     """
     found = original_names(header)
-    if "blocks.0.mlp.layer1.weight" not in found:
+    # Renamed from diffusers' layout, other families have some of these names too.
+    if not {"blocks.0.mlp.layer1.weight", OWN_PROBE} <= set(found):
         return None
     return flavour_of(denoiser_sizes({name: header[key] for name, key in found.items()}))
+
+
+def recognise(header: Header) -> tuple[str, ...]:
+    """Which keys of the ``model`` section a file may be given for, by its names; () for a file of no use here."""
+    if "layers.0.self_attn.q_norm.weight" in encoder_names(header):
+        return ("text_encoders.qwen3",)
+    if "encoder.conv1.weight" in vae_names.names(header):
+        return ("vae",)
+    return ("llm_adapter",) if "out_proj.weight" in adapter_names(header) else ()
 
 
 def flavour_of(sizes: DenoiserSizes) -> str:

@@ -8,12 +8,12 @@ from tuner.core.config.foreign import (
     ForeignFamily,
     ForeignOption,
     Given,
-    Refused,
     Settings,
     encoder_options,
     ignored,
     option,
     patterns,
+    repositories,
     split_pairs,
 )
 
@@ -112,11 +112,7 @@ _SIMPLETUNER = (
     ForeignFamily(
         names=("anima",),
         options=(
-            option("pretrained_model_name_or_path", "model.path", "text",
-                   default="circlestone-labs/Anima-Base-v1.0-Diffusers",
-                   note="where that program takes the model from"),
-            option("model_flavour", kind="text", convert=lambda value, given: Refused(
-                "not_applicable", "the flavour is read from the weights here")),
+            *repositories({"base-v1.0": "circlestone-labs/Anima-Base-v1.0-Diffusers"}, "base-v1.0"),
             option("validation_guidance", "sample.cfg", "float"),
             option("text_encoder_1_precision", "quantize.text_encoder.qwen3", "text", off=(None, "", "no_change")),
         ),

@@ -136,7 +136,7 @@ DIFFUSERS_RENAME = (
 QWEN3_COMFYUI = "text_encoders.qwen3_06b.transformer.model."
 
 
-def _peft_like(name: str, alpha: str | None) -> KeyFormat:
+def _peft_like(name: str, alpha: str | None, readers: tuple[str, ...]) -> KeyFormat:
     """ComfyUI's spelling; further prefixes are those that other trainers put before the same module names."""
     return KeyFormat(
         name=name,
@@ -153,14 +153,15 @@ def _peft_like(name: str, alpha: str | None) -> KeyFormat:
             "denoiser": ("net.", "transformer."),
             "llm_adapter": ("net.llm_adapter.", "transformer.llm_adapter.", "llm_adapter."),
         },
+        readers=readers,
     )
 
 
 MAPS = KeyMaps(
     formats=(
         # One file for ComfyUI and diffusers: no alpha, because diffusers refuses such keys.
-        _peft_like("comfyui", None),
-        _peft_like("comfyui-alpha", ".alpha"),
+        _peft_like("comfyui", None, ("ComfyUI", "diffusers")),
+        _peft_like("comfyui-alpha", ".alpha", ("ComfyUI",)),
         KeyFormat(
             name="sd-scripts",
             prefixes={"denoiser": "lora_unet_", "llm_adapter": "lora_unet_llm_adapter_", "qwen3": "lora_te_"},
@@ -169,6 +170,7 @@ MAPS = KeyMaps(
             up=".lora_up.weight",
             alpha=".alpha",
             kinds=LYCORIS_KINDS,
+            readers=("kohya-ss/sd-scripts", "ComfyUI"),
         ),
         KeyFormat(
             name="diffusers",
@@ -177,6 +179,7 @@ MAPS = KeyMaps(
             up=".lora_B.weight",
             lengths=".lora_magnitude_vector",
             rename={"denoiser": DIFFUSERS_RENAME},
+            readers=("diffusers",),
         ),
     ),
     default="comfyui",

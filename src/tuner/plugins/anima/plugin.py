@@ -17,4 +17,6 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.anima.names:MAPS",
     count_tokens="tuner.plugins.anima.sources:count_tokens",
     importers="tuner.plugins.anima.importers:IMPORTERS",
+    weight_maps="tuner.plugins.anima.stored:WEIGHTS",
+    recognise="tuner.plugins.anima.facts:recognise",
 )

@@ -23,6 +23,8 @@ ADAPTER_PREFIX = "llm_adapter."
 DENOISER_PREFIXES = ("net.", "model.diffusion_model.")
 BUNDLED = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 """First parts of the other components' keys in an all-in-one file."""
+OWN_PROBE = "blocks.0.adaln_modulation_self_attn.1.weight"
+"""A tensor that every model of the family has, and no other in whatever layout."""
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 """A VAE under such a name is read by torch's restricted loader; it has no header that could be read without torch."""
 IGNORED = re.compile(r"pos_embedder\..*|.*inv_freq")

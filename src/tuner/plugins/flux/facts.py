@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from tuner.core.compute.encoder_sizes import clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.compute.encoder_sizes import (
+    clip_names,
+    clip_sizes,
+    encoder_kind,
+    is_autoencoder,
+    t5_names,
+    t5_sizes,
+)
 from tuner.core.compute.part_costs import PUBLIC_CLIP_L, PUBLIC_T5, autoencoder_cost, clip_cost, t5_cost
 from tuner.core.errors import UsageError
 from tuner.core.types import (
@@ -123,6 +130,14 @@ def detect(header: Header) -> str | None:
     if layout_of(bare_names(header)) is None:
         return None
     return denoiser_sizes(diffusers_shapes(header)).flavour
+
+
+def recognise(header: Header) -> tuple[str, ...]:
+    """Which keys of the ``model`` section a file may be given for, by its names; () for a file of no use here."""
+    if is_autoencoder(header, LATENT_CHANNELS):
+        return ("vae",)
+    kind = encoder_kind(header)
+    return () if kind is None else (f"text_encoders.{'clip_l' if kind == 'clip' else kind}",)
 
 
 def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:

@@ -16,6 +16,7 @@ from tuner.core.config.foreign import (
     option,
     outer_ranks,
     rank_rules,
+    repositories,
     unbuilt,
 )
 
@@ -117,11 +118,6 @@ def _guidance_mode(value: Any, given: Given) -> Settings:
     return Settings({"guidance.embedded": float(given.get("flux_guidance_value") or 1.0)})
 
 
-def _path(name: str) -> ForeignOption:
-    return option("pretrained_model_name_or_path", "model.path", "text", default=name,
-                  note="where that program takes the model from")  # fmt: skip
-
-
 _SIMPLETUNER_SHARED: tuple[ForeignOption, ...] = (
     option("flux_lora_target", kind="text", convert=_lora_target, default="all", needs=("model_type", ("lora", None))),
     option("pretrained_t5_model_name_or_path", "model.text_encoders.t5.path", "text"),
@@ -135,11 +131,11 @@ _SIMPLETUNER = (
     ForeignFamily(
         names=("flux",),
         options=(
-            _path("black-forest-labs/FLUX.1-dev"),
-            option("model_flavour", "model.flavour", "text", values={
-                "krea": Refused("not_applicable", "the flavour is read from the weights here"),
-                "libreflux": Refused("not_applicable", "the flavour is read from the weights here"),
-                "fluxbooru": Refused("not_applicable", "the flavour is read from the weights here")}),
+            *repositories({
+                "dev": "black-forest-labs/FLUX.1-dev",
+                "krea": "black-forest-labs/FLUX.1-Krea-dev",
+                "schnell": "black-forest-labs/FLUX.1-schnell"}, "dev",
+                "older versions of that program take this model, newer ones FLUX.1-Krea-dev: say which"),
             option("flux_guidance_mode", kind="text", convert=_guidance_mode),
             option("flux_guidance_value", "guidance.embedded", "float", needs=("flux_guidance_mode",
                                                                               (None, "constant"))),
@@ -157,8 +153,10 @@ _SIMPLETUNER = (
         names=("chroma",),
         settings={"model.flavour": "chroma"},
         options=(
-            _path("lodestones/Chroma1-Base"),
-            *ignored("model_flavour", "name the weights in model.path"),
+            *repositories({
+                "base": "lodestones/Chroma1-Base",
+                "hd": "lodestones/Chroma1-HD",
+                "flash": "lodestones/Chroma1-Flash"}, "base"),
             option("validation_guidance", "sample.cfg", "float"),
             option("validation_guidance_real", "sample.cfg", "float"),
             option("text_encoder_1_precision", "quantize.text_encoder.t5", "text", off=(None, "", "no_change")),

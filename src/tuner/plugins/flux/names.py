@@ -198,7 +198,9 @@ _RENAME = (
 )
 
 
-def _original(name: str, prefixes: dict[str, str], *, dotted: bool, alpha: str | None) -> KeyFormat:
+def _original(
+    name: str, prefixes: dict[str, str], *, dotted: bool, alpha: str | None, readers: tuple[str, ...]
+) -> KeyFormat:
     """A format that spells modules as the original layout does; ``final_layer`` modulations change their halves."""
     return KeyFormat(
         name=name,
@@ -212,6 +214,7 @@ def _original(name: str, prefixes: dict[str, str], *, dotted: bool, alpha: str |
         fused={"denoiser": _FUSED_NAMES},
         exchange={"denoiser": (re.escape(FINAL_MODULATION),)},
         read_prefixes={"denoiser": ("lora_unet_",), "t5": ("lora_te2_",)} if not dotted else {"denoiser": ("",)},
+        readers=readers,
     )
 
 
@@ -228,8 +231,9 @@ MAPS = KeyMaps(
             {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "t5": "lora_te3_"},
             dotted=False,
             alpha=".alpha",
+            readers=("kohya-ss/sd-scripts", "ComfyUI"),
         ),
-        _original("comfyui", _COMFYUI, dotted=True, alpha=".alpha"),
+        _original("comfyui", _COMFYUI, dotted=True, alpha=".alpha", readers=("ComfyUI",)),
         KeyFormat(
             name="diffusers",
             prefixes={"denoiser": "transformer.", "clip_l": "text_encoder.", "t5": "text_encoder_2."},
@@ -237,6 +241,7 @@ MAPS = KeyMaps(
             up=".lora_B.weight",
             lengths=".lora_magnitude_vector",
             read_prefixes={"denoiser": ("diffusion_model.", "")},
+            readers=("diffusers", "ComfyUI"),
         ),
         # Names of separate projections, which ComfyUI knows too: kinds that cannot share a joint matrix need them.
         KeyFormat(
@@ -247,9 +252,16 @@ MAPS = KeyMaps(
             up=".lora_up.weight",
             alpha=".alpha",
             kinds=LYCORIS_KINDS,
+            readers=("ComfyUI",),
         ),
         replace(
-            _original("sd-scripts-oft", {"denoiser": "oft_unet_"}, dotted=False, alpha=".alpha"),
+            _original(
+                "sd-scripts-oft",
+                {"denoiser": "oft_unet_"},
+                dotted=False,
+                alpha=".alpha",
+                readers=("kohya-ss/sd-scripts",),
+            ),
             kinds=("oft",),
             numbered=True,
             read_prefixes={},

@@ -17,4 +17,6 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.flux.names:MAPS",
     count_tokens="tuner.plugins.flux.sources:count_tokens",
     importers="tuner.plugins.flux.importers:IMPORTERS",
+    weight_maps="tuner.plugins.flux.stored:WEIGHTS",
+    recognise="tuner.plugins.flux.facts:recognise",
 )

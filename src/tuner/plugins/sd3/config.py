@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tuner.core.config import ComponentSource, ModelConfigBase
+from tuner.core.types import Ask
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -19,12 +20,22 @@ class SD3Config(ModelConfigBase):
 
     family: Literal["sd3"] = "sd3"
     """Name of this plugin."""
-    text_encoders: dict[Literal["clip_l", "clip_g", "t5"], ComponentSource] = Field(  # type: ignore[assignment]
-        default_factory=dict
-    )
+    flavour: Literal["medium", "3.5-medium", "3.5-large"] | None = None
+    """Variant of the model. Read from the weights when left out; an error when the weights say otherwise."""
+    text_encoders: Annotated[
+        dict[Literal["clip_l", "clip_g", "t5"], ComponentSource],
+        Ask(
+            question="Where is the text encoder {name} (a file or a folder)?",
+            when="missing",
+            optional=("t5",),
+        ),
+    ] = Field(default_factory=dict)  # type: ignore[assignment]
     """``clip_l``, ``clip_g``, ``t5``: a file or folder each, where ``path`` does not bring them. Without any T5 its
     part of the text is zeros."""
-    tokenizers: dict[Literal["clip", "t5"], ComponentSource] = Field(default_factory=dict)  # type: ignore[assignment]
+    tokenizers: Annotated[
+        dict[Literal["clip", "t5"], ComponentSource],
+        Ask(question="Where is the {name} tokenizer (a folder with tokenizer.json)?", when="missing"),
+    ] = Field(default_factory=dict)  # type: ignore[assignment]
     """``clip``, ``t5``: tokenizer folders. Left out: beside the weights, else fetched from the hub once."""
     scaled_pos_embed: bool = False
     """Use a position table for each training resolution that spans the same range; for 3.5 medium only."""

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from tuner.core.compute.encoder_sizes import ClipSizes, T5Sizes, clip_names, clip_sizes, t5_names, t5_sizes
+from tuner.core.compute.encoder_sizes import (
+    CLIP_PROBE,
+    ClipSizes,
+    T5Sizes,
+    clip_names,
+    clip_sizes,
+    encoder_kind,
+    is_autoencoder,
+    t5_names,
+    t5_sizes,
+)
 from tuner.core.compute.part_costs import (
     PUBLIC_CLIP_G,
     PUBLIC_CLIP_L,
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
     from .config import SD3Config
 
 MAX_TOKENS = {"clip": 77, "t5": 256}
+CHANNELS = 16
+"""Latent channels of every public flavour."""
 ARCHITECTURES = {
     "medium": "stable-diffusion-3-medium",
     "3.5-medium": "stable-diffusion-3-5-medium",
@@ -49,6 +61,22 @@ GUIDANCE = {"medium": 7.0, "3.5-medium": 4.5, "3.5-large": 4.5}
 def detect(header: Header) -> str | None:
     """The flavour of a file of this family, None for any other file."""
     return flavour_of(denoiser_sizes(header)) if looks_like_family(header) else None
+
+
+def recognise(header: Header) -> tuple[str, ...]:
+    """Which keys of the ``model`` section a file may be given for, by its names; () for a file of no use here.
+
+    The two CLIPs are told apart by their public widths; one of another width may be either.
+    """
+    if is_autoencoder(header, CHANNELS):
+        return ("vae",)
+    kind = encoder_kind(header)
+    if kind != "clip":
+        return () if kind is None else ("text_encoders.t5",)
+    names = clip_names(header)
+    width = header[names[CLIP_PROBE]].shape[-1]
+    known = {PUBLIC_CLIP_L.width: ("clip_l",), PUBLIC_CLIP_G.width: ("clip_g",)}
+    return tuple(f"text_encoders.{name}" for name in known.get(width, ("clip_l", "clip_g")))
 
 
 def facts(config: RunConfig, header: Header | None = None) -> ModelFacts:

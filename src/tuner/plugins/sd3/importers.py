@@ -8,7 +8,6 @@ from tuner.core.config.foreign import (
     ForeignFamily,
     ForeignOption,
     Given,
-    Refused,
     Settings,
     block_choice,
     encoder_options,
@@ -16,6 +15,7 @@ from tuner.core.config.foreign import (
     option,
     outer_ranks,
     rank_rules,
+    repositories,
 )
 
 from .names import CLASSES, EMBEDDER_KINDS
@@ -96,11 +96,9 @@ _SIMPLETUNER = (
     ForeignFamily(
         names=("sd3",),
         options=(
-            option("pretrained_model_name_or_path", "model.path", "text",
-                   default="stabilityai/stable-diffusion-3.5-medium",
-                   note="where that program takes the model from"),
-            option("model_flavour", kind="text", convert=lambda value, given: Refused(
-                "not_applicable", "the flavour is read from the weights here")),
+            *repositories({
+                "medium": "stabilityai/stable-diffusion-3.5-medium",
+                "large": "stabilityai/stable-diffusion-3.5-large"}, "medium"),
             option("peft_lora_preset", "network.preset", "text", default="x_attn",
                    needs=("peft_lora_target_modules", (None,)),
                    note="attention of the image is what that program adapts unless it is told otherwise"),

@@ -75,6 +75,16 @@ def parameter_parts(original: str) -> tuple[str, ...] | None:
     return tuple(f"transformer_blocks.{number}.{part}.{leaf}" for part in parts) or None
 
 
+def original_parameters(blocks: int) -> tuple[str, ...]:
+    """Every original parameter name that a denoiser of that depth can have."""
+    leaves = ("weight", "bias")
+    found = ["pos_embed", *(f"{module}.{leaf}" for module in ROOT for leaf in leaves)]
+    for index in range(blocks):
+        inner = (*FUSED, *BLOCK, *NORMS)
+        found += [f"joint_blocks.{index}.{module}.{leaf}" for module in inner for leaf in leaves]
+    return tuple(found)
+
+
 def exchanged(module: str, blocks: int) -> bool:
     """Whether the two halves of the rows of a module (diffusers' name) lie in the other order in original files."""
     return module in ("norm_out.linear", f"transformer_blocks.{blocks - 1}.norm1_context.linear")
@@ -178,7 +188,9 @@ _RENAME = (
 _EXCHANGED = (r"norm_out\.linear", r"transformer_blocks\.\d+\.norm1_context\.linear")
 
 
-def _original(name: str, prefixes: dict[str, str], separator: str, down: str, up: str) -> KeyFormat:
+def _original(
+    name: str, prefixes: dict[str, str], separator: str, down: str, up: str, readers: tuple[str, ...]
+) -> KeyFormat:
     """A format that spells the denoiser's modules as original files do."""
     return KeyFormat(
         name=name,
@@ -191,6 +203,7 @@ def _original(name: str, prefixes: dict[str, str], separator: str, down: str, up
         rename={"denoiser": _RENAME},
         fused={"denoiser": tuple((group, rf"joint_blocks.\1.{original}") for group, original in _GROUPS)},
         exchange={"denoiser": _EXCHANGED},
+        readers=readers,
     )
 
 
@@ -202,6 +215,7 @@ MAPS = KeyMaps(
             "_",
             ".lora_down.weight",
             ".lora_up.weight",
+            ("kohya-ss/sd-scripts", "ComfyUI"),
         ),
         _original(
             "comfyui",
@@ -214,6 +228,7 @@ MAPS = KeyMaps(
             ".",
             ".lora_A.weight",
             ".lora_B.weight",
+            ("ComfyUI",),
         ),
         KeyFormat(
             name="diffusers",
@@ -226,6 +241,7 @@ MAPS = KeyMaps(
             down=".lora_A.weight",
             up=".lora_B.weight",
             lengths=".lora_magnitude_vector",
+            readers=("diffusers", "ComfyUI"),
         ),
         # Names of separate projections, which ComfyUI knows too: kinds that cannot share a joint matrix need them.
         KeyFormat(
@@ -236,6 +252,7 @@ MAPS = KeyMaps(
             up=".lora_up.weight",
             alpha=".alpha",
             kinds=LYCORIS_KINDS,
+            readers=("ComfyUI",),
         ),
     ),
     default="sd-scripts",

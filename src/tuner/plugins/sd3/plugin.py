@@ -17,4 +17,6 @@ plugin = ModelPlugin(
     key_maps="tuner.plugins.sd3.names:MAPS",
     count_tokens="tuner.plugins.sd3.sources:count_tokens",
     importers="tuner.plugins.sd3.importers:IMPORTERS",
+    weight_maps="tuner.plugins.sd3.stored:WEIGHTS",
+    recognise="tuner.plugins.sd3.facts:recognise",
 )

@@ -1,0 +1,152 @@
+"""Who puts the questions of ``tuner configure``: questionary on a full terminal, else rich, or a file of answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.cli.console import out
+from tuner.core.errors import UsageError
+from tuner.core.wizard.questions import NOTHING, Asker, Question, Raw
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+YES, NO = ("y", "yes", "true"), ("n", "no", "false")
+ELSEWHERE = object()
+"""What stands for a place that is not among the suggestions."""
+
+
+def open_asker(answers: Path | None) -> Asker:
+    """A file when there is one, else whoever suits the terminal."""
+    if answers is not None:
+        from tuner.core.wizard.answers import FileAsker, read_answers
+
+        return FileAsker(read_answers(answers), str(answers), out)
+    full = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if full and importlib.util.find_spec("questionary") is not None:
+        return QuestionaryAsker()
+    return LineAsker()
+
+
+class LineAsker:
+    """Plain lines, with rich's colours where the terminal has them; needs no cursor keys, so a pipe serves as well."""
+
+    patient = True
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console: Console = Console(highlight=False, soft_wrap=True)
+
+    def put(self, question: Question[Any]) -> Raw:
+        self._print(question.text, style="bold")
+        if question.help:
+            self._print(f"  {question.help}", style="dim")
+        for number, option in enumerate(question.options, 1):
+            self._print(f"  {number}  {option.title}")
+        while True:
+            answer = self._line(question)
+            raw = self._raw(question, answer)
+            if raw is not None:
+                return raw
+            self.refuse(UsageError("an answer is needed", where=question.id))
+
+    def insists(self, name: str) -> bool:
+        return False
+
+    def tell(self, text: str) -> None:
+        self._print(text, style="cyan")
+
+    def refuse(self, problem: UsageError) -> None:
+        self._print(str(problem), style="red")
+
+    def finish(self) -> None:
+        """Nothing can be left over."""
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False)
+
+    def _line(self, question: Question[Any]) -> str:
+        hint = _hint(question)
+        try:
+            return self.console.input(f"{hint}> ", markup=False).strip()
+        except EOFError as error:
+            raise UsageError("the answers ended", where=question.id, why="there is no terminal to ask at",
+                             fix="tuner configure --answers FILE") from error  # fmt: skip
+
+    def _raw(self, question: Question[Any], answer: str) -> Raw | None:
+        """What was meant: an option by its number or value, yes or no; None for nothing where something is needed."""
+        if not answer:
+            return question.default
+        values = [option.value for option in question.options]
+        named = [values[int(each) - 1] if each.isdigit() and 0 < int(each) <= len(values) else each
+                 for each in (part.strip() for part in answer.split(","))]  # fmt: skip
+        if question.kind == "several":
+            return tuple(named)
+        if question.kind == "confirm":
+            word = answer.lower()
+            return True if word in YES else False if word in NO else None
+        return named[0] if question.options and len(named) == 1 else answer
+
+
+class QuestionaryAsker:
+    """Menus and completion of paths, on a full terminal."""
+
+    patient = True
+
+    def __init__(self) -> None:
+        self.lines = LineAsker()
+
+    def put(self, question: Question[Any]) -> Raw:
+        import questionary
+
+        if question.help:
+            self.lines._print(f"  {question.help}", style="dim")
+        if question.kind == "confirm":
+            chosen = questionary.confirm(question.text, default=question.default is not False).unsafe_ask()
+            return bool(chosen)
+        if question.kind == "several":
+            choices = [questionary.Choice(option.title, option.value) for option in question.options]
+            return tuple(questionary.checkbox(question.text, choices=choices).unsafe_ask())
+        if question.kind == "choice" or (question.kind == "place" and question.options):
+            answer = self._choice(question)
+            if answer is not ELSEWHERE:
+                return str(answer)
+        default = question.default if isinstance(question.default, str) else ""
+        ask = questionary.path if question.kind == "place" else questionary.text
+        return str(ask(question.text, default=default if default != NOTHING else "").unsafe_ask()) or default
+
+    def insists(self, name: str) -> bool:
+        return False
+
+    def tell(self, text: str) -> None:
+        self.lines.tell(text)
+
+    def refuse(self, problem: UsageError) -> None:
+        self.lines.refuse(problem)
+
+    def finish(self) -> None:
+        """Nothing can be left over."""
+
+    def _choice(self, question: Question[Any]) -> object:
+        import questionary
+
+        choices = [questionary.Choice(option.title, option.value) for option in question.options]
+        if question.kind == "place":
+            choices.append(questionary.Choice("another place", ELSEWHERE))
+        known = [option.value for option in question.options]
+        default = question.default if question.default in known else None
+        return questionary.select(question.text, choices=choices, default=default).unsafe_ask()
+
+
+def _hint(question: Question[Any]) -> str:
+    """What an empty line means."""
+    if question.kind == "confirm":
+        return "[y/n] " if question.default is None else "[Y/n] " if question.default else "[y/N] "
+    if question.kind == "several":
+        return "numbers, with commas "
+    return f"[{question.default}] " if question.default is not None else ""

@@ -1,0 +1,66 @@
+"""Write CONFIG by answering questions about your model, your pictures and your graphics card.
+
+An existing CONFIG is changed: comments and order stay, and the difference is shown before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.cli.console import heading, out
+
+if TYPE_CHECKING:
+    from tuner.core.wizard.builder import Outcome
+    from tuner.core.wizard.questions import Interview
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="the file to write, or to change when it exists")
+    parser.add_argument("--answers", metavar="FILE", help="take answers from a JSON file: question to answer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from tuner.cli.askers import open_asker
+    from tuner.core.registry import Catalog
+    from tuner.core.wizard.change import configure_existing
+    from tuner.core.wizard.create import configure_new
+    from tuner.core.wizard.questions import Interview
+
+    interview = Interview(open_asker(Path(arguments.answers) if arguments.answers else None))
+    target = Path(arguments.config).expanduser() if arguments.config else None
+    catalog = Catalog()
+    with tempfile.TemporaryDirectory(prefix="tuner-configure-") as scratch:
+        if target is not None and target.exists():
+            outcome = configure_existing(interview, catalog, target, Path(scratch))
+        else:
+            outcome = configure_new(interview, catalog, target, Path(scratch))
+    return finish(interview, outcome)
+
+
+def finish(interview: Interview, outcome: Outcome) -> int:
+    """Show what would be written, ask, and write."""
+    from tuner.core.wizard.writing import difference, write
+
+    if outcome.text == outcome.before:
+        interview.asker.finish()
+        out("nothing changes")
+        return 0
+    heading(f"\n{outcome.path}")
+    out(outcome.text.rstrip() if outcome.before is None else difference(outcome).rstrip())
+    agreed = interview.confirm(
+        "write",
+        "Write this file?" if outcome.before is None else "Change the file like this?",
+        # A file that is there is changed only when somebody says so, a script too.
+        default=True if outcome.before is None else None,
+    )
+    interview.asker.finish()
+    if not agreed:
+        out("nothing was written")
+        return 0
+    write(outcome)
+    out(f"{'wrote' if outcome.before is None else 'changed'} {outcome.path}")
+    out(f"next: tuner check {outcome.path}")
+    out(f"then: tuner train {outcome.path}")
+    return 0

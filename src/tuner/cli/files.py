@@ -1,0 +1,101 @@
+"""What the commands that read and write model files have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.types import KeyMaps, WeightMaps
+
+ADAPTER_DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """What a model's plugin declares about its files."""
+
+    name: str
+    adapters: KeyMaps
+    weights: WeightMaps | None
+
+    def require_weights(self) -> WeightMaps:
+        if self.weights is None:
+            raise UsageError(f"the model {self.name!r} does not say how its weight files are laid out")
+        return self.weights
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="the model the files are for, when several are installed")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", required=True, metavar="FILE", help=f"the {what} to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE when it exists")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, metavar="N", help="rank of every module, where the sizes allow it")
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="as many ranks as hold this share of a module's squared norm"
+    )
+
+
+def model_names(name: str | None) -> ModelNames:
+    """The names of the chosen model; UsageError when it must be named, or declares no adapter formats."""
+    from tuner.core.registry import MODELS, Catalog
+
+    catalog = Catalog()
+    names = [entry.name for entry in catalog.entries(MODELS)]
+    if name is None and len(names) != 1:
+        raise UsageError(
+            "which model are these files for?", why=f"installed: {', '.join(names)}", fix="add --model NAME"
+        )
+    chosen = name or names[0]
+    descriptor = catalog.model(chosen)
+    entry = catalog.entry(MODELS, chosen)
+    if descriptor.key_maps is None:
+        raise UsageError(f"the model {chosen!r} declares no adapter formats")
+    weights: Any = None
+    if descriptor.weight_maps is not None:
+        weights = catalog.load(entry, "descriptor", descriptor.weight_maps)
+    return ModelNames(chosen, catalog.load(entry, "descriptor", descriptor.key_maps), weights)
+
+
+def new_file(text: str, *, overwrite: bool, sources: list[Path]) -> Path:
+    """The file to write. UsageError when it exists, or is one of those that are read."""
+    path = Path(text)
+    if any(path.exists() and source.exists() and path.samefile(source) for source in sources):
+        raise UsageError("the result would replace the file it is made of", where=text, fix="choose another name")
+    if path.exists() and not overwrite:
+        raise UsageError("the file exists", where=text, fix="choose another name, or add --overwrite")
+    return path
+
+
+@contextmanager
+def shown_progress(stage: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (how many are done, of how many) that shows it on standard error."""
+    from rich.console import Console
+
+    from tuner.core.track.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    with ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def show(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(Progress(stage, total, unit, console=console)))
+            shown[0].advance(done - shown[0].done)
+
+        yield show

@@ -1,0 +1,217 @@
+"""Draw pictures with the model of CONFIG and any number of adapters, or with a run: name its folder instead.
+
+Several strengths and seeds make a grid and a contact sheet. A --prompt may carry flags, as lines of prompt files do:
+--n negative, --w --h size, --d seed, --s steps, --l guidance, --g embedded guidance, --fs shift, --ss sampler.
+Everything that is not given comes from the section 'sample' of CONFIG, then from the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.cli.console import out, out_json
+from tuner.cli.settings import add_config_arguments, load
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.config import RawConfig
+    from tuner.core.train.sample import Drawn, Request
+    from tuner.core.train.sample_like import Like
+    from tuner.core.train.sample_source import RunSource
+
+ADAPTERS, STRENGTHS, SEEDS = "FILE[:STRENGTH]", "LIST", "LIST"
+
+SETTINGS = {
+    "negative": ("negative", str, "TEXT", "negative prompt; has an effect with guidance above 1"),
+    "size": ("size", None, "WxH", "width and height in pixels"),
+    "steps": ("steps", int, "N", "sampler steps"),
+    "cfg": ("cfg", float, "SCALE", "classifier-free guidance; 1 is none"),
+    "cfg_rescale": ("cfg_rescale", float, "SHARE", "0 to 1: take back the contrast that guidance adds"),
+    "guidance": ("embedded_guidance", float, "SCALE", "embedded guidance, for models with that input"),
+    "shift": ("shift", float, "SHIFT", "shift of the noise levels"),
+    "sampler": ("sampler", str, "NAME", "euler or heun"),
+}
+"""Option to (key of ``sample``, type, metavar, help). Flags of a prompt win over them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="of a run: the weights after N updates; default: the last"
+    )
+    parser.add_argument("--ema", action="store_true", help="of a run: the average of its weights")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt file: .txt, .json or .toml")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=adapter,
+        metavar=ADAPTERS,
+        help="an adapter file in any format of the model; several add up",
+    )
+    parser.add_argument(
+        "--adapter-strengths",
+        type=numbers,
+        metavar=STRENGTHS,
+        help="a column for each, such as 0,0.5,1: factors on the strengths of the adapters",
+    )
+    parser.add_argument("--seed", type=seeds, metavar=SEEDS, help="a picture for each, such as 1,2,3")
+    for option, (_, kind, metavar, text) in SETTINGS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=kind or size, metavar=metavar, help=text)
+    parser.add_argument("--like", metavar="PICTURE", help="draw this picture again, from the settings inside of it")
+    parser.add_argument("--out", metavar="DIR", help="folder without pictures; default: a new one below samples")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(command="sample")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    like = _like(arguments)
+    source = _source(arguments, like)
+    raw = _document(arguments, source, like)
+    from rich.console import Console
+
+    from tuner.core.train.logs import set_up_logging
+    from tuner.core.train.sample import sample
+
+    section = raw.get("log")
+    # A run's log file is its own.
+    set_up_logging({"log": {key: section[key] for key in ("level",) if key in section}} if section else {})
+    request = _request(arguments, raw, source, like)
+    drawn = sample(raw, request, console=Console(stderr=True) if arguments.json else None)
+    _tell(drawn, as_json=arguments.json)
+    return 0
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """``file.safetensors:0.8`` as path and strength."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(strength)
+    except ValueError:
+        # Colons stand in paths too.
+        return Path(text), 1.0
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,0.5,1") from error
+
+
+def seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(each.strip().isdecimal() for each in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,3")
+    return [int(each) for each in parts]
+
+
+def size(text: str) -> list[int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(each.isdecimal() and int(each) for each in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1024x768")
+    return [int(each) for each in parts]
+
+
+def _like(arguments: argparse.Namespace) -> Like | None:
+    if arguments.like is None:
+        return None
+    named = ("prompt", "prompts", "step", "ema", *SETTINGS)
+    given = [name for name in named if getattr(arguments, name) not in (None, [], False)]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} has no effect with --like",
+            why="the picture decides it; seeds and strengths may differ",
+            fix="take one of the two out",
+        )
+    from tuner.core.train.sample_like import read_like
+
+    return read_like(Path(arguments.like))
+
+
+def _source(arguments: argparse.Namespace, like: Like | None) -> RunSource | None:
+    if arguments.config is None or not Path(arguments.config).is_dir():
+        for name in ("step", "ema"):
+            if getattr(arguments, name):
+                raise UsageError(f"--{name} needs the folder of a run", fix="name it in the place of CONFIG")
+        if like is not None and like.step is not None:
+            raise UsageError(
+                "this picture was made by a run", where=str(like.path), fix="name the folder of the run as well"
+            )
+        return None
+    if arguments.preset:
+        raise UsageError("--preset has no effect on a run, which has its configuration", fix="take it out")
+    from tuner.core.train.sample_source import open_source
+
+    step, ema = (arguments.step, arguments.ema) if like is None else (like.step or None, like.ema)
+    return open_source(Path(arguments.config), step=step, ema=ema)
+
+
+def _document(arguments: argparse.Namespace, source: RunSource | None, like: Like | None) -> RawConfig:
+    """The configuration with the options in its section ``sample``."""
+    if arguments.prompt and arguments.prompts:
+        raise UsageError("--prompt and --prompts do not go together", fix="put all of them into the file")
+    if source is None:
+        from tuner.core.registry import Catalog
+
+        raw = load(arguments, Catalog())
+    else:
+        from tuner.core.config import load_config
+
+        raw = load_config(source.config, model=arguments.model, sets=arguments.sets)
+    if like is not None:
+        raw.overlay(("sample", "prompts"), [like.prompt.text], "--like")
+    elif arguments.prompt:
+        raw.overlay(("sample", "prompts"), list(arguments.prompt), "--prompt")
+    elif arguments.prompts:
+        raw.overlay(("sample", "prompts"), str(Path(arguments.prompts).expanduser().absolute()), "--prompts")
+    for option, (key, *_) in SETTINGS.items():
+        value = getattr(arguments, option)
+        if value is not None:
+            raw.overlay(("sample", key), value, f"--{option.replace('_', '-')} {json.dumps(value)}")
+    return raw
+
+
+def _request(arguments: argparse.Namespace, raw: RawConfig, source: RunSource | None, like: Like | None) -> Request:
+    from tuner.core.train.sample import Request
+
+    given: list[tuple[Path, float]] = arguments.adapter
+    own = None if source is None or (like is not None and like.step == 0) else source
+    shared: dict[str, Any] = {
+        "strengths": arguments.adapter_strengths or (1.0,),
+        "seeds": arguments.seed,
+        "weights": own.file if own is not None and own.whole else None,
+        "arithmetic": None if source is None else source.arithmetic,
+        "out": None if arguments.out is None else Path(arguments.out),
+    }
+    trained = [(own.file, 1.0)] if own is not None and not own.whole else []
+    if like is None:
+        return Request(adapters=[*trained, *given], **shared)
+    files = [path for path, _ in given]
+    files += [Path(each["path"]) for each in (raw.get("sample") or {}).get("adapters") or ()]
+    if source is not None:
+        from tuner.core.train.sample_source import files_of
+
+        files += files_of(source.folder.path)
+    found = like.adapters(files)
+    return Request(adapters=[*(trained if like.step is not None else []), *found], like=like, **shared)
+
+
+def _tell(drawn: Drawn, *, as_json: bool) -> None:
+    if as_json:
+        images = [{"path": str(path), **each} for path, each in zip(drawn.images, drawn.settings, strict=True)]
+        sheet = None if drawn.sheet is None else str(drawn.sheet)
+        out_json({"folder": str(drawn.folder), "sheet": sheet, "seconds": drawn.seconds, "images": images})
+        return
+    count = len(drawn.images)
+    out(f"drawn: {count} picture{'s' if count > 1 else ''}, {drawn.seconds:.0f} s, {drawn.folder}")
+    if drawn.sheet is not None:
+        out(f"sheet: {drawn.sheet}")

@@ -1,0 +1,135 @@
+"""Adapter files from adapter files: several summed into one, and one with other ranks.
+
+A sum is exact: downs are stacked, and each up carries its strength and its alpha / rank,
+
+    sum_i w_i (alpha_i / r_i) up_i down_i = [w_1 s_1 up_1 ... w_n s_n up_n] [down_1; ...; down_n]
+
+so that the rank is the sum of the ranks, and alpha equals it. Cutting a rank works on the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters.deltas import kind_of
+from tuner.core.adapters.formats import joined_modules, modules_of, parts_of, split_module
+from tuner.core.adapters.kinds import rank_of
+from tuner.core.adapters.low_rank import Wanted, factors_of_product
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.adapters.merging import Addition
+    from tuner.core.types import KeyFormat
+
+SUMMED = ("diff", "diff_b", "w_norm", "b_norm")
+"""Parts whose effect is their value times the strength."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What became of one module of a file. norm: of its update before; kept: share of that, squared."""
+
+    name: str
+    rank: int
+    old_rank: int
+    kept: float
+    norm: float
+
+
+def kept_share(layers: Sequence[Layer]) -> float:
+    """The share of the squared norm of all updates together that was kept."""
+    total = sum(layer.norm**2 for layer in layers)
+    return sum(layer.kept * layer.norm**2 for layer in layers) / total if total else 1.0
+
+
+def ranks_of(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> list[int]:
+    """The rank of every module that a file of ``fmt`` has, 0 for one without."""
+    return [rank_of(parts) or 0 for _, parts in joined_modules(tensors, fmt).values()]
+
+
+def summed(additions: Sequence[Addition]) -> dict[str, Tensor]:
+    """Internal tensors of one adapter that does what ``additions`` do together, in float32.
+
+    UsageError: a kind whose strength cannot be put into its tensors, or different kinds for one module.
+    """
+    places = dict.fromkeys(place for addition in additions for place in modules_of(addition.tensors))
+    found: dict[str, Tensor] = {}
+    for component, path in places:
+        name = f"{component}:{path}"
+        given = [(addition, parts) for addition in additions if (parts := parts_of(addition.tensors, component, path))]
+        kinds = {kind_of(parts) for _, parts in given}
+        if kinds == {"lora"}:
+            parts = _stacked(name, [(addition.strength, parts) for addition, parts in given])
+        elif kinds <= {"full", "norms"} and len(kinds) == 1:
+            parts = _total([(addition.strength, parts) for addition, parts in given])
+        else:
+            raise UsageError(
+                f"{name} cannot be summed",
+                where=", ".join(str(addition.path) for addition, _ in given),
+                why=f"its adapters are of kind {', '.join(sorted(kinds))}; only lora, full and norms add up",
+                fix="merge them into a checkpoint with --base",
+            )
+        found |= {f"{name}.{part}": value for part, value in parts.items()}
+    return found
+
+
+def _stacked(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    ups, downs = [], []
+    for strength, parts in given:
+        scale = strength * float(parts["alpha"]) / parts["down"].shape[0]
+        ups.append(parts["up"].float() * scale)
+        downs.append(parts["down"].float())
+    if len({(up.shape[0], down.shape[1:]) for up, down in zip(ups, downs, strict=True)}) > 1:
+        shapes = ", ".join(f"{[up.shape[0], *down.shape[1:]]}" for up, down in zip(ups, downs, strict=True))
+        raise UsageError(f"the adapters of {name} are for weights of other sizes", why=shapes)
+    down = torch.cat(downs)
+    return {"down": down, "up": torch.cat(ups, dim=1), "alpha": torch.tensor(float(down.shape[0]))}
+
+
+def _total(given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for strength, parts in given:
+        for part in (part for part in SUMMED if part in parts):
+            value = strength * parts[part].float()
+            found[part] = found[part] + value if part in found else value
+    return found
+
+
+@torch.no_grad()
+def resized(
+    tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted
+) -> tuple[dict[str, Tensor], list[Layer], list[str]]:
+    """Internal tensors with other ranks, what was kept of each module of ``fmt``, and modules that have no rank.
+
+    The linears that the format joins share one down, as in a file that was trained so. An adapter with lengths (DoRA)
+    keeps them. Factors become float32; alpha becomes the rank. UsageError when no module has two matrices.
+    """
+    found: dict[str, Tensor] = {}
+    layers: list[Layer] = []
+    others: list[str] = []
+    for name, (place, parts) in joined_modules(tensors, fmt).items():
+        if "down" not in parts:
+            others.append(name)
+            found |= split_module(place, parts, name)
+            continue
+        down, up = parts["down"], parts["up"]
+        scale = float(parts["alpha"]) / down.shape[0]
+        cut = factors_of_product(up.float().flatten(1) * scale, down.float().flatten(1), wanted)
+        layers.append(Layer(name=name, rank=cut.rank, old_rank=down.shape[0], kept=cut.kept, norm=cut.norm))
+        changed = {
+            "down": cut.down.reshape(cut.rank, *down.shape[1:]),
+            "up": cut.up.reshape(up.shape[0], cut.rank, *up.shape[2:]),
+            "alpha": torch.tensor(float(cut.rank)),
+        }
+        found |= split_module(place, {**parts, **changed}, name)
+    if not layers:
+        raise UsageError(
+            "this adapter has no ranks to change",
+            why=f"it has {len(others)} modules, none of them with two matrices (lora, dora)",
+        )
+    return found, layers, others

@@ -1,0 +1,288 @@
+"""What a weight file is, told from its header alone: names, shapes and metadata. No torch, and no values but alphas."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.core.adapters.spelling import Key, StoredModule, best_format, kind_by_parts, names_table, take_apart
+from tuner.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from tuner.core.files import TensorInfo, WeightHeader
+    from tuner.core.types import Header, KeyFormat, KeyMaps, StoredTensor, WeightMaps
+
+RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Parts whose first axis is the rank of their module."""
+WHOLE_WEIGHTS = frozenset({"weight", "diff"})
+"""Parts that alone do not make a file an adapter: checkpoints have names that end so."""
+CHUNK = 1 << 22
+SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model as far as its plugin declares names. detect: (header) to a flavour or None."""
+
+    name: str
+    detect: Callable[[Header], str | None]
+    adapters: KeyMaps | None = None
+    weights: WeightMaps | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRow:
+    """A module of an adapter file. name: in the file. paths: the linears it stands for, none when it fits nothing."""
+
+    name: str
+    component: str
+    paths: tuple[str, ...]
+    kind: str
+    rank: int | None
+    alpha: float | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a file is. what: ``adapter``, ``checkpoint``, the name of a component, or ``unknown``.
+
+    unmapped: keys that belong to no module or parameter of the family. unread: programs to the modules that they would
+    not understand, by name. problems: why a family that knows the names refuses the file. parts: component to (tensors,
+    bytes). dtypes: the same by dtype as the file spells it.
+    """
+
+    path: Path
+    size: int
+    what: str
+    tensors: int
+    metadata: Mapping[str, str]
+    dtypes: Mapping[str, tuple[int, int]]
+    family: str | None = None
+    flavour: str | None = None
+    format: str | None = None
+    modules: Sequence[ModuleRow] = ()
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    unmapped: Sequence[str] = ()
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    problems: Sequence[str] = ()
+
+    @property
+    def ranks(self) -> dict[tuple[str, int | None, float | None], int]:
+        """(kind, rank, alpha) to how many modules have them, the most frequent first."""
+        return dict(Counter((row.kind, row.rank, row.alpha) for row in self.modules).most_common())
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether names of tensors are those of an adapter file."""
+    return any(part is not None and part.part not in WHOLE_WEIGHTS for part in map(take_apart, names))
+
+
+def inspect(header: WeightHeader, families: Sequence[Family]) -> Inspection:
+    """Find out what a file is. The family with the most names that fit wins."""
+    size = sum(path.stat().st_size for path in header.files) or header.path.stat().st_size
+    keys = {key: take_apart(key) for key in header}
+    base = Inspection(
+        path=header.path,
+        size=size,
+        what="unknown",
+        tensors=len(header),
+        metadata=header.metadata,
+        dtypes=_totals((info.dtype, info) for info in header.values()),
+    )
+    if is_adapter(header):
+        return _adapter(header, keys, families, base)
+    problems = []
+    for family in families:
+        try:
+            flavour = family.detect(header)
+            if flavour is not None:
+                return _checkpoint(header, family, flavour, base)
+        except UsageError as error:
+            problems.append(f"as {family.name}: {error.what}{f' ({error.why})' if error.why else ''}")
+    found = _components(header, families)
+    if not found:
+        return replace(base, unmapped=tuple(header), problems=problems)
+    [stored, *_] = found.values()
+    lost = tuple(key for key in header if key not in stored)
+    components = dict.fromkeys(component for _, component in found)
+    what = " or ".join(components)
+    return replace(
+        base,
+        problems=problems,
+        what="checkpoint" if what == "denoiser" else what,
+        family=" or ".join(dict.fromkeys(family for family, _ in found)),
+        parts={what: _total(header[key] for key in stored)},
+        unmapped=lost,
+    )
+
+
+def _components(header: WeightHeader, families: Sequence[Family]) -> dict[tuple[str, str], Mapping[str, StoredTensor]]:
+    """(family, component) to the tensors of it, for every one that the file could be: families share encoders."""
+    return {
+        (family.name, component): stored
+        for family in families
+        if family.weights is not None
+        for component in family.weights.folders
+        if (stored := family.weights.stored(header, component))
+    }
+
+
+def _adapter(
+    header: WeightHeader, keys: Mapping[str, Key | None], families: Sequence[Family], base: Inspection
+) -> Inspection:
+    best: tuple[int, Family, KeyFormat, dict[str, StoredModule], Mapping[str, tuple[str, ...]]] | None = None
+    for family in families:
+        if family.adapters is None:
+            continue
+        paths = family.adapters.paths(tuple(header))
+        tables = [names_table(fmt, paths) for fmt in family.adapters.formats]
+        number = best_format(family.adapters.formats, tables, keys)
+        places: dict[str, StoredModule] = {}
+        for table in (tables[number], *tables):
+            for name in {part.name for part in keys.values() if part is not None} & table.keys():
+                places.setdefault(name, table[name])
+        known = sum(part is not None and part.name in places for part in keys.values())
+        if best is None or known > best[0]:
+            best = (known, family, family.adapters.formats[number], places, paths)
+    if best is None or not best[0]:
+        rows = _rows(header, keys, {})
+        return replace(base, what="adapter", modules=rows, unmapped=tuple(header))
+    _, family, fmt, places, paths = best
+    rows = _rows(header, keys, places)
+    lost = tuple(key for key, part in keys.items() if part is None or part.name not in places)
+    inside = _totals(
+        (places[part.name].component, header[key])
+        for key, part in keys.items()
+        if part is not None and part.name in places
+    )
+    assert family.adapters is not None
+    return replace(
+        base,
+        what="adapter",
+        family=family.name,
+        format=fmt.name,
+        modules=rows,
+        parts=inside,
+        unmapped=lost,
+        unread=_unread(rows, family.adapters, paths),
+    )
+
+
+def _rows(
+    header: WeightHeader, keys: Mapping[str, Key | None], places: Mapping[str, StoredModule]
+) -> tuple[ModuleRow, ...]:
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for key, part in keys.items():
+        if part is not None:
+            found.setdefault(part.name, {})[part.part] = header[key]
+    rows = []
+    for name, parts in found.items():
+        place = places.get(name)
+        rotation = next((info for part, info in parts.items() if part.startswith("oft_blocks")), None)
+        rank = next((parts[part].shape[0] for part in RANK_PARTS if part in parts), None)
+        rows.append(
+            ModuleRow(
+                name=name,
+                component=place.component if place is not None else "",
+                paths=place.paths if place is not None else (),
+                kind=kind_by_parts(parts, len(rotation.shape) if rotation is not None else 0) or "unknown",
+                rank=rank,
+                alpha=scalar(parts["alpha"]) if "alpha" in parts else None,
+                dtype=max((info.dtype for part, info in parts.items() if part != "alpha"), default="", key=len),
+            )
+        )
+    return tuple(rows)
+
+
+def _unread(rows: Sequence[ModuleRow], maps: KeyMaps, paths: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """By program, the modules of a file that none of the spellings it knows would give it."""
+    understood: dict[str, set[tuple[str, str]]] = {}
+    for fmt in maps.formats:
+        # Prefixes that only this program reads are left out: others were not made for them.
+        for name in names_table(replace(fmt, read_prefixes={}), paths):
+            for program in fmt.readers:
+                understood.setdefault(program, set()).update((name, kind) for kind in fmt.kinds)
+    missing = {
+        program: tuple(row.name for row in rows if (row.name, row.kind) not in known)
+        for program, known in understood.items()
+    }
+    return {program: names for program, names in missing.items() if names}
+
+
+def _checkpoint(header: WeightHeader, family: Family, flavour: str, base: Inspection) -> Inspection:
+    if family.weights is None:
+        return replace(base, what="checkpoint", family=family.name, flavour=flavour)
+    stored = family.weights.stored(header, None)
+    owners = {key: tensor.names[0].partition(":")[0] for key, tensor in stored.items()}
+    for component, prefix in family.weights.prefixes.items():
+        if component != "denoiser":
+            owners |= {key: component for key in header if key.startswith(prefix) and key not in owners}
+    return replace(
+        base,
+        what="checkpoint",
+        family=family.name,
+        flavour=flavour,
+        parts=_totals((owner, header[key]) for key, owner in owners.items()),
+        unmapped=tuple(key for key in header if key not in owners),
+    )
+
+
+def scalar(info: TensorInfo) -> float | None:
+    """The value of a tensor with one number, read from its file; None for another dtype or size."""
+    with info.path.open("rb") as file:
+        file.seek(info.start)
+        data = file.read(info.stop - info.start)
+    if info.dtype == "BF16" and len(data) == 2:
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    form = SCALARS.get(info.dtype)
+    return float(struct.unpack(form, data)[0]) if form is not None and len(data) == struct.calcsize(form) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hashes:
+    """Hexadecimal digests. sha256: of the file, its first ten digits are AutoV2 of model browsers.
+
+    tensors: SHA-256 of the bytes after the header, which metadata do not change; its first twelve digits are AutoV3,
+    and kohya-ss/sd-scripts stores it as ``sshs_model_hash``. stored: whether the file has that value in its metadata,
+    None when it stores none.
+    """
+
+    sha256: str
+    tensors: str
+    stored: bool | None
+
+
+def hashes(header: WeightHeader) -> Hashes:
+    """Hash one file; every byte of it is read."""
+    whole, inside = hashlib.sha256(), hashlib.sha256()
+    with header.path.open("rb") as file:
+        start = file.read(8)
+        text = file.read(int.from_bytes(start, "little"))
+        whole.update(start + text)
+        while data := file.read(CHUNK):
+            whole.update(data)
+            inside.update(data)
+    told = header.metadata.get("sshs_model_hash")
+    return Hashes(
+        sha256=whole.hexdigest(),
+        tensors=inside.hexdigest(),
+        stored=None if told is None else told.removeprefix("0x") == inside.hexdigest(),
+    )
+
+
+def _totals(pairs: Iterable[tuple[str, TensorInfo]]) -> dict[str, tuple[int, int]]:
+    found: dict[str, list[TensorInfo]] = {}
+    for name, info in pairs:
+        found.setdefault(name, []).append(info)
+    return {name: _total(infos) for name, infos in found.items()}
+
+
+def _total(infos: Iterable[TensorInfo]) -> tuple[int, int]:
+    sizes = [info.stop - info.start for info in infos]
+    return len(sizes), sum(sizes)

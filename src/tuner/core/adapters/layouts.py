@@ -1,0 +1,177 @@
+"""Weight files in another layout: one file or diffusers' folders, tensor by tensor, values unchanged unless asked.
+
+Scaled 8-bit weights are as ComfyUI reads them: beside a weight w in float8 stands ``scale_weight`` s, and the value is
+s w; a tensor ``scaled_fp8`` with two elements says that the file is of this kind and computes in 16 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from tuner.core.adapters.bases import Parameters
+from tuner.core.adapters.checkpoints import assembled
+from tuner.core.adapters.streams import FILE_NAMES, Planned, silent, write_tensors
+from tuner.core.compute.dtypes import DTYPES
+from tuner.core.compute.weights import FILE_DTYPES
+from tuner.core.errors import UsageError
+from tuner.core.types import StoredTensor
+
+if TYPE_CHECKING:
+    from tuner.core.types import StoredFile, WeightMaps
+
+Layout = Literal["single", "all-in-one", "diffusers"]
+LAYOUTS: Mapping[Layout, str] = {
+    "single": "one file with the denoiser alone, under its original names",
+    "all-in-one": "one file with all components that are given",
+    "diffusers": "a folder with the denoiser under diffusers' names",
+}
+BASE_DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8-scaled")
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+IN_A_BLOCK = re.compile(r"(?!vae:).*\.\d+\..*\.weight")
+"""Weights that become float8: matrices of numbered blocks; everything around them passes errors to all."""
+WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """Written files with their numbers of tensors, and what of the source is in none of them.
+
+    left_out: components. dropped: tensors that are no parameters, such as buffers that loaders compute again.
+    """
+
+    files: Mapping[Path, int]
+    left_out: Sequence[str]
+    dropped: Sequence[str]
+
+
+def convert_base(
+    files: Sequence[StoredFile],
+    maps: WeightMaps,
+    layout: Layout,
+    target: Path,
+    dtype: str | None = None,
+    *,
+    progress: Callable[[int, int], None] = silent,
+) -> Converted:
+    """Write the model that ``files`` hold in another layout: to the file ``target``, or below it for diffusers.
+
+    dtype: one of `BASE_DTYPES`; None keeps that of each tensor.
+    UsageError: no denoiser among the files, or a tensor without a place in the layout.
+    """
+    parameters = Parameters(files)
+    names = set(parameters)
+    if not any(name.startswith("denoiser:") for name in names):
+        raise UsageError("none of the files holds the denoiser", fix="name its file first")
+    plans: dict[Path, dict[str, StoredTensor]] = {}
+    prefix = {"single": maps.alone, "all-in-one": maps.prefixes["denoiser"], "diffusers": ""}[layout]
+    if layout == "diffusers":
+        plans[target / maps.folders["denoiser"][0] / WEIGHT_FILE] = dict(maps.diffusers(names))
+        beside = {name.partition(":")[0] for each in maps.original(names).values() for name in each.names}
+        for component in sorted(beside - {"denoiser"}):
+            plans[target / maps.folders[component][0] / WEIGHT_FILE] = _alone(names, component, "")
+    else:
+        plans[target] = {prefix + key: stored for key, stored in maps.original(names).items()}
+        if layout == "all-in-one":
+            plans[target] |= _others(names, plans[target], maps)
+    held = {name for plan in plans.values() for stored in plan.values() for name in stored.names}
+    lost = sorted(name for name in names - held if name.startswith("denoiser:"))
+    if lost:
+        raise UsageError(
+            f"{len(lost)} tensors have no place in the layout {layout}", why=f"one of them is {lost[0]}",
+            fix="use a file without added tensors",
+        )  # fmt: skip
+    written = {}
+    for path, plan in plans.items():
+        planned = _planned(plan, parameters, dtype, prefix)
+        write_tensors(path, planned, {"format": "pt"}, progress)
+        written[path] = len(planned)
+    left_out = {name.partition(":")[0] for name in names - held} - {"denoiser"}
+    dropped = [key for file in files for key in file.header if key not in file.tensors]
+    return Converted(files=written, left_out=sorted(left_out), dropped=dropped)
+
+
+def _alone(names: set[str], component: str, prefix: str) -> dict[str, StoredTensor]:
+    start = f"{component}:"
+    own = sorted(name for name in names if name.startswith(start))
+    return {prefix + name.removeprefix(start): StoredTensor(names=(name,)) for name in own}
+
+
+def _others(names: set[str], plan: Mapping[str, StoredTensor], maps: WeightMaps) -> dict[str, StoredTensor]:
+    """The components that do not belong into the denoiser's own file."""
+    held = {name for stored in plan.values() for name in stored.names}
+    found: dict[str, StoredTensor] = {}
+    for component in sorted({name.partition(":")[0] for name in names - held} - {"denoiser"}):
+        if component not in maps.prefixes:
+            raise UsageError(
+                f"this model has no layout with {component} in one file",
+                why="no program would find it there",
+                fix="leave it out: it is used as a file of its own",
+            )
+        found |= _alone(names, component, maps.prefixes[component])
+    return found
+
+
+def _planned(
+    plan: Mapping[str, StoredTensor], parameters: Parameters, dtype: str | None, prefix: str
+) -> dict[str, Planned]:
+    planned: dict[str, Planned] = {}
+    scaled = dtype == "fp8-scaled"
+    for key, stored in plan.items():
+        shapes = [parameters.shape(name) for name in stored.names]
+        shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        own = reduce(torch.promote_types, (FILE_DTYPES[parameters.dtype(name)] for name in stored.names))
+        target = _target(stored, len(shape), own, dtype)
+        make = partial(_made, parameters, stored, own)
+        if target == FLOAT8 and scaled:
+            scale = _Scale(make)
+            planned[key] = Planned(FILE_NAMES[FLOAT8], shape, scale.weight)
+            planned[key.removesuffix("weight") + "scale_weight"] = Planned("F32", (), scale.value)
+        else:
+            planned[key] = Planned(FILE_NAMES[target], shape, partial(_cast, make, target))
+    if scaled and any(key.endswith("scale_weight") for key in planned):
+        marker = prefix + "scaled_fp8"
+        planned[marker] = Planned(FILE_NAMES[FLOAT8], (2,), partial(torch.zeros, 2, dtype=FLOAT8))
+    return planned
+
+
+def _target(stored: StoredTensor, axes: int, own: torch.dtype, dtype: str | None) -> torch.dtype:
+    if dtype is None or not own.is_floating_point:
+        return own
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    return FLOAT8 if axes == 2 and all(IN_A_BLOCK.fullmatch(name) for name in stored.names) else own
+
+
+def _made(parameters: Parameters, stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    return assembled({name: parameters.read(name) for name in stored.names}, stored, dtype)
+
+
+def _cast(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    value = make()
+    # Beyond its largest number float8 has none but "not a number".
+    return value.float().clamp(-LARGEST, LARGEST).to(dtype) if dtype == FLOAT8 else value.to(dtype)
+
+
+class _Scale:
+    """A weight in float8 and its scale, which is known once the weight was made."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self.make = make
+        self.scale = torch.ones(())
+
+    def weight(self) -> Tensor:
+        value = self.make().float()
+        self.scale = (value.abs().amax() / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        return (value / self.scale).to(FLOAT8)
+
+    def value(self) -> Tensor:
+        return self.scale

@@ -1,0 +1,1 @@
+"""What keys mean, and where the values of a configuration come from."""

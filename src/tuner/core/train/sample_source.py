@@ -1,0 +1,119 @@
+"""What a run folder offers to `tuner sample`: its configuration and the weights of one of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.core.config.network import SPLITTING
+from tuner.core.errors import UsageError
+from tuner.core.files import safetensors_header
+from tuner.core.track.events import read_events
+from tuner.core.train.averaging import ema_path
+from tuner.core.train.checkpoint import list_checkpoints
+from tuner.core.train.folder import CONFIG, RunFolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSource:
+    """A run to make pictures with. config: resolved, as JSON. file: its adapter, or its whole model where ``whole``.
+
+    arithmetic: whether quantized arithmetic passed the run's check; None when there was none.
+    """
+
+    folder: RunFolder
+    config: dict[str, Any]
+    file: Path
+    whole: bool
+    arithmetic: bool | None
+
+    @property
+    def splits(self) -> bool:
+        """Whether the training began with a part of the weights themselves, and quantized the rest."""
+        quantize = self.config.get("quantize", {})
+        quantized = quantize.get("denoiser") or quantize.get("text_encoder")
+        return bool(quantized) and not self.whole and self.config.get("network", {}).get("init") in SPLITTING
+
+
+def open_source(path: Path, *, step: int | None = None, ema: bool = False) -> RunSource:
+    """The run in a folder with its final file, else its newest checkpoint, or that after ``step`` updates.
+
+    ema: its average instead. UsageError when there is no such run or file.
+    """
+    folder, config = _read_folder(path)
+    file = _file_of(folder, step)
+    if ema:
+        file = ema_path(file)
+        if not file.is_file():
+            raise UsageError(
+                "there is no average of these weights",
+                where=str(file),
+                why="the run had no ema, or did not save it",
+                fix="leave --ema out",
+            )
+    return RunSource(
+        folder=folder,
+        config=config,
+        file=file,
+        whole=config.get("train", {}).get("mode") == "full",
+        arithmetic=_arithmetic(folder),
+    )
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Every adapter file of the run in a folder, the final ones first."""
+    folder, _ = _read_folder(path)
+    for place in (folder.path, *reversed(list_checkpoints(folder))):
+        yield from sorted(each for each in place.glob("*.safetensors") if each.name != "state.safetensors")
+
+
+def _read_folder(path: Path) -> tuple[RunFolder, dict[str, Any]]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return RunFolder(path, config["checkpoint"]["name"]), config
+    except OSError as error:
+        raise UsageError(
+            "this folder holds no run",
+            where=str(path),
+            why=f"it has no readable {CONFIG}",
+            fix="name the folder of a run (checkpoint.dir), or a configuration file",
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("the configuration of this run is damaged", where=str(path / CONFIG)) from error
+
+
+def _file_of(folder: RunFolder, step: int | None) -> Path:
+    saved = {}
+    for place in list_checkpoints(folder):
+        number = int(place.name.removeprefix("step-"))
+        if folder.checkpoint_file(number).is_file():
+            saved[number] = folder.checkpoint_file(number)
+    final = folder.final if folder.final.is_file() else None
+    reached = safetensors_header(final).metadata.get("ss_steps") if final is not None else None
+    if step is None:
+        # A run that was made longer and stopped has checkpoints that are newer than its final file.
+        newer = saved and (final is None or (reached is not None and max(saved) > int(reached)))
+        newest = saved[max(saved)] if newer else final
+        if newest is None:
+            raise UsageError(
+                "this run has saved nothing yet", where=str(folder.path), fix="wait for its first checkpoint"
+            )
+        return newest
+    if step in saved:
+        return saved[step]
+    if final is not None and reached == str(step):
+        return final
+    listed = ", ".join(map(str, sorted(saved))) or "none"
+    raise UsageError(
+        f"there are no weights of step {step}", where=str(folder.path), why=f"steps with a checkpoint: {listed}"
+    )
+
+
+def _arithmetic(folder: RunFolder) -> bool | None:
+    if not folder.events.is_file():
+        return None
+    checks = [event for event in read_events(folder.events) if event["kind"] == "parity"]
+    return bool(checks[-1]["passed"]) if checks else None

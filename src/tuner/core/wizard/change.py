@@ -1,0 +1,175 @@
+"""The conversation about an existing configuration: what is not asked about stays as it is. Nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from tuner.core.config import load_config
+from tuner.core.config.edit import edited_text
+from tuner.core.config.jsonc import Path, parse
+from tuner.core.config.load import read_file
+from tuner.core.config.locations import absolute_paths
+from tuner.core.errors import UsageError
+from tuner.core.plan.plan import Plan
+from tuner.core.plan.prepare import prepare
+from tuner.core.registry import Catalog
+from tuner.core.types import ModelFacts
+from tuner.core.wizard.builder import Builder, Outcome
+from tuner.core.wizard.document import shortened, value_at
+from tuner.core.wizard.goals import best_edge
+from tuner.core.wizard.models import ChosenModel, choose_model
+from tuner.core.wizard.pictures import ChosenPictures, choose_pictures, look_at_pictures
+from tuner.core.wizard.questions import Interview, Option, Question
+from tuner.core.wizard.reasons import is_own
+
+
+def configure_existing(interview: Interview, catalog: Catalog, target: FilePath, scratch: FilePath) -> Outcome:
+    """Changes to a configuration; what is not asked about stays as it is."""
+    target = target.absolute()
+    read_file(target)  # a file that cannot be read is told before anything is asked
+    before = target.read_bytes().decode("utf-8")
+    edit = _Edit(
+        Builder(interview=interview, catalog=catalog, target=target, scratch=scratch, document=_plain(target, before))
+    )
+    plan = edit.run()
+    builder = edit.builder
+    text = edited_text(before, builder.document, str(target), builder.comments, is_own=is_own)
+    return Outcome(path=target, text=text, before=before, plan=plan)
+
+
+@dataclass(slots=True)
+class _Edit:
+    """One pass over the parts that the user wants to change."""
+
+    builder: Builder
+    model: ChosenModel | None = None
+    pictures: ChosenPictures | None = None
+
+    def run(self) -> Plan | None:
+        interview, builder = self.builder.interview, self.builder
+        parts = interview.ask(
+            Question(
+                id="change",
+                text="What shall change?",
+                kind="several",
+                options=(
+                    Option(value="model", title="the model files"),
+                    Option(value="pictures", title="the pictures and their captions"),
+                    Option(value="goal", title="what it learns, for how long, and in how much memory"),
+                    Option(value="prompt", title="the prompt that is drawn"),
+                    Option(value="name", title="the name of the training"),
+                ),
+                read=_some_parts,
+            )
+        )
+        plan: Plan | None = None
+        if "model" in parts:
+            self._model()
+        if "pictures" in parts:
+            self._pictures()
+        if "goal" in parts:
+            plan = self._goal()
+        if "prompt" in parts:
+            prompts = value_at(builder.document, ("sample", "prompts"))
+            builder.choose_prompt(prompts[0] if isinstance(prompts, list) and prompts else "")
+        if "name" in parts:
+            builder.choose_folder("")
+        return plan
+
+    def _absolute(self) -> dict[str, Any]:
+        """The configuration as it is now, with absolute paths and what it includes."""
+        if value_at(self.builder.document, ("data", "include")) is not None:
+            return load_config(self.builder.target, env={})
+        return dict(load_config(absolute_paths(self.builder.document, self.builder.base), env={}))
+
+    def _model(self) -> None:
+        builder = self.builder
+        now = self._absolute().get("model")
+        self.model = choose_model(builder.interview, builder.catalog, now=now if isinstance(now, dict) else None)
+        before = value_at(builder.document, ("model",)) or {}
+        replaced = ("path", "subfolder", "revision", "variant", "flavour", "text_encoders", "tokenizers", "vae")
+        same = before.get("family") == self.model.section["family"]
+        kept = {key: value for key, value in before.items() if same and key not in replaced}
+        section = {**kept, **shortened(self.model.section, builder.base)}
+        order = [key for key in before if key in section]
+        builder.put(("model",), {key: section[key] for key in [*order, *(key for key in section if key not in order)]})
+
+    def _pictures(self) -> None:
+        builder = self.builder
+        if value_at(builder.document, ("data", "include")) is not None:
+            raise UsageError("the data section is in another file", where=str(builder.document["data"]["include"]),
+                             fix="change it there")  # fmt: skip
+        sources = _sources(builder.document)
+        if not sources:
+            raise UsageError("there is no source of pictures to change", where=f"{builder.target}, data.sets")
+        name = next(iter(sources))
+        if len(sources) > 1:
+            options = tuple(Option(value=each, title=each) for each in sources)
+            name = builder.interview.choose("source", "Which of the sources?", options)
+        path = sources[name]
+        now = value_at(self._absolute(), path)
+        self.pictures = choose_pictures(builder.interview, builder.scratch, now=now)
+        builder.put_pictures(self.pictures, path, name)
+
+    def _goal(self) -> Plan | None:
+        builder = self.builder
+        facts = self.model.facts if self.model is not None else self._facts()
+        images, size = self._counted()
+        sets = value_at(builder.document, ("data", "sets"))
+        size_at: Path | None = None
+        edge = size
+        if isinstance(sets, list) and len(sets) == 1:
+            now = sets[0].get("resolution", value_at(builder.document, ("data", "defaults", "resolution")))
+            home: Path = ("data", "sets", 0) if "resolution" in sets[0] or now is None else ("data", "defaults")
+            if now is None or isinstance(now, int):
+                size_at, edge = (*home, "resolution"), now or best_edge(size, facts)
+        if size_at is None:
+            builder.interview.tell("there are several sizes: they stay as they are")
+        return builder.choose_way(facts, images, edge, size_at).plan
+
+    def _facts(self) -> ModelFacts | None:
+        plain = {**self._absolute(), "cache": {"dir": str(self.builder.scratch)}}
+        try:
+            return prepare(plain, catalog=self.builder.catalog)[1]
+        except UsageError as problem:
+            self.builder.interview.tell(f"no plan for this configuration as it is: {problem.what}")
+            return None
+
+    def _counted(self) -> tuple[int, int]:
+        """(pictures that are trained on, edge of the median one) of all sources."""
+        document = self._absolute()
+        looks = [
+            look_at_pictures(FilePath(source["path"]), self.builder.scratch, recursive=bool(source.get("recursive")))
+            for source in (value_at(document, path) for path in _sources(document).values())
+            if source.get("role", "train") == "train" and source.get("enabled", True)
+        ]
+        if not looks:
+            raise UsageError("there is no source of pictures to train on", where=f"{self.builder.target}, data.sets")
+        return sum(look.images for look in looks), looks[0].size
+
+
+def _sources(document: Mapping[str, Any]) -> dict[str, Path]:
+    """Where each source is, by its id."""
+    sets = value_at(document, ("data", "sets"))
+    found: dict[str, Path] = {}
+    for number, each in enumerate(sets if isinstance(sets, list) else []):
+        sources = each.get("sources") if isinstance(each, dict) else None
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict) and isinstance(source.get("id"), str) and isinstance(source.get("path"), str):
+                found[source["id"]] = ("data", "sets", number, "sources", index)
+    return found
+
+
+def _plain(target: FilePath, text: str) -> dict[str, Any]:
+    value = parse(text, str(target)).value
+    assert isinstance(value, dict)
+    return value
+
+
+def _some_parts(raw: Any) -> tuple[str, ...]:
+    if not raw:
+        raise UsageError("nothing is chosen", fix="choose at least one")
+    return tuple(raw)

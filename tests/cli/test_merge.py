@@ -1,0 +1,217 @@
+"""Merging adapters into checkpoints and into each other, through the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.fixtures.tiny_parts import clip_shapes, random_tensors
+from tests.helpers import delta_weight, golden, golden_path
+from tuner.cli.main import main
+from tuner.core.adapters.files import read_adapter, save_adapter
+from tuner.core.adapters.formats import format_by_name, modules_of
+from tuner.core.files import safetensors_header
+from tuner.plugins.flux.names import MAPS
+
+BASE, LORA = "flux/dev_bfl.safetensors", "flux/lora_sdscripts.safetensors"
+
+
+def path(name: str) -> str:
+    return str(golden_path(name))
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.safetensors"
+
+
+def merge(out: Path, *words: str, model: str = "flux") -> Path:
+    assert main(["merge", *words, "--model", model, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_merged_checkpoint_is_the_published_one_in_the_layout_of_its_base(out):
+    merged = load_file(merge(out, f"{path(LORA)}:0.8", "--base", path(BASE)))
+    base, wanted = golden(BASE), golden("flux/lora_merged_bfl.safetensors")
+    assert list(merged) == list(base)
+    for name, value in merged.items():
+        expected = wanted.get(name, base[name])
+        assert value.dtype == base[name].dtype
+        assert torch.equal(value, base[name]) == (name not in wanted)
+        torch.testing.assert_close(value, expected, rtol=0, atol=2e-5)
+    assert metadata_of(out)["modelspec.merged_from"] == "lora_sdscripts:0.8"
+
+
+@pytest.mark.parametrize("flavour", ["sd3m", "sd35m"])
+def test_the_other_family_with_joint_matrices_agrees_too(out, flavour):
+    files = (f"sd3/{flavour}_lora_sdscripts.safetensors", f"sd3/{flavour}_weights_f16.safetensors")
+    merged = load_file(merge(out, path(files[0]), "--base", path(files[1]), "--dtype", "fp32", model="sd3"))
+    for name, wanted in golden(f"sd3/{flavour}_lora_merged_some.safetensors").items():
+        torch.testing.assert_close(merged[name], wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("strength", ["0.6", "1.0"])
+def test_parts_of_a_text_encoder_go_into_its_own_file(out, strength):
+    bases = ("--base", path("anima/e2e_weights.safetensors"), path("anima/qwen3_weights.safetensors"))
+    merge(out, f"{path('anima/lora_sdscripts.safetensors')}:{strength}", *bases, model="anima")
+    merged = load_file(out)
+    start = f"merged.mult{strength}."
+    compared = {
+        name: value for name, value in golden("anima/lora_effect.safetensors").items() if name.startswith(start)
+    }
+    assert len(compared) == 5
+    for name, wanted in compared.items():
+        torch.testing.assert_close(merged[f"net.{name.removeprefix(start)}"], wanted, rtol=0, atol=3e-5)
+    encoder, before = load_file(out.with_name("out_qwen3.safetensors")), golden("anima/qwen3_weights.safetensors")
+    assert list(encoder) == list(before)
+    assert not torch.equal(encoder["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(encoder["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_a_folder_in_the_layout_of_diffusers_gets_the_same_values(out, tmp_path):
+    folder = tmp_path / "folder" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(golden_path("flux/dev_diffusers.safetensors").read_bytes())
+    merged = load_file(merge(out, f"{path(LORA)}:0.8", "--base", str(folder.parent)))
+    joint = golden("flux/lora_merged_bfl.safetensors")["double_blocks.0.img_attn.qkv.weight"]
+    rows = [merged[f"transformer_blocks.0.attn.to_{letter}.weight"] for letter in "qkv"]
+    torch.testing.assert_close(torch.cat(rows), joint, rtol=0, atol=2e-5)
+
+
+def test_strengths_of_blocks_scale_and_take_out(out):
+    words = (
+        path(LORA),
+        "--base",
+        path(BASE),
+        "--strength",
+        r".*=0",
+        "--strength",
+        r"single_transformer_blocks\.1\..*=0.8",
+    )
+    merged = load_file(merge(out, *words))
+    base, wanted = golden(BASE), golden("flux/lora_merged_bfl.safetensors")
+    for name, value in merged.items():
+        inside = name.startswith("single_blocks.1.") and name in wanted
+        torch.testing.assert_close(value, wanted[name] if inside else base[name], rtol=0, atol=2e-5)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(out, capsys):
+    words = ["merge", path(LORA), "--base", path(BASE), "--strength", "single_blocks.*=0", "--model", "flux"]
+    assert main([*words, "--out", str(out)]) == 2
+    assert "matches no module of the adapters" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_target_that_fits_nothing_is_an_error(out, tmp_path, capsys):
+    tensors = {name: value for name, value in golden(BASE).items() if not name.startswith("single_blocks.1.")}
+    save_file(tensors, tmp_path / "shallow.safetensors")
+    words = ["merge", path(LORA), "--base", str(tmp_path / "shallow.safetensors"), "--model", "flux"]
+    assert main([*words, "--out", str(out)]) == 2
+    assert "have no weight denoiser:single_transformer_blocks.1." in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_parts_for_an_encoder_that_was_not_given_are_not_lost(out, capsys):
+    words = ["merge", path("anima/lora_sdscripts.safetensors"), "--base", path("anima/e2e_weights.safetensors")]
+    assert main([*words, "--model", "anima", "--out", str(out)]) == 2
+    assert "add qwen3=FILE to --base, or --strength 'qwen3:.*=0'" in capsys.readouterr().err
+    merge(out, *words[1:], "--strength", "qwen3:.*=0", model="anima")
+    assert not out.with_name("out_qwen3.safetensors").exists()
+
+
+def test_a_file_of_another_model_is_refused(out, capsys):
+    words = ["merge", path(LORA), "--base", path("sd3/sd3m_weights_f16.safetensors"), "--model", "flux"]
+    assert main([*words, "--out", str(out)]) == 2
+    assert "holds no weights of this model" in capsys.readouterr().err
+
+
+def test_an_encoder_of_the_model_is_recognised(out, tmp_path):
+    clip = tmp_path / "clip_l.safetensors"
+    save_file(random_tensors(clip_shapes(width=20, layers=1, projection=None), torch.Generator()), clip)
+    module = "text_model.encoder.layers.0.mlp.fc1"
+    rows, width = load_file(clip)[f"{module}.weight"].shape
+    parts = {"down": torch.ones(1, width), "up": torch.ones(rows, 1), "alpha": torch.tensor(1.0)}
+    lora = tmp_path / "clip.safetensors"
+    save_adapter({f"clip_l:{module}.{part}": value for part, value in parts.items()}, MAPS.formats[0], lora, {})
+    merge(out, str(lora), "--base", path(BASE), str(clip))
+    changed = load_file(out.with_name("out_clip_l.safetensors"))[f"{module}.weight"]
+    torch.testing.assert_close(changed, load_file(clip)[f"{module}.weight"] + 1)
+
+
+def sum_formula(files: dict[str, float]) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for name, strength in files.items():
+        tensors = read_adapter(golden_path(name), MAPS).tensors
+        for component, module in modules_of(tensors):
+            key = f"{component}:{module}"
+            value = strength * delta_weight(tensors, key)
+            total[key] = total[key] + value if key in total else value
+    return total
+
+
+def test_adapters_stacked_into_one_do_what_their_sum_does(out):
+    files = {LORA: 0.7, "flux/lora_split_sdscripts.safetensors": -1.3}
+    merge(out, *(f"{path(name)}:{strength}" for name, strength in files.items()), "--concat")
+    read = read_adapter(out, MAPS)
+    wanted = sum_formula(files)
+    assert {f"{component}:{module}" for component, module in modules_of(read.tensors)} == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(delta_weight(read.tensors, key), value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sum_cut_to_a_rank_is_the_best_of_that_rank(out, capsys):
+    files = {LORA: 0.7, "flux/lora_split_sdscripts.safetensors": -1.3}
+    words = (*(f"{path(name)}:{strength}" for name, strength in files.items()), "--format", "diffusers", "--rank", "3")
+    merge(out, *words, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["max_rank"] == 3 and 0 < told["kept"] < 1
+    read = read_adapter(out, MAPS)
+    for key, value in sum_formula(files).items():
+        u, s, vh = torch.linalg.svd(value, full_matrices=False)
+        best = (u[:, :3] * s[:3]) @ vh[:3]
+        torch.testing.assert_close(delta_weight(read.tensors, key), best, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((path(LORA), "--base", path(BASE), "--rank", "4"), "--rank is for merging adapters with each other"),
+        ((path(LORA), "--concat", "--rank", "4"), "--concat keeps every rank"),
+        ((path(LORA), "--strength", "half"), "cannot read the strength 'half'"),
+        ((path(LORA), "--strength", ".*=0"), "nothing is left to merge"),
+    ],
+)
+def test_options_that_cannot_act_are_refused(words, message, out, capsys):
+    assert main(["merge", *words, "--model", "flux", "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_source_is_never_replaced(tmp_path, capsys):
+    copy = tmp_path / "base.safetensors"
+    copy.write_bytes(golden_path(BASE).read_bytes())
+    words = ["merge", path(LORA), "--base", str(copy), "--model", "flux", "--overwrite", "--out", str(copy)]
+    assert main(words) == 2
+    assert "would replace the file it is made of" in capsys.readouterr().err
+    assert copy.read_bytes() == golden_path(BASE).read_bytes()
+
+
+def test_kinds_that_do_not_add_up_say_so(out, tmp_path, capsys):
+    fmt = format_by_name(MAPS, "lycoris")
+    parts = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(24, 24), "alpha": torch.tensor(1.0)}
+    lokr = tmp_path / "lokr.safetensors"
+    name = "denoiser:transformer_blocks.0.attn.to_q"
+    save_adapter({f"{name}.{part}": value for part, value in parts.items()}, fmt, lokr, {})
+    assert main(["merge", str(lokr), "--model", "flux", "--out", str(out)]) == 2
+    assert "merge them into a checkpoint with --base" in capsys.readouterr().err
+    merge(out, str(lokr), "--base", path(BASE))
+    assert safetensors_header(out).metadata["modelspec.merged_from"] == "lokr:1"
