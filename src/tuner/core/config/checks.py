@@ -147,12 +147,12 @@ def _start(config: RunConfig) -> Iterator[Problem]:
         why = f"{network.init!r} writes files of twice the rank, so no average can start from one"
         yield ("ema", "init_from"), why, "take it out"
     if network.max_norm is not None:
-        why = f"{network.init!r} starts far from zero, so the norm of the factors is not that of the change"
+        why = f"network.init {network.init!r} starts far from zero, so the norm of the factors is not that of the change"
         yield ("network", "max_norm"), why, "take one of the two out"
     if network.init == "loftq":
         for name in config.train.components:
             if name not in config.quantize.methods():
-                why = f"'loftq' makes up for quantization, and {name} is not quantized"
+                why = f"'loftq' makes up for quantization, and {name} of train.components is not quantized"
                 yield path, why, "set quantize, or choose 'pissa'"
 
 
@@ -228,12 +228,12 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
     for number, entry in enumerate(config.data.sets):
         for index, source in enumerate(entry.sources):
             if source.enabled and source.role == "preserve":
-                why = "'preserve' needs the base model, which is gone once its own weights train"
+                why = "'preserve' needs the base model, which is gone once train.mode 'full' moves its weights"
                 yield ("data", "sets", number, "sources", index, "role"), why, "use 'regularisation', or an adapter"
     for name in config.quantize.methods():
         if name in train.components:
             path = ("quantize", "denoiser") if name == "denoiser" else ("quantize", "text_encoder", name)
-            yield path, "quantized weights cannot train", "take it out, or train an adapter"
+            yield path, "quantized weights cannot train, as train.mode 'full' asks", "take it out, or train an adapter"
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

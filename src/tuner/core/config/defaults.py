@@ -131,7 +131,8 @@ def _full(config: RunConfig, facts: ModelFacts) -> Iterator[Problem]:
         yield ("train", "mode"), "this model does not say how its weight files are made", "train an adapter"
     for index, name in enumerate(config.train.components):
         if reason := facts.capabilities.get(f"full.{name}"):
-            yield ("train", "components", index), f"{name!r}: {reason}", "train an adapter on it, or take it out"
+            why = f"{name!r} does not train with train.mode 'full': {reason}"
+            yield ("train", "components", index), why, "train an adapter on it, or take it out"
 
 
 def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> Iterator[Problem]:

@@ -40,7 +40,7 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
     level = config.memory.checkpointing
     if level in ("keep_attention", "selective"):
         why = (
-            f"{level!r} does not work with compile: it watches single operations, and a graph is one. "
+            f"{level!r} does not work with compile.enabled: it watches single operations, and a graph is one. "
             "A compiled block already recomputes cheap operations by itself"
         )
         yield ("memory", "checkpointing"), why, "use 'block' or 'off'"

@@ -30,7 +30,8 @@ class _Held:
 class ActivationOffload:
     """Takes what autograd keeps inside `saving` to host memory, and back when backward asks for it.
 
-    Tensors that every block gets (text, positions, modulations) stay where they are: other blocks keep them there.
+    Tensors that every block gets (text, positions, modulations) stay where they are: other blocks keep them there. So do
+    parts of larger tensors: a copy has other strides, for which torch may choose other operations when it recomputes.
     taken: bytes copied to host memory so far.
     """
 
@@ -55,7 +56,7 @@ class ActivationOffload:
         return held.host.to(held.device)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Held:
-        if not tensor.numel() or _storage(tensor) in self._shared:
+        if not tensor.numel() or _storage(tensor) in self._shared or not _keeps_strides(tensor):
             return tensor
         self.taken += tensor.numel() * tensor.element_size()
         return self.put(tensor)
@@ -108,6 +109,11 @@ class AsyncOffload(ActivationOffload):
 def open_offload(mode: str, device: torch.device) -> ActivationOffload:
     """``sync`` waits for every copy, ``async`` overlaps copies with computation where the device can (CUDA)."""
     return AsyncOffload(device) if mode == "async" and device.type == "cuda" else ActivationOffload()
+
+
+def _keeps_strides(tensor: Tensor) -> bool:
+    """Whether a copy of the tensor has its strides: torch packs what has gaps or overlaps."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

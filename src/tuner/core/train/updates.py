@@ -58,7 +58,7 @@ def build_update(
     names = {name: parameter for group in groups for name, parameter in group.params.items()}
     if config.network.max_norm is not None and is_schedule_free(optimizer):
         raise UsageError(
-            "network.max_norm does not work with a schedule-free optimizer",
+            f"network.max_norm does not work with the schedule-free optimizer {config.optimizer.name!r}",
             where="network.max_norm",
             why="it keeps a second copy of what trains, which the limit does not reach",
             fix="choose another optimizer, or take the limit out",
