@@ -316,3 +316,12 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
         sample_error(tmp_path / "samples")
+
+
+def test_compiled_blocks_draw_every_cell_of_a_grid(adapter, bare):
+    one, two = adapter("one"), adapter("two", seed=6)
+    given = ["--prompt", "a dog --w 64 --h 64 --s 1 --l 1", "--adapter", one, "--adapter", two]
+    given += ["--adapter-strengths", "0,1"]
+    compiled = run(bare, *given, "--set", "compile.enabled=true", "--set", "compile.backend=eager")
+    for latents, expected in zip(compiled, run(bare, *given), strict=True):
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
