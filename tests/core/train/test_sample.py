@@ -150,7 +150,7 @@ def test_adapters_of_encoders_change_texts_by_their_strength(adapter, bare):
     torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path):
+def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path, capsys):
     one, two = adapter("one"), adapter("two", seed=6)
     lines = tmp_path / "prompts.txt"
     lines.write_text("a dog --w 64 --h 64 --s 3 --ss heun --l 4 --n cat --d 9\n", encoding="utf-8")
@@ -168,6 +168,8 @@ def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path)
     moved = one.rename(tmp_path / "renamed.safetensors")
     assert torch.equal(run(bare, "--like", picture, "--adapter", moved)[0], first)
     assert not torch.equal(run(bare, "--like", picture, "--adapter", moved, "--seed", "10")[0], first)
+    run(bare, "--like", picture, "--adapter", moved, "--set", "quantize.denoiser=int8")
+    assert "quantize was {} and is {'denoiser': 'int8'}: the picture will differ" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"made with one\.safetensors, which is not here"):
         sample_error(bare, "--like", picture)
 

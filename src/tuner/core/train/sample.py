@@ -150,7 +150,7 @@ def _read_adapters(run: Run, request: Request) -> tuple[list[Addition], int]:
 
 def _prompts(run: Run, request: Request) -> list[Prompt]:
     if request.like is not None:
-        request.like.check(run.config, run.facts, _weights_name(run, request))
+        request.like.check(run, _weights_name(run, request))
         return [request.like.prompt]
     section = run.config.sample
     if not section.prompts:

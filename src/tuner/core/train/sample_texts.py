@@ -31,7 +31,7 @@ Strengths = tuple[float, ...]
 class EncodedTexts:
     """Texts of pictures under every strength of the adapters that change encoders, as a run would encode them.
 
-    What a run caches is rounded as in its cache and is read from there if it is there; nothing is written. prepare:
+    What a run caches is rounded as in its cache and is read from there if it is there; no entry is written. prepare:
     comes between loading and quantization. ``loaded``: whether an encoder had to be loaded.
     """
 
