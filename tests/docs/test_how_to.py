@@ -73,7 +73,8 @@ def test_the_python_page_runs_from_top_to_bottom(project: Path, capsys: pytest.C
 
 
 def test_every_command_of_the_page_about_pictures_draws_some(project: Path) -> None:
-    small = {"size": 64, "steps": 2, "prompts": ["a red dog"]}
+    prompts = ["a red dog on grass --l 1", "a red dog --l 1", "a red dog in snow --n blurry --l 5"]
+    small = {"size": 64, "steps": 2, "cfg": 2, "prompts": prompts}
     trained = config(sample=small, ema={"enabled": True}, checkpoint={"dir": "out/hero", "every": 1})
     (project / "config.json").write_text(json.dumps(trained), encoding="utf-8")
     tuner.train("config.json")

@@ -150,7 +150,7 @@ def test_adapters_of_encoders_change_texts_by_their_strength(adapter, bare):
     torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path):
+def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path, capsys):
     one, two = adapter("one"), adapter("two", seed=6)
     lines = tmp_path / "prompts.txt"
     lines.write_text("a dog --w 64 --h 64 --s 3 --ss heun --l 4 --n cat --d 9\n", encoding="utf-8")
@@ -168,6 +168,8 @@ def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path)
     moved = one.rename(tmp_path / "renamed.safetensors")
     assert torch.equal(run(bare, "--like", picture, "--adapter", moved)[0], first)
     assert not torch.equal(run(bare, "--like", picture, "--adapter", moved, "--seed", "10")[0], first)
+    run(bare, "--like", picture, "--adapter", moved, "--set", "quantize.denoiser=int8")
+    assert "quantize was {} and is {'denoiser': 'int8'}: the picture will differ" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"made with one\.safetensors, which is not here"):
         sample_error(bare, "--like", picture)
 
@@ -316,3 +318,12 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
         sample_error(tmp_path / "samples")
+
+
+def test_compiled_blocks_draw_every_cell_of_a_grid(adapter, bare):
+    one, two = adapter("one"), adapter("two", seed=6)
+    given = ["--prompt", "a dog --w 64 --h 64 --s 1 --l 1", "--adapter", one, "--adapter", two]
+    given += ["--adapter-strengths", "0,1"]
+    compiled = run(bare, *given, "--set", "compile.enabled=true", "--set", "compile.backend=eager")
+    for latents, expected in zip(compiled, run(bare, *given), strict=True):
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)

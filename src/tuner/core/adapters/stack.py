@@ -47,12 +47,24 @@ SHOWN = 3
 
 @dataclass(slots=True)
 class _Place:
-    """A module with its adapters. record: what `inject` did, None when another adapter is there: ``resident``."""
+    """A module with its adapters. record: what `inject` did, None when another adapter is there: ``resident``.
+
+    sums: what stands for several adapters, made once for each choice of them, so that compiled code stays valid.
+    """
 
     base: nn.Module
     parts: list[Any] = field(default_factory=list)
     record: Injection | None = None
     resident: Any = None
+    sums: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    def together(self, parts: Sequence[Any]) -> Any:
+        """What computes with all of ``parts`` as they are now."""
+        key = tuple(map(id, parts))
+        if key not in self.sums:
+            self.sums[key] = _together(parts, self.base)
+        self.sums[key].refresh()
+        return self.sums[key]
 
 
 class AdapterStack(nn.Module):
@@ -138,7 +150,7 @@ class AdapterStack(nn.Module):
         for place in self._places.values():
             parts = [part for part in (place.resident, *place.parts) if part is not None]
             acting = [part for part in parts if part.scale != 0.0]
-            place.base.__dict__[SLOT] = _together(acting, place.base) if len(acting) > 1 else (acting or parts)[0]
+            place.base.__dict__[SLOT] = place.together(acting) if len(acting) > 1 else (acting or parts)[0]
 
 
 def check_places(
@@ -218,8 +230,11 @@ class _LowRankSum:
     scale = 1.0
 
     def __init__(self, parts: Sequence[Any]) -> None:
-        self.down = torch.cat([part.down.float() for part in parts])
-        self.up = torch.cat([part.up.float() * part.scale for part in parts], dim=1)
+        self.parts = tuple(parts)
+
+    def refresh(self) -> None:
+        self.down = torch.cat([part.down.float() for part in self.parts])
+        self.up = torch.cat([part.up.float() * part.scale for part in self.parts], dim=1)
 
     def mid_mask(self, x: Tensor) -> Tensor | None:
         return None
@@ -233,6 +248,9 @@ class _Sum:
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = tuple(parts)
 
+    def refresh(self) -> None:
+        """The parts are asked anew in every call."""
+
     def adapt(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return y + torch.stack([_change(part, x, y, base) for part in self.parts]).sum(0).to(y.dtype)
 
@@ -243,8 +261,11 @@ class _NormSum:
     scale = strength = 1.0
 
     def __init__(self, parts: Sequence[Any]) -> None:
-        self.w_norm = torch.stack([part.w_norm.float() * part.strength for part in parts]).sum(0)
-        biases = [part.b_norm.float() * part.strength for part in parts if part.b_norm is not None]
+        self.parts = tuple(parts)
+
+    def refresh(self) -> None:
+        self.w_norm = torch.stack([part.w_norm.float() * part.strength for part in self.parts]).sum(0)
+        biases = [part.b_norm.float() * part.strength for part in self.parts if part.b_norm is not None]
         self.b_norm = torch.stack(biases).sum(0) if biases else None
 
 

@@ -74,7 +74,7 @@ def models_of(path: Path, *, besides: str = "") -> list[str]:
             reference = catalog.model(entry.name).key_maps
             if reference is not None:
                 maps: KeyMaps = catalog.load(entry, "descriptor", reference)
-                read_adapter(path, maps)
+                catalog.call(entry, "adapter formats", read_adapter, path, maps)
                 found.append(entry.name)
         except UsageError:
             continue

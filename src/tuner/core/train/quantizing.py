@@ -192,7 +192,7 @@ def check_parity(
 
 
 def use_arithmetic(denoiser: nn.Module, arithmetic: Arithmetic) -> None:
-    """Compute so without a comparison, as another run has found it right, and let go of the original weights."""
+    """Compute so without a comparison, which needs training data, and let go of the original weights."""
     _forget_originals(denoiser)
     set_arithmetic(denoiser, arithmetic)
 

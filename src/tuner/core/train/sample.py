@@ -150,14 +150,17 @@ def _read_adapters(run: Run, request: Request) -> tuple[list[Addition], int]:
 
 def _prompts(run: Run, request: Request) -> list[Prompt]:
     if request.like is not None:
-        request.like.check(run.config, run.facts, _weights_name(run, request))
+        request.like.check(run, _weights_name(run, request))
         return [request.like.prompt]
     section = run.config.sample
     if not section.prompts:
         raise UsageError("what should be drawn?", fix='add --prompt "TEXT", --prompts FILE, or sample.prompts')
     if request.seeds is not None:
         section = section.model_copy(update={"count": 1})
-    return resolve_prompts(section, run.facts)
+    found = resolve_prompts(section, run.facts)
+    if section.negative and all(prompt.cfg <= 1 for prompt in found):
+        log.warning("the negative prompt has no effect: no picture has guidance above 1 (--cfg)")
+    return found
 
 
 def _weights_name(run: Run, request: Request) -> str:
@@ -239,8 +242,10 @@ class Artist:
             for cell in cells
             for text in (cell.prompt.text, *([cell.prompt.negative] if cell.prompt.cfg > 1 else ()))
         )
-        gc.collect()
-        empty_cache(self.device)
+        if texts.loaded:
+            # The encoders went with the calls that loaded them; their memory should too.
+            gc.collect()
+            empty_cache(self.device)
         sizes = [(cell.prompt.width, cell.prompt.height) for cell in cells]
         run = self._fitting(sizes)
         models = load_components(run, beside_denoiser(run.facts), self.device, self._prepare)

@@ -14,8 +14,7 @@ from tuner.core.train.pictures import read_settings
 from tuner.core.train.prompts import Prompt
 
 if TYPE_CHECKING:
-    from tuner.core.config import RunConfig
-    from tuner.core.types import ModelFacts
+    from tuner.core.registry import Run
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,9 @@ class Like:
                 )
         return [(known[each["sha256"]], float(each["strength"])) for each in wanted]
 
-    def check(self, config: RunConfig, facts: ModelFacts, file: str) -> None:
+    def check(self, run: Run, file: str) -> None:
         """UsageError for another model; a warning for what else makes another picture of it. file: of the weights."""
+        config, facts = run.config, run.facts
         if self.step is not None:
             return
         model = self.settings["model"]
@@ -70,16 +70,15 @@ class Like:
                 why=f"this model is {facts.family} {facts.flavour}".rstrip(),
                 fix="name the configuration of that model",
             )
-        quantized = self.settings.get("quantize", {})
-        here = {
-            "the file of the weights": file,
-            "precision.compute": config.precision.compute,
-            "quantize": config.quantize.methods(),
+        both = {
+            "the file of the weights": (model["file"], file),
+            "model.merge": (self.settings.get("merged", []), run.manifest.get("merged", [])),
+            "precision.compute": (self.settings["compute"], config.precision.compute),
+            "quantize": (self.settings.get("quantize", {}), config.quantize.methods()),
         }
-        then = dict(zip(here, (model["file"], self.settings["compute"], quantized), strict=True))
-        for key, value in here.items():
-            if value != then[key]:
-                log.warning("%s was %s and is %s: the picture will differ", key, then[key], value)
+        for key, (then, now) in both.items():
+            if now != then:
+                log.warning("%s was %s and is %s: the picture will differ", key, then, now)
 
 
 def read_like(path: Path) -> Like:

@@ -31,8 +31,8 @@ Strengths = tuple[float, ...]
 class EncodedTexts:
     """Texts of pictures under every strength of the adapters that change encoders, as a run would encode them.
 
-    What a run caches is rounded as in its cache and is read from there if it is there; nothing is written. prepare:
-    comes between loading and quantization.
+    What a run caches is rounded as in its cache and is read from there if it is there; no entry is written. prepare:
+    comes between loading and quantization. ``loaded``: whether an encoder had to be loaded.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class EncodedTexts:
         self.additions = [additions[number] for number in self.numbers]
         self.config = _as_if_trained(run.config, touched)
         self.live = live_components(self.config, run.facts)
+        self.loaded = False
         self._kept: dict[tuple[Strengths, str], TextEmbeds] = {}
 
     def strengths(self, every: Sequence[float]) -> Strengths:
@@ -85,9 +86,7 @@ class EncodedTexts:
             facts,
             store=_ReadOnly(CacheStore(root)) if stored else MemoryStore(),
             facade=self.run.model,
-            models=lambda: load_components(
-                self.run, [name for name in facts.components if name in used], self.device, self.prepare
-            ),
+            models=lambda: self._load([name for name in facts.components if name in used]),
             identities=encoder_identities(
                 facts,
                 used,
@@ -101,11 +100,15 @@ class EncodedTexts:
         cache.fill(texts)
         return {text: cache.collate([text]).tensors for text in texts}
 
+    def _load(self, components: Sequence[str]) -> Models:
+        self.loaded = True
+        return load_components(self.run, components, self.device, self.prepare)
+
     @torch.no_grad()
     def _encode_live(self, asked: Sequence[tuple[Strengths, str]]) -> dict[tuple[Strengths, str], dict[str, Tensor]]:
         """Fields that training runs encode in every step, and those that adapters change."""
         run = self.run
-        models = load_components(run, self.live, self.device, self.prepare)
+        models = self._load(self.live)
         stack = mount(self.additions, models, run.config, run.facts)
         stack.attach()
         found = {}
