@@ -158,9 +158,14 @@ def _same_sizes(base: Parameters, tuned: Parameters, both: Collection[str]) -> N
             "the checkpoints are of different models",
             why=f"{different} has shape {list(base.shape(different))} and {list(tuned.shape(different))}",
         )
-    missing = sorted({name for name in base if name not in tuned and name.startswith("denoiser:")})
-    if missing:
-        raise UsageError("the tuned checkpoint is not complete", why=f"it lacks {missing[0]}")
+    for one, other, which in ((base, tuned, "tuned"), (tuned, base, "base")):
+        missing = sorted(name for name in one if name not in other and name.startswith("denoiser:"))
+        if missing:
+            raise UsageError(
+                f"the {which} checkpoint lacks {missing[0]}",
+                why=f"{len(missing)} tensors of the other are not in it",
+                fix="compare checkpoints of one model",
+            )
 
 
 def _difference(base: Parameters, tuned: Parameters, name: str) -> float:
