@@ -12,7 +12,8 @@ import tuner
 PUBLIC = {
     "Ask", "Batch", "Blocks", "DtypeRules", "ExtensionPlugin", "Field", "Item", "KeyFormat", "KeyMaps", "LoraRules",
     "ModelConfigBase", "ModelFacts", "ModelPlugin", "Models", "Network", "NoiseDefaults", "NoiseTarget", "ParamGroup",
-    "Placement", "Rng", "SampleDefaults", "TensorInfo", "TextEmbeds", "UsageError", "hookimpl", "open_model", "train",
+    "Placement", "Rng", "SampleDefaults", "StoredFile", "StoredTensor", "TensorInfo", "TextEmbeds", "UsageError",
+    "WeightMaps", "hookimpl", "open_model", "train",
 }  # fmt: skip
 
 

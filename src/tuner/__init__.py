@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from tuner.core.types import ParamGroup as ParamGroup
     from tuner.core.types import Placement as Placement
     from tuner.core.types import SampleDefaults as SampleDefaults
+    from tuner.core.types import StoredFile as StoredFile
+    from tuner.core.types import StoredTensor as StoredTensor
     from tuner.core.types import TextEmbeds as TextEmbeds
+    from tuner.core.types import WeightMaps as WeightMaps
 
 _TYPES = (
     "Ask",
@@ -54,7 +57,10 @@ _TYPES = (
     "ParamGroup",
     "Placement",
     "SampleDefaults",
+    "StoredFile",
+    "StoredTensor",
     "TextEmbeds",
+    "WeightMaps",
 )
 _HOME = dict.fromkeys(_TYPES, "tuner.core.types") | {
     "ModelConfigBase": "tuner.core.config",

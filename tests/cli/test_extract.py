@@ -107,6 +107,16 @@ def test_the_linears_that_a_format_joins_share_one_rank(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize(("turned", "which"), [(False, "tuned"), (True, "base")])
+def test_checkpoints_of_two_models_are_not_compared(tmp_path, capsys, turned, which):
+    tensors = {name: value for name, value in golden(FAMILIES["flux"]).items() if "guidance_in" not in name}
+    save_file(tensors, tmp_path / "schnell.safetensors")
+    files = [str(golden_path(FAMILIES["flux"])), str(tmp_path / "schnell.safetensors")]
+    words = ["extract", *(files[::-1] if turned else files), "--rank", "4", "--model", "flux"]
+    assert main([*words, "--out", str(tmp_path / "a.safetensors")]) == 2
+    assert f"the {which} checkpoint lacks denoiser:time_text_embed.guidance" in capsys.readouterr().err
+
+
 def test_checkpoints_without_a_difference_are_told(tmp_path, capsys):
     base = str(golden_path(FAMILIES["flux"]))
     words = ["extract", base, base, "--rank", "4", "--model", "flux", "--out", str(tmp_path / "a.safetensors")]

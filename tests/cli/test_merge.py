@@ -135,6 +135,14 @@ def test_a_file_of_another_model_is_refused(out, capsys):
     assert "holds no weights of this model" in capsys.readouterr().err
 
 
+def test_a_base_of_scaled_weights_is_refused(out, tmp_path, capsys):
+    tensors = golden(BASE) | {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(())}
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    words = ["merge", path(LORA), "--base", str(tmp_path / "scaled.safetensors"), "--model", "flux"]
+    assert main([*words, "--out", str(out)]) == 2
+    assert "these are scaled 8-bit weights" in capsys.readouterr().err
+
+
 def test_an_encoder_of_the_model_is_recognised(out, tmp_path):
     clip = tmp_path / "clip_l.safetensors"
     save_file(random_tensors(clip_shapes(width=20, layers=1, projection=None), torch.Generator()), clip)

@@ -14,6 +14,7 @@ from tuner.cli.files import (
     add_output_arguments,
     add_size_arguments,
     model_names,
+    network_metadata,
     new_file,
     shown_progress,
 )
@@ -74,9 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     ranks = [layer.rank for layer in found.layers]
     metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks)) if len(set(ranks)) == 1 else "Dynamic",
-        "ss_network_alpha": str(max(ranks)) if len(set(ranks)) == 1 else "Dynamic",
+        **network_metadata(ranks),
         "ss_training_comment": f"extracted from two checkpoints, {found.kept:.4f} of the squared norm kept",
     }
     save_adapter(found.tensors, fmt, target, metadata, dtype_by_name(arguments.dtype))

@@ -69,6 +69,12 @@ def model_names(name: str | None) -> ModelNames:
     return ModelNames(chosen, catalog.load(entry, "descriptor", descriptor.key_maps), weights)
 
 
+def network_metadata(ranks: list[int]) -> dict[str, str]:
+    """What other tools look for in an adapter; alpha is the rank in everything that is made here."""
+    rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
+    return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+
+
 def new_file(text: str, *, overwrite: bool, sources: list[Path]) -> Path:
     """The file to write. UsageError when it exists, or is one of those that are read."""
     path = Path(text)

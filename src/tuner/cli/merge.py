@@ -18,6 +18,7 @@ from tuner.cli.files import (
     add_output_arguments,
     add_size_arguments,
     model_names,
+    network_metadata,
     new_file,
     shown_progress,
 )
@@ -150,8 +151,9 @@ def _into_one(
     layers: list[Layer] = []
     if wanted is not None:
         tensors, layers, _ = resized(tensors, fmt, wanted)
-    save_adapter(tensors, fmt, target, metadata, dtype_by_name(arguments.dtype or "fp32"))
     ranks = ranks_of(tensors, fmt)
+    metadata = {**metadata, **network_metadata(ranks)}
+    save_adapter(tensors, fmt, target, metadata, dtype_by_name(arguments.dtype or "fp32"))
     kept = kept_share(layers) if layers else 1.0
     told = {"path": str(target), "format": fmt.name, "modules": len(ranks), "max_rank": max(ranks), "kept": kept}
     if arguments.json:

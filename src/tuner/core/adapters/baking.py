@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tuner.core.adapters.bases import read_one
-from tuner.core.adapters.checkpoints import assembled, file_beside, members
+from tuner.core.adapters.checkpoints import file_beside, joined, members
 from tuner.core.adapters.formats import modules_of, parts_of
 from tuner.core.adapters.merging import Addition, added, refuse_bias
 from tuner.core.adapters.streams import FILE_NAMES, Planned, copied, silent, write_tensors
@@ -169,14 +169,17 @@ def _changes_leaf(name: str, changes: Changes) -> bool:
 
 
 def _changed(info: TensorInfo, stored: StoredTensor, changes: Changes, dtype: torch.dtype) -> Tensor:
-    parts: dict[str, Tensor] = {}
-    for name, value in zip(stored.names, members(read_one(info), stored), strict=True):
-        parts[name] = value
-        if _changes_leaf(name, changes):
-            module, _, leaf = name.rpartition(".")
-            component, _, path = module.partition(":")
-            parts[name] = added(value, leaf, component, path, changes[module])
-    return assembled(parts, stored, dtype)
+    values = zip(stored.names, members(read_one(info), stored), strict=True)
+    # One by one: beside the result only one part is in memory in float32.
+    return joined((_member(name, value, changes) for name, value in values), info.shape, stored, dtype)
+
+
+def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
+    if not _changes_leaf(name, changes):
+        return value
+    module, _, leaf = name.rpartition(".")
+    component, _, path = module.partition(":")
+    return added(value, leaf, component, path, changes[module])
 
 
 def _cast(info: TensorInfo, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ frozen components. Tensors are written one by one, so that memory holds one of t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,10 +164,15 @@ def assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.
     """
     parts = [tensors[name] for name in stored.names]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
+    return joined(parts, shape, stored, dtype)
+
+
+def joined(parts: Iterable[Tensor], shape: tuple[int, ...], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The same from parts that may be made one after the other."""
     value = torch.empty(shape, dtype=dtype)
     start = 0
     for part in parts:
-        rows = value.narrow(0, start, part.shape[0]) if len(parts) > 1 else value
+        rows = value.narrow(0, start, part.shape[0]) if len(stored.names) > 1 else value
         if stored.exchange:
             for target, half in zip(rows.chunk(2), part.chunk(2)[::-1], strict=True):
                 target.copy_(half)

@@ -35,7 +35,12 @@ def merged_weight(weight: Tensor, parts: Parts, strength: float = 1.0) -> Tensor
     flat = weight.detach().float().reshape(weight.shape[0], -1) if kind != "norms" else weight.detach().float()
     values = {name: value.detach().float() for name, value in parts.items()}
     try:
-        changed = flat + DELTAS[kind](flat, values, strength)
+        if kind == "lora":
+            # In one operation: the product, which is as large as the weight, is never held.
+            scale = strength * float(parts["alpha"]) / parts["down"].shape[0]
+            changed = torch.addmm(flat, values["up"].flatten(1), values["down"].flatten(1), alpha=scale)
+        else:
+            changed = flat + DELTAS[kind](flat, values, strength)
     except RuntimeError as error:
         shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in parts.items())
         raise UsageError(

@@ -70,11 +70,7 @@ def extract(
     for number, (name, place) in enumerate(modules):
         names = [f"{place.component}:{path}.weight" for path in place.paths]
         used.update(names)
-        values = [
-            tuned.read(each).to(device, torch.float32) - base.read(each).to(device, torch.float32) for each in names
-        ]
-        delta = torch.cat(values) if len(values) > 1 else values[0]
-        del values
+        delta = _delta(base, tuned, names, device)
         if bool(delta.any()):
             found = factors_of(delta.flatten(1), wanted)
             held += found.norm**2 * found.kept
@@ -106,6 +102,16 @@ def extract(
         rest=tuple(rest),
         kept=held / total,
     )
+
+
+def _delta(base: Parameters, tuned: Parameters, names: Sequence[str], device: str) -> Tensor:
+    """What was learned in some matrices, one below the other, in float32: the only copy that is made."""
+    shapes = [base.shape(name) for name in names]
+    delta = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), device=device)
+    for rows, name in zip(torch.split(delta, [shape[0] for shape in shapes]), names, strict=True):
+        rows.copy_(tuned.read(name))
+        rows.sub_(base.read(name).to(device))
+    return delta
 
 
 def _modules(
@@ -152,9 +158,14 @@ def _same_sizes(base: Parameters, tuned: Parameters, both: Collection[str]) -> N
             "the checkpoints are of different models",
             why=f"{different} has shape {list(base.shape(different))} and {list(tuned.shape(different))}",
         )
-    missing = sorted({name for name in base if name not in tuned and name.startswith("denoiser:")})
-    if missing:
-        raise UsageError("the tuned checkpoint is not complete", why=f"it lacks {missing[0]}")
+    for one, other, which in ((base, tuned, "tuned"), (tuned, base, "base")):
+        missing = sorted(name for name in one if name not in other and name.startswith("denoiser:"))
+        if missing:
+            raise UsageError(
+                f"the {which} checkpoint lacks {missing[0]}",
+                why=f"{len(missing)} tensors of the other are not in it",
+                fix="compare checkpoints of one model",
+            )
 
 
 def _difference(base: Parameters, tuned: Parameters, name: str) -> float:

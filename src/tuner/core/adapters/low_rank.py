@@ -17,6 +17,8 @@ EXACT_SIDE = 512
 OVERSAMPLING = 16
 PASSES = 4
 """Power iterations: weights' differences have singular values that fall slowly."""
+NORM_ROWS = 1024
+"""Rows at a time for sums in double precision."""
 SEED = 20110
 
 
@@ -68,7 +70,7 @@ def factors_of(matrix: Tensor, wanted: Wanted) -> Factors:
     Large matrices use random projections with a fixed seed, doubled until the energy is reached: the same matrix gives
     the same factors.
     """
-    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    total = sum(float(rows.double().square().sum()) for rows in torch.split(matrix, NORM_ROWS))
     side = min(matrix.shape)
     size = side if wanted.rank is None and wanted.energy == 1 else (wanted.rank or 64) + OVERSAMPLING
     while True:

@@ -14,7 +14,7 @@ from tuner.core.config.document import merged
 from tuner.core.errors import UsageError
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Entry, model_schema, preset_names, read_preset
 from tuner.core.registry.ownership import hook_problems
-from tuner.core.types import KeyMaps, ModelPlugin
+from tuner.core.types import KeyMaps, ModelPlugin, WeightMaps
 
 _COMPLETE: Mapping[str, Any] = {
     "model": {"path": "weights.safetensors"},
@@ -60,6 +60,12 @@ def _maps(catalog: Catalog, entry: Entry, model: ModelPlugin) -> Iterator[str]:
         yield f"{model.key_maps} is not a KeyMaps"
     elif maps.format(maps.default) is None:
         yield f"the default adapter format {maps.default!r} is not among its formats"
+    if model.weight_maps is not None:
+        weights = catalog.load(entry, "descriptor", model.weight_maps)
+        if not isinstance(weights, WeightMaps):
+            yield f"{model.weight_maps} is not a WeightMaps"
+        elif "denoiser" not in weights.prefixes or "denoiser" not in weights.folders:
+            yield "its WeightMaps do not say where the denoiser is"
 
 
 def _presets(catalog: Catalog, entry: Entry) -> Iterator[str]:
