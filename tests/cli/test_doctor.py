@@ -72,7 +72,8 @@ def test_what_is_redacted() -> None:
     value: dict[str, Any] = {
         "api_key": "x1", "token": "t", "max_tokens": {"t5": 512}, "prompts": ["a", "b"], "enabled": True,
         "path": "/srv/data/hero.safetensors", "url": "https://jane:pw@host.example/x",
-        "note": "read /srv/data/a.png with hf_0123456789abcdefghij", "steps": 4, "captions": {"prefix": "me", "from": "file"},
+        "note": "read /srv/data/a.png with hf_0123456789abcdefghij",
+        "steps": 4, "captions": {"prefix": "me", "from": "file"},
     }  # fmt: skip
     assert redacted(value) == {
         "api_key": REMOVED, "token": REMOVED, "max_tokens": {"t5": 512}, "prompts": REMOVED, "enabled": True,
