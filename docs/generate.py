@@ -273,7 +273,7 @@ CLI_INTRO = """\
 `tuner` and `python -m tuner` are the same. `tuner --version` prints the version, `tuner COMMAND --help` the help.
 
 Exit codes: 0 done, 2 something has to be changed first (the message says what), 3 done, but part of what was asked for
-is left out (`config import`), 130 interrupted.
+is left out (`config import`) or some of several runs failed (`train`), 130 interrupted.
 """
 
 

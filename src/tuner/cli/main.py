@@ -22,6 +22,7 @@ COMMANDS = {
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "explain": "what a key means, or where every value of a configuration comes from",
     "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",
+    "report": "what runs came to: losses, speed, memory, and settings that differ",
     "plugins": "list, install, check and write models and extensions",
 }
 

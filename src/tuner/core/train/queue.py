@@ -119,11 +119,14 @@ def _row(
 def _steps_done(run: QueuedRun) -> int | None:
     """The steps of a run that finished at the length it is to have; None for any other."""
     ends, config = _ends(run.folder), run.folder / CONFIG
-    if not ends or ends[-1].get("reason") != "finished" or not config.is_file():
+    finished = [end for end in ends if end.get("reason") == "finished" and isinstance(end.get("steps"), int)]
+    if not finished or not config.is_file():
         return None
     train = json.loads(config.read_text(encoding="utf-8")).get("train", {})
-    steps = ends[-1].get("steps")
-    return steps if (train.get("steps"), train.get("epochs")) == run.length and isinstance(steps, int) else None
+    steps = int(finished[-1]["steps"])
+    # A length in epochs says nothing of steps; then the run has to have ended that way.
+    whole = ends[-1] is finished[-1] if run.length[0] is None else steps >= run.length[0]
+    return steps if whole and (train.get("steps"), train.get("epochs")) == run.length else None
 
 
 def _ends(folder: Path) -> list[dict[str, Any]]:
