@@ -41,17 +41,23 @@ end("finished")
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> Callable[..., list[tuple[str, str, int | None, int | None]]]:
-    """A function from names of runs to (name, result, exit code, steps) of each, with a stand-in for the program."""
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that leaves what a run leaves, at once."""
     script = tmp_path / "program.py"
     script.write_text(PROGRAM, encoding="utf-8")
+    monkeypatch.setattr("tuner.core.train.queue.PROGRAM", (sys.executable, str(script)))
+
+
+@pytest.fixture
+def queue(tmp_path: Path, stand_in: None) -> Callable[..., list[tuple[str, str, int | None, int | None]]]:
+    """A function from names of runs to (name, result, exit code, steps) of each, with a stand-in for the program."""
 
     def run(*names: str, **options: Any) -> list[tuple[str, str, int | None, int | None]]:
         runs = [
             QueuedRun(config=str(tmp_path / f"{name}.json"), folder=tmp_path / name, length=(5, None)) for name in names
         ]
         options = {"keep_going": False} | options
-        rows = run_queue(runs, ["--set", "train.seed=1"], program=[sys.executable, str(script)], **options)
+        rows = run_queue(runs, ["--set", "train.seed=1"], **options)
         return [(Path(row.config).stem, row.result, row.code, row.steps) for row in rows]
 
     return run
@@ -93,15 +99,29 @@ def write(make_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Write: 
     return to_file
 
 
-def test_real_runs_are_summed_up_and_a_failure_makes_the_exit_code_3(
+def test_a_failure_makes_the_exit_code_3_and_the_table_tells_which(
+    stand_in: None, write: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = write("bad"), write("good", train__steps=5)
+    assert main(["train", bad, good, "--keep-going"]) == 3
+    rows = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert [bad, "failed", "2", "-"] in [row[:4] for row in rows]
+    assert [good, "finished", "0", "5"] in [row[:4] for row in rows]
+    assert main(["train", bad, good, "--json"]) == 3
+    assert [row["result"] for row in json.loads(capfd.readouterr().out)] == ["failed", "not started"]
+
+
+def test_real_runs_have_their_own_processes_and_those_that_finished_are_passed_over(
     write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bad = write("bad", network__init_from=str(tmp_path / "nothing.safetensors"))
-    good = write("good")
-    assert main(["train", bad, good, "--keep-going", "--json", "--set", "train.seed=5"]) == 3
+    first, second = write("first"), write("second")
+    assert main(["train", first, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["steps"], found["reason"], len(found["files"])) == (1, "finished", 1)
+    assert main(["train", first, second, "--set", "train.seed=5", "--json", "--resume"]) == 0
     rows = json.loads(capfd.readouterr().out)
-    assert [(row["result"], row["code"], row["steps"]) for row in rows] == [("failed", 2, None), ("finished", 0, 1)]
-    resolved = json.loads((tmp_path / "good" / "config.resolved.json").read_text(encoding="utf-8"))
+    assert [(row["result"], row["code"], row["steps"]) for row in rows] == [("finished", None, 1), ("finished", 0, 1)]
+    resolved = json.loads((tmp_path / "second" / "config.resolved.json").read_text(encoding="utf-8"))
     assert resolved["train"]["seed"] == 5
 
 
@@ -117,9 +137,3 @@ def test_what_cannot_work_is_told_before_the_first_run(
     assert main(["train", good, "--keep-going"]) == 2
     assert main(["train", good, twin, "--dry-run"]) == 2
     assert not (tmp_path / "good").exists()
-
-
-def test_how_a_single_run_ended_is_told_as_json(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", write("one"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["steps"], found["reason"], len(found["files"])) == (1, "finished", 1)

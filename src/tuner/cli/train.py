@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tuner.cli.console import heading, out, out_json, table
+from tuner.cli.console import heading, out, out_json, result_alone, table
 from tuner.cli.settings import add_setting_options, load
 from tuner.core.errors import UsageError
 
@@ -49,26 +49,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(raw: RawConfig, resume: str | None, *, as_json: bool) -> int:
-    from rich import reconfigure
-
     from tuner.core.train.logs import set_up_logging
     from tuner.core.train.run import train
 
     set_up_logging(raw)
 
-    if not as_json:
+    with result_alone(as_json):
         summary = train(raw, resume=resume)
-        done = "finished" if summary.reason == "finished" else f"{summary.reason}, to go on add --resume"
-        out(f"{done}: step {summary.steps}, {summary.seconds:.0f} s, {summary.folder}")
-        for path in summary.files:
-            out(f"adapter: {path}")
+    if as_json:
+        out_json(asdict(summary))
         return 0
-    reconfigure(stderr=True)
-    try:
-        summary = train(raw, resume=resume)
-    finally:
-        reconfigure(stderr=False)
-    out_json(asdict(summary))
+    done = "finished" if summary.reason == "finished" else f"{summary.reason}, to go on add --resume"
+    out(f"{done}: step {summary.steps}, {summary.seconds:.0f} s, {summary.folder}")
+    for path in summary.files:
+        out(f"adapter: {path}")
     return 0
 
 
@@ -91,7 +85,9 @@ def _queue(arguments: argparse.Namespace) -> int:
         if value := getattr(arguments, option):
             options += [f"--{option}", value]
     rows = []
-    for row in run_queue(runs, options, keep_going=arguments.keep_going, output=sys.stderr if arguments.json else None):
+    output = sys.stderr if arguments.json else None
+    resume = arguments.resume is not None
+    for row in run_queue(runs, options, keep_going=arguments.keep_going, resume=resume, output=output):
         rows.append(row)
         if row.result != "not started" and not arguments.json:
             heading(f"{len(rows)} of {len(runs)}: {row.config} {row.result}")

@@ -22,6 +22,7 @@ from tuner.core.track.events import read_events
 from tuner.core.train.folder import CONFIG
 
 PROGRAM = (sys.executable, "-m", "tuner")
+"""What is called for each run."""
 Result = Literal["finished", "failed", "interrupted", "not started"]
 
 
@@ -80,12 +81,11 @@ def run_queue(
     keep_going: bool,
     resume: bool = False,
     output: IO[str] | None = None,
-    program: Sequence[str] = PROGRAM,
 ) -> Iterator[QueueRow]:
     """Run ``tuner train`` for each and yield how it ended, in order.
 
     options: given to each. keep_going: go on after a failure. resume: go on with what did not finish; runs that did are
-    passed over. output: where the standard output of the runs goes, None for this one's. program: what is called.
+    passed over. output: where the standard output of the runs goes, None for this one's.
     A signal ends the queue after the run at hand, which saves and stops as it would alone.
     """
     stopped = False
@@ -97,7 +97,7 @@ def run_queue(
                 yield _row(run, "finished" if done is not None else "not started", steps=done)
                 continue
             started, before = time.monotonic(), len(_ends(run.folder))
-            process = subprocess.Popen([*program, "train", run.config, *options], stdout=output)
+            process = subprocess.Popen([*PROGRAM, "train", run.config, *options], stdout=output)
             with process, signals.passed_to(process):
                 code = process.wait()
             ends = _ends(run.folder)[before:]
