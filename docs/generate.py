@@ -251,7 +251,7 @@ def _listed(block: str) -> str:
 
 def cli_page() -> str:
     """Usage, arguments and options of every command."""
-    from tuner.cli.main import COMMANDS
+    from tuner.cli.main import COMMANDS, command_parser
 
     parts = [NOTE, "# Command line\n", CLI_INTRO]
     for name in COMMANDS:
@@ -273,17 +273,8 @@ CLI_INTRO = """\
 `tuner` and `python -m tuner` are the same. `tuner --version` prints the version, `tuner COMMAND --help` the help.
 
 Exit codes: 0 done, 2 something has to be changed first (the message says what), 3 done, but part of what was asked for
-is left out (`config import`), 130 interrupted.
+is left out (`config import`) or some of several runs failed (`train`), 130 interrupted.
 """
-
-
-def command_parser(name: str) -> argparse.ArgumentParser:
-    """The argument parser of one command, as the program builds it."""
-    from tuner.cli.main import Parser
-
-    parser = Parser(prog=f"tuner {name}")
-    importlib.import_module(f"tuner.cli.{name}").add_arguments(parser)
-    return parser
 
 
 def _command(usage: str, parser: argparse.ArgumentParser) -> Iterator[str]:

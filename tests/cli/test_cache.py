@@ -115,6 +115,11 @@ def test_prune_lists_first_and_removes_only_what_is_ours_and_unused(
     assert "there is nothing to remove" in capsys.readouterr().out
 
 
+def test_encoding_ahead_is_told_as_json_and_nothing_else(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", write(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"images": 6, "validation_images": 0}
+
+
 def test_what_the_run_itself_needs_is_never_pruned(
     write: Write, cache_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Project
+from tests.cli.test_report import make_run
 from tests.core.registry.toys import Site
 from tests.helpers import no_network
 from tuner.cli.main import main
+from tuner.core.lifecycle import machine
 from tuner.core.lifecycle.bundle import REMOVED, redacted
 from tuner.core.lifecycle.machine import asks_for_other_torch, import_error, packages
 
@@ -20,6 +22,13 @@ from tuner.core.lifecycle.machine import asks_for_other_torch, import_error, pac
 @pytest.fixture(autouse=True)
 def in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def few_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the extras of this environment would take seconds each."""
+    find = machine.find_spec
+    monkeypatch.setattr(machine, "find_spec", lambda name: find(name) if name == "xformers" else None)
 
 
 def foreign_xformers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +54,8 @@ def test_faults_come_with_what_mends_them_and_the_bundle_keeps_secrets(
         sample={"prompts": ["a very private dragon"], "negative": "my neighbour"},
         checkpoint={"metadata": {"author": "Jane Roe"}},
     )
-    assert main(["doctor", config, "--bundle", "report.zip", "--json"]) == 0
+    make_run("earlier", rank=4, losses=[0.5], deltas=[])
+    assert main(["doctor", config, "--bundle", "report.zip", "--run", "earlier", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     faults = {each["what"]: each["fix"] for each in found["faults"]}
     text = "\n".join(faults)
@@ -58,7 +68,9 @@ def test_faults_come_with_what_mends_them_and_the_bundle_keeps_secrets(
 
     with zipfile.ZipFile("report.zip") as archive:
         parts = {name: archive.read(name).decode() for name in archive.namelist()}
-    assert set(parts) == {"README.txt", "doctor.json", "packages.json", "config.json"} == set(found["bundle"]["files"])
+    run = {"run/config.resolved.json", "run/manifest.json", "run/events.jsonl"}
+    assert set(parts) == {"README.txt", "doctor.json", "packages.json", "config.json"} | run
+    assert set(parts) == set(found["bundle"]["files"])
     whole = "\n".join(parts.values())
     for secret in ("hf_abc", "dragon", "neighbour", "Jane", str(tmp_path), str(Path.home())):
         assert secret not in whole
@@ -72,7 +84,8 @@ def test_what_is_redacted() -> None:
     value: dict[str, Any] = {
         "api_key": "x1", "token": "t", "max_tokens": {"t5": 512}, "prompts": ["a", "b"], "enabled": True,
         "path": "/srv/data/hero.safetensors", "url": "https://jane:pw@host.example/x",
-        "note": "read /srv/data/a.png with hf_0123456789abcdefghij", "steps": 4, "captions": {"prefix": "me", "from": "file"},
+        "note": "read /srv/data/a.png with hf_0123456789abcdefghij",
+        "steps": 4, "captions": {"prefix": "me", "from": "file"},
     }  # fmt: skip
     assert redacted(value) == {
         "api_key": REMOVED, "token": REMOVED, "max_tokens": {"t5": 512}, "prompts": REMOVED, "enabled": True,
@@ -91,3 +104,6 @@ def test_a_package_that_works_and_one_that_is_not_there_are_no_faults() -> None:
 def test_a_run_folder_is_needed_for_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--run", "x"]) == 2
     assert "--run is for --bundle" in capsys.readouterr().err
+    assert main(["doctor", "--bundle", "x.zip", "--run", str(tmp_path)]) == 2
+    assert "this is not a run folder" in capsys.readouterr().err
+    assert not (tmp_path / "x.zip").exists()

@@ -7,8 +7,7 @@ import shlex
 import pytest
 
 from tests.docs.pages import Block, blocks
-from tests.docs.test_reference import GENERATOR
-from tuner.cli.main import COMMANDS
+from tuner.cli.main import COMMANDS, command_parser
 from tuner.core.config.document import merged
 from tuner.core.config.jsonc import parse
 from tuner.core.errors import UsageError
@@ -52,9 +51,9 @@ def test_a_command_is_accepted_by_its_parser(words: list[str]) -> None:
     if command in ("--help", "--version") or rest == ["--help"]:
         return
     assert command in COMMANDS
-    GENERATOR.command_parser(command).parse_args(rest)
+    command_parser(command).parse_args(rest)
 
 
 def test_a_wrong_command_would_be_noticed() -> None:
     with pytest.raises(UsageError, match="unrecognized arguments"):
-        GENERATOR.command_parser("train").parse_args(["config.json", "--ghost"])
+        command_parser("train").parse_args(["config.json", "--ghost"])

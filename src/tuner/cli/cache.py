@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.cli.console import error, heading, out, out_json, table, warn
+from tuner.cli.console import error, heading, out, out_json, result_alone, table, warn
 from tuner.cli.settings import add_setting_options, load
 from tuner.core.errors import UsageError
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting_options(parser)
     parser.add_argument("--dir", metavar="DIR", help="info, verify: the cache folder, when no configuration names it")
     parser.add_argument("--yes", action="store_true", help="prune: remove without asking")
-    parser.add_argument("--json", action="store_true", help="info, verify, prune: print the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(command="cache")
 
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     words: list[str] = arguments.what
     if words and words[0] in ACTIONS:
         return {"info": _info, "verify": _verify, "prune": _prune}[words[0]](arguments, words[1:])
-    for name in ("dir", "yes", "json"):
+    for name in ("dir", "yes"):
         if getattr(arguments, name):
             raise UsageError(f"--{name} is for info, verify and prune", fix=f"tuner cache info --{name}")
     if len(words) > 1:
@@ -47,7 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     set_up_logging(raw)
 
-    plan = cache_only(raw)
+    with result_alone(arguments.json):
+        plan = cache_only(raw)
+    if arguments.json:
+        out_json({"images": plan.images, "validation_images": plan.validation_images})
+        return 0
     out(f"cached: {plan.images} images for training, {plan.validation_images} held out")
     return 0
 

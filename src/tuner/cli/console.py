@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 _RED, _YELLOW, _BOLD, _OFF = "\x1b[31m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
@@ -68,6 +69,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def colours(stream: TextIO) -> bool:
     """Whether to colour: a terminal, and no ``NO_COLOR`` (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def result_alone(wanted: bool) -> Iterator[None]:
+    """Inside, progress goes to standard error when ``wanted``, so that standard output holds the result and no more."""
+    if not wanted:
+        yield
+        return
+    from rich import reconfigure
+
+    reconfigure(stderr=True)
+    try:
+        yield
+    finally:
+        reconfigure(stderr=False)
 
 
 def _labelled(label: str, colour: str, text: str) -> None:

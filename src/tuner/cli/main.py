@@ -28,7 +28,9 @@ COMMANDS = {
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "explain": "what a key means, or where every value of a configuration comes from",
     "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",
+    "report": "what runs came to: losses, speed, memory, and settings that differ",
     "plugins": "list, install, check and write models and extensions",
+    "completion": "a script that completes commands, options, keys and presets in bash, zsh or fish",
 }
 
 
@@ -61,11 +63,17 @@ def _run(name: str, arguments: list[str]) -> int:
         guess = get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean 'tuner {guess[0]}'?" if guess else "tuner --help lists the commands"
         raise UsageError(f"there is no command {name!r}", fix=fix)
+    parser = command_parser(name)
+    code: int = importlib.import_module(f"tuner.cli.{name}").run(parser.parse_args(arguments))
+    return code
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The arguments of one command."""
     module = importlib.import_module(f"tuner.cli.{name}")
     parser = Parser(prog=f"tuner {name}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter)
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(arguments))
-    return code
+    return parser
 
 
 class Parser(argparse.ArgumentParser):

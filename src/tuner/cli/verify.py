@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tuner.cli.console import out, out_json, table
+from tuner.cli.console import out, out_json, result_alone, table
 from tuner.cli.settings import add_config_arguments, load
 
 
@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tuner.core.train.verify import verify
 
     set_up_logging(raw)
-    found = verify(raw)
+    with result_alone(arguments.json):
+        found = verify(raw)
     if arguments.json:
         out_json(found.as_dict())
         return 0 if found.ok else 1

@@ -16,6 +16,7 @@ from tuner.core.config.planned import SECRETS
 from tuner.core.errors import UsageError
 from tuner.core.lifecycle.doctor import Diagnosis
 from tuner.core.lifecycle.machine import all_packages
+from tuner.core.track.events import read_events
 from tuner.core.track.page import hide_folders
 
 REMOVED = "(removed)"
@@ -106,23 +107,10 @@ def _run_parts(run: Path) -> dict[str, tuple[str, str]]:
     for name, what in (("config.resolved.json", "the run's settings"), ("manifest.json", "the run's versions")):
         if (run / name).is_file():
             parts[f"run/{name}"] = (what, _text(json.loads((run / name).read_text(encoding="utf-8"))))
-    events = run / "events.jsonl"
-    if events.is_file():
-        lines = events.read_text(encoding="utf-8", errors="replace").splitlines()[-EVENTS:]
-        told = "\n".join(json.dumps(redacted(event), ensure_ascii=False) for event in _parsed(lines))
+    if events := read_events(run / "events.jsonl")[-EVENTS:]:
+        told = "\n".join(json.dumps(redacted(event), ensure_ascii=False) for event in events)
         parts["run/events.jsonl"] = (f"the last {EVENTS} events of the run", told + "\n")
     return parts
-
-
-def _parsed(lines: list[str]) -> list[Any]:
-    """The events; a line that a crash cut off is left out."""
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _text(value: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tuner.core.atomic import write_text
 from tuner.core.track.charts import Band, Line, line_chart, smoothed
-from tuner.core.track.events import read_events, without_redone
 from tuner.core.track.page import details, flattened, hide_folders, page, picture, section, table, tiles
 from tuner.core.track.progress import byte_size, duration
+from tuner.core.track.record import RunRecord, read_run
 
 NAME = "report.html"
 MAX_SHEETS = 8
@@ -24,46 +22,16 @@ MAX_ROWS = 2000
 Event = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """What a run folder holds, as far as it is there."""
-
-    folder: Path
-    events: list[dict[str, Any]]
-    ledger: dict[str, Any]
-    config: dict[str, Any]
-    manifest: dict[str, Any]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["kind"] == kind]
-
-    def last(self, kind: str) -> dict[str, Any]:
-        found = self.of(kind)
-        return found[-1] if found else {}
-
-    def state(self) -> str:
-        """How the latest start of the run ended."""
-        ends = [event for event in self.events if event["kind"] in ("run_start", "run_end")]
-        return str(ends[-1].get("reason", "no end recorded")) if ends else "no end recorded"
-
-
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a run folder and return its path; works at any time, also for an unfinished run.
 
     Reads events.jsonl, data.json, config.resolved.json, manifest.json and the contact sheets; a part whose file is
     missing is left out. The page needs no other file, runs no script, and names no folder outside the run.
     """
-    record = _Record(
-        run_dir,
-        without_redone(read_events(run_dir / "events.jsonl")),
-        _read_json(run_dir / "data.json"),
-        _read_json(run_dir / "config.resolved.json"),
-        _read_json(run_dir / "manifest.json"),
-    )
-    name = str(record.last("run_start").get("run") or run_dir.name)
+    record = read_run(run_dir)
     body = "".join(
         (
-            _heading(record, name),
+            _heading(record),
             section("Training", _charts(record)),
             section("Held-out images", _validation(record, "validation")),
             section("Held-out images, averaged weights", _validation(record, "validation_ema")),
@@ -75,32 +43,20 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = run_dir / NAME
-    write_text(path, page(f"{name} - run report", body))
+    write_text(path, page(f"{record.name} - run report", body))
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {"unreadable": f"{path.name} is not JSON"}
-    return value if isinstance(value, dict) else {}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _heading(record: _Record, name: str) -> str:
+def _heading(record: RunRecord) -> str:
     steps = record.of("step")
-    done = max([event["step"] for event in steps], default=0)
     planned = (record.last("run_start").get("plan") or {}).get("total_steps")
-    entries = [("steps", f"{done:,}", f"of {planned:,} planned" if planned else "")]
+    entries = [("steps", f"{record.steps:,}", f"of {planned:,} planned" if planned else "")]
     if steps:
-        seconds = sum(event.get("seconds") or 0.0 for event in steps)
-        entries.append(("time in training steps", duration(seconds), f"{len(steps)} steps recorded"))
-        entries += _numbers(steps)
+        entries.append(("time in training steps", duration(record.seconds), f"{len(steps)} steps recorded"))
+        entries += _numbers(record, steps[-1])
     delta = record.last("validation")
     if delta:
         note = f"95% interval {_signed(delta.get('low'))} to {_signed(delta.get('high'))}"
@@ -121,24 +77,21 @@ def _heading(record: _Record, name: str) -> str:
     resumed = len(record.of("resume"))
     again = f" · resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
     line = f"{escape(str(started))} · {escape(record.state())}{again}"
-    return f'<h1>{escape(name)}</h1><p class="soft">{line}</p>{tiles(entries)}'
+    return f'<h1>{escape(record.name)}</h1><p class="soft">{line}</p>{tiles(entries)}'
 
 
-def _numbers(steps: Sequence[Event]) -> list[tuple[str, str, str]]:
+def _numbers(record: RunRecord, last: Event) -> list[tuple[str, str, str]]:
     entries = []
-    last = steps[-1]
     if last.get("loss_avg") is not None:
         entries.append(("training loss", f"{last['loss_avg']:.4f}", "average of the last epoch"))
-    speeds = sorted(event["images_per_second"] for event in steps if event.get("images_per_second"))
-    if speeds:
-        entries.append(("speed", f"{speeds[len(speeds) // 2]:.2f} images/s", "median over the steps"))
-    memory = max((event.get("memory_bytes") or 0 for event in steps), default=0)
-    if memory:
-        entries.append(("memory", byte_size(memory), "peak on the device"))
+    if record.speed is not None:
+        entries.append(("speed", f"{record.speed:.2f} images/s", "median over the steps"))
+    if record.memory is not None:
+        entries.append(("memory", byte_size(record.memory), "peak on the device"))
     return entries
 
 
-def _charts(record: _Record) -> str:
+def _charts(record: RunRecord) -> str:
     steps = record.of("step")
     rates: dict[str, list[tuple[float, float]]] = {}
     for event in steps:
@@ -156,7 +109,7 @@ def _charts(record: _Record) -> str:
 
 def _noisy_chart(title: str, steps: Sequence[Event], key: str, colour: int, *, zero: bool = False) -> str:
     """A quantity of every step, faint, under its moving average."""
-    points = _points(steps, key)
+    points = points_of(steps, key)
     window = max(10, len(points) // 25)
     lines = [
         Line(name="each step", points=points, style="faint", colour=colour),
@@ -177,7 +130,7 @@ def _rate_lines(rates: Mapping[str, list[tuple[float, float]]]) -> list[Line]:
     ]  # fmt: skip
 
 
-def _validation(record: _Record, kind: str) -> str:
+def _validation(record: RunRecord, kind: str) -> str:
     events = [event for event in record.of(kind) if event.get("delta") is not None]
     if not events:
         return ""
@@ -195,13 +148,12 @@ def _validation(record: _Record, kind: str) -> str:
         verdict = "<p>The interval contains 0: a difference on held-out images is not shown.</p>"
     interval = [(event["step"], event["low"], event["high"]) for event in events
                 if event.get("low") is not None and event.get("high") is not None]  # fmt: skip
+    shuffled = points_of(events, "shuffled_delta")
     over_time = line_chart(
         "Loss with the adapter minus loss without, same noise (below 0 is better)",
         [
-            Line(name="difference", points=_points(events, "delta"), dots=True),
-            Line(
-                name="with another image's caption", points=_points(events, "shuffled_delta"), colour=1, style="dashed"
-            ),
+            Line(name="difference", points=points_of(events, "delta"), dots=True),
+            Line(name="with another image's caption", points=shuffled, colour=1, style="dashed"),
         ],
         bands=[Band(name="95% interval", points=interval)],
         zero=True,
@@ -218,10 +170,10 @@ def _validation(record: _Record, kind: str) -> str:
     return f'{verdict}<div class="charts">{over_time}{by_level}</div>{numbers}'
 
 
-def _samples(record: _Record) -> str:
+def _samples(record: RunRecord) -> str:
     found = []
     for event in record.of("sample"):
-        sheet = _inside(record.folder, event.get("sheet"))
+        sheet = record.inside(event.get("sheet"))
         if sheet is not None:
             found.append((event["step"], sheet))
     if not found:
@@ -236,7 +188,7 @@ def _samples(record: _Record) -> str:
     return f'<p class="soft">Step {step}</p>{last}{older}'
 
 
-def _data(record: _Record) -> str:
+def _data(record: RunRecord) -> str:
     plan, ledger = record.last("run_start").get("plan") or {}, record.ledger
     parts = []
     for key, title in (("sources", "Sources"), ("buckets", "Buckets")):
@@ -265,7 +217,7 @@ def _images(images: Sequence[Event]) -> str:
     return details(f"{len(images):,} images", table(columns, rows, scroll=True) + more)
 
 
-def _timeline(record: _Record) -> str:
+def _timeline(record: RunRecord) -> str:
     rows = [[event["time"], event["kind"], _told(event)] for event in record.events if event["kind"] != "step"]
     return details(f"{len(rows)} events", table(["time", "event", ""], rows, scroll=True)) if rows else ""
 
@@ -287,7 +239,8 @@ def _settings(values: Mapping[str, Any]) -> str:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _points(events: Sequence[Event], key: str) -> list[tuple[float, float]]:
+def points_of(events: Sequence[Event], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the events that have a value under ``key``."""
     return [(event["step"], event[key]) for event in events if event.get(key) is not None]
 
 
@@ -303,11 +256,3 @@ def _images_of(validation: Event) -> int | None:
 
 def _size(value: Any) -> str:
     return f"{value[0]}x{value[1]}" if isinstance(value, list) and len(value) == 2 else ""
-
-
-def _inside(folder: Path, name: Any) -> Path | None:
-    """The named file, if it exists and lies in the folder."""
-    if not isinstance(name, str):
-        return None
-    path = (folder / name).resolve()
-    return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
