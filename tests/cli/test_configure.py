@@ -229,7 +229,7 @@ def test_each_preset_says_what_it_costs_and_is_fitted_to_the_card(
     assert configure(given | {"preset": "balanced"}) == 0
     shown = capsys.readouterr().out
     ways = re.findall(
-        r"  (\w+): rank \d+, \d+ px, \d+ steps; (DOES NOT FIT, needs )?([\d.]+) GB, about ([\d:]+)", shown
+        r"  (\w+): rank \d+, \d+ px, \d+ steps; (DOES NOT FIT, needs )?([\d.]+) GB, about ([\dh ]+) min", shown
     )
     assert [way[0] for way in ways] == ["quick", "balanced", "thorough"]
     assert all(not missed and float(needed) <= 16 for _, missed, needed, _ in ways)
