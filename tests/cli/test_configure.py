@@ -43,6 +43,9 @@ def work(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pictures").mkdir()
     make_pictures(tmp_path / "pictures")
     monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user"))
+    # No card is found here, whatever this computer has: the driver's tool is not on the search path.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
