@@ -209,6 +209,16 @@ def test_a_wrong_answer_is_an_error_that_names_it(
     assert not Path("config.json").exists()
 
 
+def test_a_script_reads_the_result_as_json(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answers.json").write_text(json.dumps(answers("flux")), encoding="utf-8")
+    assert main(["configure", "config.json", "--answers", "answers.json", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["path"], found["new"], found["written"]) == (str(work / "config.json"), True, True)
+    assert found["answers"]["preset"] == "balanced"
+    assert found["plan"]["peak"] > 0 or found["plan"]["host"] > 0
+    assert main(["configure", "config.json", "--json"]) == 2
+
+
 def test_odd_folders_are_described_and_become_settings(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = work / "pictures"
     (pictures / "broken.png").write_bytes(b"no picture")
@@ -249,6 +259,10 @@ def test_each_preset_says_what_it_costs_and_is_fitted_to_the_card(
     Path("config.json").unlink()
     assert configure(given | {"memory": "3GB"}) == 0
     assert capsys.readouterr().out.count("DOES NOT FIT") >= 3
+    Path("config.json").unlink()
+    assert configure(given | {"card": "h200", "memory": "10GB", "preset": "faster"}) == 0
+    assert "base weights in fewer bits" in capsys.readouterr().out
+    assert '// faster here, with slightly different results\n    "denoiser": "int8"' in Path("config.json").read_text()
 
 
 def test_many_models_in_one_folder_are_offered_with_parts_by_content(work: Path) -> None:
