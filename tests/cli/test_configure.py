@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ def work(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pictures").mkdir()
     make_pictures(tmp_path / "pictures")
     monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user"))
+    # No card is found here, whatever this computer has: the driver's tool is not on the search path.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -132,11 +137,13 @@ def test_ctrl_c_leaves_everything_as_it_was(work: Path) -> None:
     assert sorted(path.name for path in work.iterdir()) == before
 
 
-MENUS = ["questionary"] if importlib.util.find_spec("questionary") else []
+def test_a_full_terminal_gets_menus_where_they_are_installed(work: Path) -> None:
+    if importlib.util.find_spec("questionary") is None:
+        with Terminal("configure", "new.json", folder=work) as terminal:
+            terminal.answer("Where are your model files?", "nowhere")
+            terminal.expect("no such file or folder")
+        return
 
-
-@pytest.mark.parametrize("menus", MENUS)
-def test_a_full_terminal_gets_menus(menus: str, work: Path) -> None:
     def line(prompt: str, text: str) -> None:
         terminal.expect(prompt)
         terminal.type(f"{text}\r")
@@ -163,13 +170,17 @@ def test_a_full_terminal_gets_menus(menus: str, work: Path) -> None:
 
 
 def test_a_script_answers_from_a_file(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(16):
+        shutil.copy(work / "pictures" / "0.png", work / "pictures" / f"copy{number}.png")
+        shutil.copy(work / "pictures" / "0.txt", work / "pictures" / f"copy{number}.txt")
     assert configure(answers("flux", card="4090", memory="20GB", prompt="mila on a boat", name="first")) == 0
     shown = capsys.readouterr().out
     assert "plan for NVIDIA GeForce RTX 4090" in shown
-    assert "balanced: rank 16, 64 px, 600 steps; " in shown
+    assert "balanced: rank 16, 64 px, 1600 steps; " in shown
+    assert read()["validate"] == {"split": 0.1}
     written = read()
-    assert written["checkpoint"] == {"every": 100, "dir": "out/first"}
-    assert written["sample"] == {"prompts": ["mila on a boat"], "every": 100, "size": 64}
+    assert written["checkpoint"] == {"every": 200, "dir": "out/first"}
+    assert written["sample"] == {"prompts": ["mila on a boat"], "every": 200, "size": 64}
     text = Path("config.json").read_text(encoding="utf-8")
     assert "// one subject needs few numbers" in text
     assert str(work) not in text
@@ -196,6 +207,16 @@ def test_a_wrong_answer_is_an_error_that_names_it(
     assert configure(given) == 2
     assert told in capsys.readouterr().err
     assert not Path("config.json").exists()
+
+
+def test_a_script_reads_the_result_as_json(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("answers.json").write_text(json.dumps(answers("flux")), encoding="utf-8")
+    assert main(["configure", "config.json", "--answers", "answers.json", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["path"], found["new"], found["written"]) == (str(work / "config.json"), True, True)
+    assert found["answers"]["preset"] == "balanced"
+    assert found["plan"]["peak"] > 0 or found["plan"]["host"] > 0
+    assert main(["configure", "config.json", "--json"]) == 2
 
 
 def test_odd_folders_are_described_and_become_settings(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +250,7 @@ def test_each_preset_says_what_it_costs_and_is_fitted_to_the_card(
     assert configure(given | {"preset": "balanced"}) == 0
     shown = capsys.readouterr().out
     ways = re.findall(
-        r"  (\w+): rank \d+, \d+ px, \d+ steps; (DOES NOT FIT, needs )?([\d.]+) GB, about ([\d:]+)", shown
+        r"  (\w+): rank \d+, \d+ px, \d+ steps; (DOES NOT FIT, needs )?([\d.]+) GB, about ([\dh ]+) min", shown
     )
     assert [way[0] for way in ways] == ["quick", "balanced", "thorough"]
     assert all(not missed and float(needed) <= 16 for _, missed, needed, _ in ways)
@@ -238,6 +259,10 @@ def test_each_preset_says_what_it_costs_and_is_fitted_to_the_card(
     Path("config.json").unlink()
     assert configure(given | {"memory": "3GB"}) == 0
     assert capsys.readouterr().out.count("DOES NOT FIT") >= 3
+    Path("config.json").unlink()
+    assert configure(given | {"card": "h200", "memory": "10GB", "preset": "faster"}) == 0
+    assert "base weights in fewer bits" in capsys.readouterr().out
+    assert '// faster here, with slightly different results\n    "denoiser": "int8"' in Path("config.json").read_text()
 
 
 def test_many_models_in_one_folder_are_offered_with_parts_by_content(work: Path) -> None:
@@ -298,7 +323,7 @@ def test_an_edit_keeps_comments_and_order_shows_the_difference_and_asks(
     trains("config.json", capsys)
 
 
-def test_a_person_changes_the_pictures_on_a_terminal(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_person_changes_the_pictures_on_a_terminal(work: Path) -> None:
     assert configure(answers("flux")) == 0
     path = Path("config.json")
     (work / "pictures").rename(work / "moved")
@@ -315,7 +340,7 @@ def test_a_person_changes_the_pictures_on_a_terminal(work: Path, capsys: pytest.
     assert read()["checkpoint"]["dir"] == "out/second"
     assert read()["data"]["sets"][0]["sources"][0]["captions"] == {"prefix": "mila,"}
     assert path.read_text(encoding="utf-8").startswith("// Written by tuner configure")
-    trains("config.json", capsys)
+    assert main(["check", "config.json"]) == 0
 
 
 def test_another_model_replaces_the_files_of_the_old_one(work: Path) -> None:
@@ -324,6 +349,27 @@ def test_another_model_replaces_the_files_of_the_old_one(work: Path) -> None:
     assert main(["check", "config.json"]) == 0
     assert read()["model"]["family"] == "flux"
     assert set(read()["model"]["text_encoders"]) == {"clip_l", "t5"}
+
+
+def test_a_file_that_leaves_the_model_to_the_command_line_gets_its_name(work: Path) -> None:
+    assert configure(answers("anima")) == 0
+    path = Path("config.json")
+    path.write_text(path.read_text(encoding="utf-8").replace('"family": "anima",', "// from --model"), encoding="utf-8")
+    assert configure({"change": ["goal"], "family": "anima", "goal": "full", "card": "cpu", "write": True}) == 0
+    assert (read()["model"]["family"], read()["train"]["mode"]) == ("anima", "full")
+    assert "// from --model" in path.read_text(encoding="utf-8")
+    assert main(["check", "config.json"]) == 0
+    assert configure({"change": ["goal"], "goal": "concept", "card": "cpu", "write": True}) == 0
+    assert ("mode" in read()["train"], read()["network"]["rank"]) == (False, 16)
+    assert main(["check", "config.json"]) == 0
+
+
+def test_without_anybody_to_ask_it_says_how_to_answer(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("anima\n"))
+    assert main(["configure", "config.json"]) == 2
+    assert "tuner configure --answers FILE" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_configuration_is_told_before_any_question(

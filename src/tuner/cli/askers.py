@@ -20,16 +20,20 @@ ELSEWHERE = object()
 """What stands for a place that is not among the suggestions."""
 
 
-def open_asker(answers: Path | None) -> Asker:
-    """A file when there is one, else whoever suits the terminal."""
+def open_asker(answers: Path | None, *, quiet: bool = False) -> Asker:
+    """A file when there is one, which may answer without a word, else whoever suits the terminal."""
     if answers is not None:
         from tuner.core.wizard.answers import FileAsker, read_answers
 
-        return FileAsker(read_answers(answers), str(answers), out)
+        return FileAsker(read_answers(answers), str(answers), _nothing if quiet else out)
     full = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if full and importlib.util.find_spec("questionary") is not None:
         return QuestionaryAsker()
     return LineAsker()
+
+
+def _nothing(text: str) -> None:
+    """Where the result alone is printed."""
 
 
 class LineAsker:

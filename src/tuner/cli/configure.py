@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.cli.console import heading, out
+from tuner.cli.console import heading, out, out_json
+from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.core.wizard.builder import Outcome
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="the file to write, or to change when it exists")
     parser.add_argument("--answers", metavar="FILE", help="take answers from a JSON file: question to answer")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; goes with --answers")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,7 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     from tuner.core.wizard.create import configure_new
     from tuner.core.wizard.questions import Interview
 
-    interview = Interview(open_asker(Path(arguments.answers) if arguments.answers else None))
+    if arguments.json and not arguments.answers:
+        raise UsageError("--json goes with --answers", why="questions and their answers are not JSON")
+    answers = Path(arguments.answers) if arguments.answers else None
+    interview = Interview(open_asker(answers, quiet=arguments.json))
     target = Path(arguments.config).expanduser() if arguments.config else None
     catalog = Catalog()
     with tempfile.TemporaryDirectory(prefix="tuner-configure-") as scratch:
@@ -36,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             outcome = configure_existing(interview, catalog, target, Path(scratch))
         else:
             outcome = configure_new(interview, catalog, target, Path(scratch))
-    return finish(interview, outcome)
+    return finish(interview, outcome) if not arguments.json else _finish_as_json(interview, outcome)
 
 
 def finish(interview: Interview, outcome: Outcome) -> int:
@@ -49,6 +54,17 @@ def finish(interview: Interview, outcome: Outcome) -> int:
         return 0
     heading(f"\n{outcome.path}")
     out(outcome.text.rstrip() if outcome.before is None else difference(outcome).rstrip())
+    if not _agreed(interview, outcome):
+        out("nothing was written")
+        return 0
+    write(outcome)
+    out(f"{'wrote' if outcome.before is None else 'changed'} {outcome.path}")
+    out(f"next: tuner check {outcome.path}")
+    out(f"then: tuner train {outcome.path}")
+    return 0
+
+
+def _agreed(interview: Interview, outcome: Outcome) -> bool:
     agreed = interview.confirm(
         "write",
         "Write this file?" if outcome.before is None else "Change the file like this?",
@@ -56,11 +72,26 @@ def finish(interview: Interview, outcome: Outcome) -> int:
         default=True if outcome.before is None else None,
     )
     interview.asker.finish()
-    if not agreed:
-        out("nothing was written")
-        return 0
-    write(outcome)
-    out(f"{'wrote' if outcome.before is None else 'changed'} {outcome.path}")
-    out(f"next: tuner check {outcome.path}")
-    out(f"then: tuner train {outcome.path}")
+    return agreed
+
+
+def _finish_as_json(interview: Interview, outcome: Outcome) -> int:
+    from tuner.core.wizard.writing import difference, write
+
+    changed = outcome.text != outcome.before
+    written = changed and _agreed(interview, outcome)
+    if not changed:
+        interview.asker.finish()
+    if written:
+        write(outcome)
+    out_json(
+        {
+            "path": str(outcome.path),
+            "new": outcome.before is None,
+            "written": written,
+            "difference": None if outcome.before is None else difference(outcome),
+            "answers": interview.given,
+            "plan": None if outcome.plan is None else outcome.plan.as_dict(),
+        }
+    )
     return 0

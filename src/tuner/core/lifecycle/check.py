@@ -41,7 +41,7 @@ def _light(catalog: Catalog, entry: Entry) -> Iterator[str]:
     else:
         model = catalog.model(entry.name)
         model_schema(catalog, entry.name)
-        for part in ("files", "detect", "facts"):
+        for part in ("files", "detect", "facts", *(["recognise"] if model.recognise else [])):
             found = catalog.load(entry, "descriptor", getattr(model, part))
             if not callable(found):
                 yield f"{part} of its descriptor is not a function: {getattr(model, part)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -198,6 +199,11 @@ class Builder:
             self.put(("sample", "prompts"), GONE)
             self.put(("sample", "every"), GONE)
 
+    def _is_taken(self, folder: str) -> bool:
+        """Whether there is something in a folder that is named from the configuration's."""
+        place = FilePath(self.base, folder)
+        return place.exists() and (not place.is_dir() or any(place.iterdir()))
+
     def choose_folder(self, suggestion: str) -> None:
         """The name of the run, which is its folder's."""
         before = value_at(self.document, ("checkpoint", "dir"))
@@ -207,12 +213,14 @@ class Builder:
             if not re.fullmatch(r"[\w. -]+", name) or name.startswith("."):
                 raise UsageError("this cannot be the name of a folder", fix="letters, digits, - and _")
             folder = f"out/{name}" if before is None else str(FilePath(before).with_name(name).as_posix())
-            place = FilePath(self.base, folder)
-            if folder != before and place.exists() and (not place.is_dir() or any(place.iterdir())):
-                raise UsageError("there is such a run already", where=str(place), fix="choose another name")
+            if folder != before and self._is_taken(folder):
+                raise UsageError("there is such a run already", where=folder, fix="choose another name")
             return folder
 
         default = suggestion if before is None else FilePath(before).name
+        if before is None and self._is_taken(f"out/{suggestion}"):
+            numbered = (f"{suggestion}-{number}" for number in itertools.count(2))
+            default = next(name for name in numbered if not self._is_taken(f"out/{name}"))
         folder = self.interview.ask(
             Question(id="name", text="What is the training to be called?", read=read, default=default)
         )
@@ -233,7 +241,9 @@ def _summary(settings: Settings, size_at: Path | None) -> str:
 
 def _plan_lines(plan: Plan, card: Card) -> list[str]:
     lines = [f"plan for {plan.device}: {plan.line()}"]
-    lines += [f"  {each.name}: {byte_size(plan.needed(each) or each.host)}" for each in plan.phases]
+    for each in plan.phases:
+        needed = byte_size(plan.needed(each)) if each.device else f"{byte_size(each.host)} of host memory"
+        lines.append(f"  {each.name}: {needed}")
     if card.memory is not None and plan.needed() > card.memory:
         lines.append(f"  this does not fit into {byte_size(card.memory)}")
     return lines + [f"  note: {note}" for note in plan.notes]

@@ -22,9 +22,11 @@ class Card:
 
 def choose_card(interview: Interview) -> Card:
     """The card of this machine, else the one that the user names; and how much of it may be used."""
-    device = _card_here()
+    insists = interview.asker.insists("card")
+    device = None if insists else _card_here()
     if device is None:
-        interview.tell("no graphics card was found here")
+        if not insists:
+            interview.tell("no graphics card was found here")
         device = interview.ask(
             Question(
                 id="card",

@@ -20,7 +20,7 @@ from tuner.core.types import ModelFacts
 from tuner.core.wizard.builder import Builder, Outcome
 from tuner.core.wizard.document import shortened, value_at
 from tuner.core.wizard.goals import best_edge
-from tuner.core.wizard.models import ChosenModel, choose_model
+from tuner.core.wizard.models import ChosenModel, ask_family, choose_model
 from tuner.core.wizard.pictures import ChosenPictures, choose_pictures, look_at_pictures
 from tuner.core.wizard.questions import Interview, Option, Question
 from tuner.core.wizard.reasons import is_own
@@ -66,6 +66,8 @@ class _Edit:
             )
         )
         plan: Plan | None = None
+        if {"model", "goal"} & set(parts):
+            self._name_family()
         if "model" in parts:
             self._model()
         if "pictures" in parts:
@@ -78,6 +80,14 @@ class _Edit:
         if "name" in parts:
             builder.choose_folder("")
         return plan
+
+    def _name_family(self) -> None:
+        """A file that leaves the model to the command line gets its name: nothing about it can be known without."""
+        builder = self.builder
+        if not isinstance(value_at(builder.document, ("model", "family")), str):
+            family = ask_family(builder.interview, builder.catalog)
+            section = value_at(builder.document, ("model",))
+            builder.put(("model",), {"family": family, **(section if isinstance(section, dict) else {})})
 
     def _absolute(self) -> dict[str, Any]:
         """The configuration as it is now, with absolute paths and what it includes."""

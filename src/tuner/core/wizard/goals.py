@@ -124,8 +124,8 @@ def settings_of(
         if was_full:
             for key in ("train.mode", "train.clip_grad", "optimizer.name", "optimizer.fuse", "optimizer.rounding"):
                 found.put(key, GONE)
-        found.put("network.rank", rank, f"{chosen.why}; alpha = rank keeps the learning rate meaning the same")
-        found.put("network.alpha", rank)
+        found.put("network.rank", rank, chosen.why)
+        found.put("network.alpha", rank, "as the rank, so that the learning rate means the same at every rank")
         for key, value in preset.get("network", {}).items():
             if key not in ("rank", "alpha"):
                 found.put(f"network.{key}", value, AS_PRESET)

@@ -101,12 +101,12 @@ def _read(key: AskedKey, raw: Any) -> Any:
     annotation: Any = key.field.annotation
     model = create_model("Answer", value=(annotation, key.field))
     text = str(raw).strip()
-    candidates = (loose_value(text), text)
-    for value in candidates:
+    problem = ""
+    for value in (loose_value(text), text):
         try:
             found = model.model_validate({"value": value}, strict=True)
         except ValidationError as error:
-            problem = error.errors()[0]["msg"]
+            problem = problem or error.errors()[0]["msg"]
         else:
             return found.model_dump(mode="json")["value"]
     raise UsageError(f"this will not do: {problem}", fix=key.field.description)

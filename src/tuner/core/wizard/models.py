@@ -95,15 +95,16 @@ def _no_place(text: str) -> UsageError:
 
 def _from_hub(interview: Interview, catalog: Catalog, place: str, now: Mapping[str, Any] | None) -> FoundModel:
     interview.tell(f"{place}: {_FETCH}")
-    options = tuple(Option(value=entry.name, title=entry.name) for entry in families_of(catalog))
-    known = str((now or {}).get("family", ""))
-    family = interview.choose(
-        "family",
-        "Which model is it?",
-        options,
-        default=known if known in [option.value for option in options] else None,
-    )
+    family = ask_family(interview, catalog, str((now or {}).get("family", "")))
     return FoundModel(family=family, flavour="", path=Path(place))
+
+
+def ask_family(interview: Interview, catalog: Catalog, now: str = "") -> str:
+    """Which of the installed models it is, where no file tells."""
+    names = [entry.name for entry in families_of(catalog)]
+    options = tuple(Option(value=name, title=name) for name in names)
+    only = names[0] if len(names) == 1 else None
+    return interview.choose("family", "Which model is it?", options, default=now if now in names else only)
 
 
 def _one_of(interview: Interview, found: Found, root: Path) -> FoundModel:

@@ -20,6 +20,8 @@ from tuner.core.wizard.questions import NOTHING, Interview, Question, text_or_no
 
 EXTENSIONS = (".txt", ".caption")
 _SHOWN = 5
+_MANY = 300
+"""From so many pictures on the look takes long enough to be announced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ def choose_pictures(interview: Interview, cache: Path, *, now: Mapping[str, Any]
             kind="place",
             text="In which folder are your pictures?",
             help="A text file of the same name beside a picture is its caption.",
-            read=partial(_read_folder, cache),
+            read=partial(_read_folder, interview, cache),
             default=before,
         )
     )
@@ -132,7 +134,7 @@ def look_at_pictures(root: Path, cache: Path, *, recursive: bool = False) -> Pic
     )
 
 
-def _read_folder(cache: Path, raw: Any) -> Pictures:
+def _read_folder(interview: Interview, cache: Path, raw: Any) -> Pictures:
     text = str(raw).strip()
     if not text:
         raise UsageError("a folder is needed")
@@ -140,6 +142,11 @@ def _read_folder(cache: Path, raw: Any) -> Pictures:
     if not root.is_dir():
         raise UsageError("this is no folder" if root.exists() else "there is no such folder", fix="check the path")
     recursive = not _has_pictures(root) and _has_inner_pictures(root)
+    count = sum(
+        path.suffix.lower() in image_extensions() for path in (root.rglob("*") if recursive else root.iterdir())
+    )
+    if count > _MANY:
+        interview.tell(f"looking at {count} pictures: each file is read once")
     return look_at_pictures(root, cache, recursive=recursive)
 
 

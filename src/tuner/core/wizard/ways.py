@@ -13,7 +13,7 @@ from tuner.core.plan.plan import Plan, predict
 from tuner.core.plan.prepare import prepare
 from tuner.core.plan.search import Candidate, fit
 from tuner.core.registry import Catalog
-from tuner.core.track.progress import byte_size, duration
+from tuner.core.track.progress import byte_size
 from tuner.core.wizard.card import Card
 from tuner.core.wizard.goals import PACES, Pace
 from tuner.core.wizard.reasons import FEWER_BITS
@@ -51,7 +51,10 @@ class Way:
 
 
 def _about(seconds: float) -> str:
-    return "less than a minute" if seconds < 60 else f"about {duration(60 * round(seconds / 60))}"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if not hours:
+        return f"about {minutes} min" if minutes else "less than a minute"
+    return f"about {hours} h {minutes} min"
 
 
 def find_ways(

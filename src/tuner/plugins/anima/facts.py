@@ -89,7 +89,9 @@ def recognise(header: Header) -> tuple[str, ...]:
     """Which keys of the ``model`` section a file may be given for, by its names; () for a file of no use here."""
     if "layers.0.self_attn.q_norm.weight" in encoder_names(header):
         return ("text_encoders.qwen3",)
-    if "encoder.conv1.weight" in vae_names.names(header):
+    first = vae_names.names(header).get("encoder.conv1.weight")
+    if first is not None and len(header[first].shape) == 5:
+        # Other families' autoencoders have the same layers without the axis of time.
         return ("vae",)
     return ("llm_adapter",) if "out_proj.weight" in adapter_names(header) else ()
 
