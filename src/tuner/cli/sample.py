@@ -2,7 +2,8 @@
 
 Several strengths and seeds make a grid and a contact sheet. A --prompt may carry flags, as lines of prompt files do:
 --n negative, --w --h size, --d seed, --s steps, --l guidance, --g embedded guidance, --fs shift, --ss sampler.
-Everything that is not given comes from the section 'sample' of CONFIG, then from the model."""
+Everything that is not given comes from the section 'sample' of CONFIG, then from the model; every key of the section
+can be given by --set, such as --set sample.sampler=heun."""
 
 from __future__ import annotations
 
@@ -28,10 +29,6 @@ SETTINGS = {
     "size": ("size", None, "WxH", "width and height in pixels"),
     "steps": ("steps", int, "N", "sampler steps"),
     "cfg": ("cfg", float, "SCALE", "classifier-free guidance; 1 is none"),
-    "cfg_rescale": ("cfg_rescale", float, "SHARE", "0 to 1: take back the contrast that guidance adds"),
-    "guidance": ("embedded_guidance", float, "SCALE", "embedded guidance, for models with that input"),
-    "shift": ("shift", float, "SHIFT", "shift of the noise levels"),
-    "sampler": ("sampler", str, "NAME", "euler or heun"),
 }
 """Option to (key of ``sample``, type, metavar, help). Flags of a prompt win over them."""
 

@@ -32,7 +32,6 @@ _BY_SERVICE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *_KINDS, "norms", "pissa", "loftq", "max-norm", "dropout", "module-dropout",
         ),
         "quantized weights cannot train": ("int8", "int8-arithmetic", "loftq"),
-        "streamed blocks are frozen": ("streamed",),
         "needs the base model": ("preserved",),
         "no program loads": ("text-encoder",),
     },

@@ -272,7 +272,7 @@ def test_captions_over_the_token_limit_are_counted_once_and_never_cut_silently(m
         ({"network__init_from": "nothing.safetensors"}, "no such file"),
         ({"sample__prompts": "nothing.txt"}, "cannot read the prompt file"),
         ({"train__components": ["denoisr"]}, "'denoisr' cannot train"),
-        ({"optimizer__name": "adamm"}, "did you mean 'adamw'?"),
+        ({"optimizer__name": "adamww"}, "did you mean 'adamw'?"),
     ],
     ids=str,
 )

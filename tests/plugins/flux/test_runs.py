@@ -185,8 +185,8 @@ def test_a_run_draws_the_picture_of_its_training_again_bit_by_bit(document, tmp_
     zero, one = drawn(tmp_path / "out", "--adapter-strengths", "0,1")
     assert torch.equal(zero, base) and torch.equal(one, trained)
     assert not torch.equal(zero, one)
-    given = ["--prompt", "a dog --w 64 --h 48 --l 3 --n cat", "--steps", "2", "--guidance"]
-    [same], [other] = (drawn(tmp_path / "out", *given, guidance) for guidance in ("5", "2"))
+    given = ["--prompt", "a dog --w 64 --h 48 --l 3 --n cat", "--steps", "2", "--set"]
+    [same], [other] = (drawn(tmp_path / "out", *given, f"sample.embedded_guidance={scale}") for scale in (5, 2))
     assert torch.equal(same, one)
     assert not torch.equal(other, one)
 

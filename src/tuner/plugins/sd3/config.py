@@ -20,7 +20,10 @@ class SD3Config(ModelConfigBase):
 
     family: Literal["sd3"] = "sd3"
     """Name of this plugin."""
-    flavour: Literal["medium", "3.5-medium", "3.5-large"] | None = None
+    flavour: Annotated[
+        Literal["medium", "3.5-medium", "3.5-large"] | None,
+        Ask(question="Which model is it: SD3 medium, SD3.5 medium or SD3.5 large?", when="missing"),
+    ] = None
     """Variant of the model. Read from the weights when left out; an error when the weights say otherwise."""
     text_encoders: Annotated[
         dict[Literal["clip_l", "clip_g", "t5"], ComponentSource],
