@@ -70,6 +70,15 @@ def test_full_fine_tuning_may_take_its_state_to_the_host():
     assert not {"memory.swap_blocks", "quantize.denoiser"} & dict(found.best.changes).keys()
 
 
+def test_full_fine_tuning_streams_blocks_where_its_weights_do_not_fit():
+    config, facts, work = prepared("anima")
+    full = changed_config(config, {"train.mode": "full", "optimizer.name": "adafactor", "optimizer.fuse": "block"})
+    found = fit(full, facts, work, device_named("4090"), 4.5e9)
+    assert found.fits and dict(found.best.changes)["memory.swap_blocks"] > 0
+    whole = changed_config(full, {"optimizer.name": "prodigy", "optimizer.fuse": "off"})
+    assert "memory.swap_blocks" not in dict(fit(whole, facts, work, device_named("4090"), 4.5e9).best.changes)
+
+
 def test_every_lever_says_what_it_saves_and_costs():
     found = choice("flux", 8)
     assert len(found.why) == len(found.best.changes)
