@@ -104,7 +104,7 @@ def trained_memory(
         block = max(each.parameters for each in costs.blocks) if full else values // count
         one = largest_layer(costs.layers()) if full else block // 2
         gradients = item * min(here, block if optimizer.fuse == "block" else one)
-        sent = min(sent, IN_FLIGHT * item * block)
+        sent = 0
     if streamed:
         gradients += item * streamed / blocks * min(IN_FLIGHT, blocks)
     per_value = state_bytes + (2 if optimizer.rounding == "kahan" else 0)

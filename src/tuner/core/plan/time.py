@@ -59,9 +59,10 @@ def update_seconds(
     update = trained * (12 + 2 * state) / device.bandwidth
     away = trained if config.optimizer.offload else streamed
     update += 2 * away * state / device.link
-    # Weights there and back, gradients there.
-    item = BYTES[config.precision.compute]
-    update += streamed * (2 * item + (4 if config.precision.gradients == "fp32" else item)) / device.link
+    if config.optimizer.fuse == "off":
+        # Weights there and back, gradients there; else weights change where they are, and go back in the backward pass.
+        item = BYTES[config.precision.compute]
+        update += streamed * (2 * item + (4 if config.precision.gradients == "fp32" else item)) / device.link
     return config.train.accumulate * mean + update
 
 
@@ -86,7 +87,7 @@ def batch_seconds(config: RunConfig, costs: CostRules, shape: Shape, device: Dev
     )
     streamed = config.memory.swap_blocks
     loads = max(streamed - SLOTS, 0) * (weights.host / streamed if streamed else 0) / device.link
-    # Copies of what trains are good for one step, and gradients go back while the next blocks come.
+    # Copies of what trains are good for one step; gradients, or weights, go back while the next blocks come.
     whole = weights.host / device.link if streamed_count(config) else 0.0
     offload = 0.0
     if config.memory.offload_activations == "sync":
