@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.core.memory.toy import Model, batch, train
+from tuner.core.config import OptimizerConfig
 from tuner.core.memory import streaming
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 from tuner.core.memory.compiling import CompileSettings, compile_blocks
 from tuner.core.memory.streaming import SLOTS, Streaming, stream_blocks
 from tuner.core.memory.transfers import Slot, Transfers
+from tuner.core.optim import FusedUpdate, Update, build_optimizer
+from tuner.core.types import ParamGroup
 
 CPU = torch.device("cpu")
 
@@ -46,9 +49,10 @@ def both(kind: str, run: Callable[[Model, list[nn.Parameter], bool], list[Tensor
     return equal(*results)
 
 
-@pytest.mark.parametrize("kind", ["all", "biases", "mixed"])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize(
+    ("kind", "level", "count"),
+    [*(("all", level, 7) for level in LEVELS), *(("mixed", level, 2) for level in LEVELS), ("biases", "off", 7)],
+)
 def test_they_train_to_the_same_bits(kind: str, level: str, count: int) -> None:
     def run(model: Model, parameters: list[nn.Parameter], stream: bool) -> list[Tensor]:
         if stream:
@@ -201,17 +205,42 @@ def test_copies_are_loaded_once_for_both_passes() -> None:
     assert streaming.late == 4
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_gradients_are_those_of_compiled_blocks_too() -> None:
-    def run(model: Model, parameters: list[nn.Parameter], stream: bool) -> list[Tensor]:
-        compile_blocks(model, Model.LISTS, CompileSettings(backend="aot_eager"))
-        if stream:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at its inputs
+def test_compiled_blocks_get_the_same_gradients() -> None:
+    results = []
+    for compiled in (False, True):
+        model = Model()
+        parameters = trainable(model, "all")
+        if compiled:
+            compile_blocks(model, Model.LISTS, CompileSettings(backend="aot_eager"))
             streamed(model)
-        apply_checkpointing(model.blocks(), "block" if stream else "off")
-        return train(model, parameters, 2, between=lambda _: looked(model))
+        apply_checkpointing(model.blocks(), "block")
+        results.append(train(model, parameters, 1))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
-    def looked(model: Model) -> None:
-        with torch.no_grad():
-            model(*batch(7))
 
-    assert both("all", run)
+@pytest.mark.parametrize(("passes", "kind", "level"), [(1, "mixed", "off"), (1, "all", "block"), (2, "mixed", "off")])
+def test_updates_inside_the_backward_pass_change_copies_that_go_back(passes: int, kind: str, level: str) -> None:
+    """Of several passes none has whole gradients, so these go to host memory."""
+    moved: list[int] = []
+
+    def run(model: Model, parameters: list[nn.Parameter], stream: bool) -> list[Tensor]:
+        names = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        config = OptimizerConfig(name="lion", lr=1e-3, fuse="block")
+        optimizer = build_optimizer(config, [ParamGroup(name="all", component="denoiser", params=names)], CPU)
+        fused = FusedUpdate(Update(config, optimizer, names, 0), [], clip_value=1e-2)
+        if stream:
+            streaming = streamed(model)
+            streaming.update_in_slots(fused.take)
+            fused.finish = streaming.finish
+            streaming.transfers.fetch = lambda values: moved.append(1) or Transfers.fetch(streaming.transfers, values)  # type: ignore[func-returns-value,method-assign]
+        apply_checkpointing(model.blocks(), level)
+        for step in range(3):
+            loss = sum(model(*batch(2 * step + number)).square().mean() for number in range(passes))
+            with fused.during(step + 1):
+                loss.backward()  # type: ignore[union-attr]
+        assert all(parameter.grad is None for parameter in parameters)
+        return [fused.norm(), *(parameter.detach() for parameter in parameters)]
+
+    assert both(kind, run)
+    assert bool(moved) == (passes > 1)

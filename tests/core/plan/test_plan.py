@@ -121,6 +121,38 @@ def test_full_fine_tuning_counts_weights_gradients_state_and_rounding():
     assert found(optimizer__fuse="parameter")["activations and gradients"] < fused
 
 
+def test_what_trains_in_streamed_blocks_is_counted_in_host_memory():
+    config, facts, work = prepared("anima", memory={"checkpointing": "block"})
+
+    def step(**changes: Any) -> Any:
+        keys = {"train.mode": "full", **{key.replace("__", "."): value for key, value in changes.items()}}
+        return predict(changed_config(config, keys), facts, work, device_named("4090")).phase("step")
+
+    plain, streamed = step(), step(memory__swap_blocks=20)
+    gone = plain.parts["weights"] - streamed.parts["weights"]
+    values = gone / 2
+    assert streamed.parts["optimizer"] == plain.parts["optimizer"] - 8 * values
+    # Weights, gradients and state of what is streamed; three blocks have their gradients on the device for a while.
+    assert streamed.host == pytest.approx(plain.host + (2 + 2 + 8) * values)
+    least = plain.parts["activations and gradients"] - 2 * values
+    assert least < streamed.parts["activations and gradients"] < least + 1.2e9
+    assert step(memory__swap_blocks=20, optimizer__fuse="block").host < streamed.host - values
+    frozen = step(memory__swap_blocks=20, train__components=("llm_adapter",))
+    assert frozen.host == pytest.approx(plain.host + gone)
+
+
+def test_streamed_blocks_that_train_cost_transfers():
+    config, facts, work = prepared("anima", memory={"checkpointing": "block"})
+
+    def seconds(count: int) -> float:
+        changes = {"train.mode": "full", "memory.swap_blocks": count}
+        found = predict(changed_config(config, changes), facts, work, device_named("4090")).seconds
+        assert found is not None
+        return found
+
+    assert seconds(0) < seconds(10) < seconds(20)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [

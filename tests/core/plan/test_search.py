@@ -62,12 +62,19 @@ def test_ways_are_compared_on_a_device_without_known_rates_too():
     assert found.best.changes == choice("anima", 8).best.changes and found.best.plan.seconds is None
 
 
-def test_full_fine_tuning_may_take_its_state_to_the_host():
+def test_full_fine_tuning_takes_blocks_to_the_host_and_at_last_all_of_its_state():
     config, facts, work = prepared("anima")
     full = changed_config(config, {"train.mode": "full", "optimizer.name": "adamw8bit", "optimizer.fuse": "block"})
-    found = fit(full, facts, work, device_named("4090"), 8e9)
+    found = fit(full, facts, work, device_named("4090"), 6e9)
+    assert found.fits and dict(found.best.changes)["memory.swap_blocks"] > 0
+    assert not {"optimizer.offload", "quantize.denoiser"} & dict(found.best.changes).keys()
+    found = fit(full, facts, work, device_named("4090"), 4e9)
     assert found.fits and dict(found.best.changes)["optimizer.offload"] is True
-    assert not {"memory.swap_blocks", "quantize.denoiser"} & dict(found.best.changes).keys()
+    whole = changed_config(full, {"optimizer.name": "prodigy", "optimizer.fuse": "off"})
+    assert (
+        not {"memory.swap_blocks", "optimizer.offload"}
+        & dict(fit(whole, facts, work, device_named("4090"), 6e9).best.changes).keys()
+    )
 
 
 def test_every_lever_says_what_it_saves_and_costs():

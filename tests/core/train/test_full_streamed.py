@@ -12,12 +12,13 @@ from tests.core.train.test_full import full
 from tests.core.train.test_modes import stop_after
 from tuner.core.errors import UsageError
 from tuner.core.memory.streaming import Streaming
+from tuner.core.optim import FusedUpdate
 from tuner.core.track.events import read_events
 from tuner.core.train import trainer
 from tuner.core.train.run import train
 
 BUSY: dict[str, Any] = {
-    "train__steps": 4,
+    "train__steps": 3,
     "validate": {"split": 0.2, "every": 2, "weights": "both"},
     "sample": {"prompts": ["a red dog --w 64 --h 64 --s 2 --n grass"], "every": 2, "weights": "both"},
     "ema": {"enabled": True, "decay": 0.95, "feedback": True},
@@ -27,6 +28,7 @@ BUSY: dict[str, Any] = {
 SERVICES: dict[str, dict[str, Any]] = {
     "clipped, in parts": {
         "train__components": ["denoiser", "llm_adapter"],
+        "optimizer": {"name": "adamw", "lr": 1e-3},
         "train__clip_grad": {"norm": 0.01},
         "train__accumulate": 2,
         "guidance": {"distill": {"scale": 2}},
@@ -79,20 +81,36 @@ def numbers(folder: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
     }
 
 
+def compute_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates are computed on a device that no parameter is on; here it is the same memory under another name."""
+
+    def elsewhere(*args: Any) -> Any:
+        update = original(*args)
+        inner = update.update if isinstance(update, FusedUpdate) else update
+        inner.device, inner.away = torch.device("cpu", 0), set(inner.group_of)
+        return update
+
+    original = trainer.build_update
+    monkeypatch.setattr(trainer, "build_update", elsewhere)
+
+
 @pytest.mark.parametrize("options", SERVICES.values(), ids=SERVICES)
 def test_a_run_has_the_same_outcome_also_in_parts(make_config, six_blocks, tmp_path, monkeypatch, options):
     options = {"model": six_blocks, **BUSY, **options}
     train(full(make_config, checkpoint__dir=str(tmp_path / "plain/run"), **options))
+    if options["optimizer"]["name"] != "adamw":
+        # Two kinds of it are different arithmetic; the others have one.
+        compute_elsewhere(monkeypatch)
     made = remember(monkeypatch)
     config = full(make_config, checkpoint__dir=str(tmp_path / "streamed/run"), **with_streams(options, 4))
-    stop_after(config, 3)
+    stop_after(config, 1)
     train(config, resume="auto")
     plain, streamed = files(tmp_path / "plain/run"), files(tmp_path / "streamed/run")
     assert len([name for name in plain if name.endswith(".png")]) >= 2
     for name, content in plain.items():
         assert streamed[name] == content, name
     one, other = numbers(tmp_path / "plain/run"), numbers(tmp_path / "streamed/run")
-    assert len(one) == 4 + 2 + 2 and one == other
+    assert len(one) == 3 + 2 + 2 and one == other
     assert [len(each.blocks) for each in made] == [4, 4]
     assert all(each.loans and each.transfers.to_host > 0 for each in made)
 
@@ -115,19 +133,3 @@ def test_optimizers_that_need_all_weights_at_once_are_refused(make_config, six_b
     options = {"model": six_blocks, "optimizer": {"name": name, "lr": 1.0}, "memory": {"swap_blocks": 4}}
     with pytest.raises(UsageError, match="cannot train streamed blocks"):
         train(full(make_config, **options))
-
-
-def test_updates_are_computed_where_the_run_computes(make_config, six_blocks, tmp_path, monkeypatch):
-    """On a device that parameters in host memory are not on; here it is the same memory under another name."""
-    options = with_streams({"model": six_blocks, "train__steps": 3, "optimizer": {"name": "lion", "lr": 1e-3}}, 4)
-    train(full(make_config, checkpoint__dir=str(tmp_path / "plain/run"), **options))
-    original = trainer.build_update
-
-    def elsewhere(*args: Any) -> Any:
-        update = original(*args)
-        update.device, update.away = torch.device("cpu", 0), set(update.group_of)
-        return update
-
-    monkeypatch.setattr(trainer, "build_update", elsewhere)
-    train(full(make_config, checkpoint__dir=str(tmp_path / "away/run"), **options))
-    assert files(tmp_path / "away/run") == files(tmp_path / "plain/run")

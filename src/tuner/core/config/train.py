@@ -91,8 +91,8 @@ class MemoryConfig(Section):
     """Hold the inputs of recomputed blocks in host memory; ``async`` copies them while the device computes."""
     swap_blocks: CountOrZero = 0
     """Blocks whose weights live in host memory and are brought to the device for each pass, up to all but two. Three of
-    them have room on the device at a time. With ``train.mode`` ``full`` their gradients and their optimizer state live
-    in host memory too."""
+    them have room on the device at a time. With ``train.mode`` ``full`` their optimizer state lives in host memory too,
+    and without ``optimizer.fuse`` their gradients."""
     empty_cache_every: Count | None = None
     """Give unused memory of the allocator back to the device every n updates. Costs time; it can help where another
     program needs the memory, or where sizes vary much."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from tuner.core.errors import UsageError
 from tuner.core.memory.layout import Layout, flat_layout
-from tuner.core.memory.lending import Loans
+from tuner.core.memory.lending import Loans, Taker
 from tuner.core.memory.transfers import Slot, Transfers, open_transfers
 from tuner.core.types import Blocks
 
@@ -102,7 +103,7 @@ class Streaming:
     """The streamed blocks of a module, in the order in which they run.
 
     loads: transfers into a slot so far. late: those of them that were not asked for ahead. transfers: every copy goes
-    through it; after the construction its ``to_host`` grows by gradients alone.
+    through it; after the construction its ``to_host`` grows by gradients and by weights that changed in a slot.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], transfers: Transfers) -> None:
@@ -116,7 +117,7 @@ class Streaming:
             layout.settle(flat)
             self.host.append(flat)
         self.loans = {
-            number: Loans(block, layout.trained, transfers)
+            number: Loans(block, layout.trained, transfers, partial(self._present, number))
             for number, (block, layout) in enumerate(zip(blocks, layouts, strict=True))
             if layout.trained
         }
@@ -157,6 +158,17 @@ class Streaming:
         loans = self.loans.get(number)
         return nullcontext() if loans is None else loans.standing_in(self.layouts[number].lent(slot.flat))
 
+    def update_in_slots(self, taker: Taker) -> None:
+        """Give gradients to ``taker`` while their block is on the device. `finish` must follow each backward pass."""
+        for loans in self.loans.values():
+            loans.taker, loans.passes = taker, 0
+
+    def finish(self) -> None:
+        """Wait until what changed in slots is in host memory."""
+        self.transfers.finish()
+        for loans in self.loans.values():
+            loans.passes = 0
+
     def is_in_slot(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._bases
 
@@ -187,6 +199,13 @@ class Streaming:
             return [number + step for step in ahead if number + step < count]
         following = [((number + step) % count, number + step < count) for step in ahead]
         return [each for each, same in following if same or each not in self.loans]
+
+    def _present(self, number: int) -> list[Tensor] | None:
+        slot = self._held.get(number)
+        if slot is None:
+            return None
+        self.transfers.wait(slot)
+        return self.layouts[number].lent(slot.flat)
 
     def _forget_copies(self) -> None:
         """A pass begins, and weights that train may have changed since the last one."""

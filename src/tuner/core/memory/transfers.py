@@ -5,14 +5,13 @@ The CUDA half has not run on a GPU yet.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from tuner.core.errors import UsageError
+from tuner.core.compute.pinned import page_locked
 
 
 class Slot:
@@ -59,6 +58,14 @@ class Transfers:
         self.to_host += value.numel() * value.element_size()
         return value.detach().to("cpu", copy=True)
 
+    def store(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Fill each first tensor, in host memory, with the second, in a slot; the host may read it after `finish`."""
+        for host, value in pairs:
+            self.copy(host, value)
+
+    def finish(self) -> None:
+        """Wait for everything that goes to host memory."""
+
 
 FETCHES = 2
 """Fetches on their way at a time: what they copy stays on the device until then."""
@@ -76,11 +83,10 @@ class CudaTransfers(Transfers):
         self.back = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ready: dict[Slot, torch.cuda.Event] = {}
         self._arriving: deque[torch.cuda.Event] = deque()
+        self._stored: torch.cuda.Event | None = None
 
     def host_buffer(self, size: int) -> Tensor:
-        flat = super().host_buffer(size)
-        _pin(flat)
-        return flat
+        return page_locked(size, "memory.swap_blocks")
 
     def load(self, slot: Slot, host: Tensor) -> None:
         # Everything that reads the slot's old content was queued before this call.
@@ -88,6 +94,8 @@ class CudaTransfers(Transfers):
         ready = self._ready.setdefault(slot, torch.cuda.Event())  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(unused)
+            if self._stored is not None:
+                self.stream.wait_event(self._stored)
             slot.flat[: host.numel()].copy_(host, non_blocking=True)
             ready.record(self.stream)
         self.to_device += host.numel()
@@ -114,22 +122,19 @@ class CudaTransfers(Transfers):
         self.to_host += value.numel() * value.element_size()
         return host
 
+    def store(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        made = torch.cuda.current_stream(self.device).record_event()
+        with torch.cuda.stream(self.back):
+            self.back.wait_event(made)
+            for host, value in pairs:
+                host.copy_(value, non_blocking=True)
+                self.to_host += host.numel() * host.element_size()
+            self._stored = self.back.record_event()
+
+    def finish(self) -> None:
+        self.back.synchronize()
+
 
 def open_transfers(device: torch.device) -> Transfers:
     """The best way to copy to ``device``."""
     return CudaTransfers(device) if device.type == "cuda" else Transfers(device)
-
-
-def _pin(flat: Tensor) -> None:
-    """Page-lock a buffer as it is: torch's own pinned memory is rounded up to powers of two."""
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = flat.data_ptr()
-    code = int(cudart.cudaHostRegister(address, flat.numel(), 0))
-    if code != 0:
-        raise UsageError(
-            f"cannot lock {flat.numel() / 2**20:.0f} MiB of host memory for streaming",
-            where="memory.swap_blocks",
-            why=f"CUDA says error {code}",
-            fix="stream fewer blocks, or allow more locked memory (ulimit -l, or the container's limits)",
-        )
-    weakref.finalize(flat, cudart.cudaHostUnregister, address).atexit = False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tuner.core.compute.pinned import HostCopies
 from tuner.core.errors import UsageError
 from tuner.core.optim.registry import is_separate
 from tuner.core.optim.rounding import fresh_generator, round_kahan, round_stochastic
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 28
 """Float32 copies of weights, and state on loan from host memory, that exist at one time."""
+Lent = tuple[Tensor, Tensor]
+"""A copy of a parameter and the gradient."""
 REST = "kahan"
 """Name of the state that Kahan rounding adds: what the bfloat16 weight lacks."""
 
@@ -50,7 +53,7 @@ class Update:
         self.separate = is_separate(config.name)
         self.name_of = {parameter: name for name, parameter in names.items()}
         self.group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-        self.device = device
+        self.device, self._host = device, HostCopies("optimizer.offload" if config.offload else "memory.swap_blocks")
         self.away = {each for each in self.group_of if device is not None and each.device != device}
         self._check(config)
 
@@ -79,10 +82,17 @@ class Update:
         with_gradient = [parameter for parameter in self.group_of if parameter.grad is not None]
         for chunk in self._chunks(with_gradient):
             self.apply(chunk, step)
+        self.settle()
 
-    def apply(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """Update these parameters alone; their gradients are gone afterwards if they had to be converted or moved."""
-        with torch.no_grad(), self._only(parameters), self._here(parameters), self._state_here(parameters):
+    def apply(
+        self, parameters: Sequence[nn.Parameter], step: int, lent: Mapping[nn.Parameter, Lent] | None = None
+    ) -> None:
+        """Update these parameters alone; their gradients are gone afterwards if they had to be converted or moved.
+
+        lent: copies to change in place of some of the parameters, and their gradients.
+        """
+        here = self._here(parameters, lent or {})
+        with torch.no_grad(), self._only(parameters), here, self._state_here(parameters):
             kept = [parameter.data for parameter in parameters]
             convert = [self.rounding != "nearest" and data.dtype == torch.bfloat16 for data in kept]
             for parameter, data, converted in zip(parameters, kept, convert, strict=True):
@@ -153,19 +163,24 @@ class Update:
                 group["params"] = before[key]
 
     @contextmanager
-    def _here(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Bring weights and gradients that live in host memory for the time being."""
-        guests = [(parameter, parameter.data) for parameter in parameters if parameter in self.away]
+    def _here(self, parameters: Sequence[nn.Parameter], lent: Mapping[nn.Parameter, Lent]) -> Iterator[None]:
+        """Put copies in place of weights that live in host memory, for the time being."""
+        guests = [(each, each.data) for each in parameters if each in lent or each in self.away]
         for parameter, data in guests:
             gradient, parameter.grad = parameter.grad, None
+            if parameter in lent:
+                parameter.data, gradient = lent[parameter]
+            else:
+                parameter.data = data.to(self.device, non_blocking=True)
             assert gradient is not None
-            parameter.data = data.to(self.device)
-            parameter.grad = gradient.to(self.device)
+            parameter.grad = gradient.to(parameter.device, non_blocking=True)
         yield
         for parameter, data in guests:
-            parameter.grad = None
-            data.copy_(parameter.data)
+            changed, parameter.grad = parameter.data, None
             parameter.data = data
+            home = lent[parameter][0] if parameter in lent else data
+            if home.data_ptr() != changed.data_ptr():
+                home.copy_(changed, non_blocking=True)
 
     @contextmanager
     def _state_here(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -184,14 +199,23 @@ class Update:
             counters = parameter in self.away and (group.get("fused") or group.get("capturable"))
             for key, value in state.items():
                 if isinstance(value, Tensor) and (value.ndim or counters):
-                    state[key] = value.to(place(parameter))
+                    target = place(parameter)
+                    there = target.type == "cpu" and value.device.type != "cpu"
+                    state[key] = (
+                        self._host.put((parameter, key), value) if there else value.to(target, non_blocking=True)
+                    )
+
+    def settle(self) -> None:
+        """Wait for what is on its way to host memory: until then nobody may look at it there."""
+        if self.device is not None and self.device.type == "cuda" and (self.offload or self.away):
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 class FusedUpdate:
     """Updates parameters during the backward pass, as soon as their gradients are there, and frees these.
 
     units: parameters that are updated together, by names; every other parameter is updated by itself. One backward pass
-    makes one update. clip_value: largest absolute value of a gradient's element, or None.
+    makes one update. clip_value: largest absolute value of a gradient's element, or None. finish: what ends the update.
     """
 
     def __init__(
@@ -205,6 +229,7 @@ class FusedUpdate:
         # Gradients of parameters in host memory arrive in another thread than those on the device.
         self._lock = Lock()
         self._step: int | None = None
+        self.finish: Callable[[], None] = update.settle
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in update.group_of
         ]  # fmt: skip
@@ -218,8 +243,24 @@ class FusedUpdate:
             for parameter, unit in self._unit.items():
                 if parameter.grad is not None:
                     self._apply([each for each in unit if each.grad is not None])
+            self.finish()
         finally:
             self._step = None
+
+    def take(self, parameters: Sequence[Tensor], copies: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Update copies of parameters with these gradients, in place; False outside of an update."""
+        if self._step is None:
+            return False
+        lent: dict[nn.Parameter, Lent] = {}
+        for parameter, copy, gradient in zip(parameters, copies, gradients, strict=True):
+            assert isinstance(parameter, nn.Parameter)
+            # Of its own: what is upstream may share it, and a limit or an optimizer may change it.
+            lent[parameter] = copy, gradient.clone()
+        with self._lock:
+            for parameter, (_, gradient) in lent.items():
+                self._seen(parameter, gradient)
+            self.update.apply(list(lent), self._step, lent)
+        return True
 
     def norm(self) -> Tensor:
         """Norm of all gradients of the last update, before they were limited."""
@@ -233,7 +274,8 @@ class FusedUpdate:
             hook.remove()
 
     def _arrived(self, parameter: Tensor) -> None:
-        if self._step is None:
+        # Without a gradient where one was taken before it got here.
+        if self._step is None or parameter.grad is None:
             return
         assert isinstance(parameter, nn.Parameter)
         with self._lock:
@@ -243,13 +285,16 @@ class FusedUpdate:
             if left == 0:
                 self._apply(unit)
 
+    def _seen(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        self._squares[parameter] = gradient.float().square().sum()
+        if self.clip_value is not None:
+            gradient.clamp_(-self.clip_value, self.clip_value)
+
     def _apply(self, parameters: Sequence[nn.Parameter]) -> None:
         assert self._step is not None
         for parameter in parameters:
             assert parameter.grad is not None
-            self._squares[parameter] = parameter.grad.float().square().sum()
-            if self.clip_value is not None:
-                parameter.grad.clamp_(-self.clip_value, self.clip_value)
+            self._seen(parameter, parameter.grad)
         self.update.apply(parameters, self._step)
         for parameter in parameters:
             parameter.grad = None

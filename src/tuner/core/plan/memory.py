@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tuner.core.config.network import SPLITTING
 from tuner.core.data.texts import live_components
 from tuner.core.plan.devices import Device
-from tuner.core.plan.trained import FULL, component_values
+from tuner.core.plan.trained import FULL, component_values, streamed_count
 from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
 from tuner.core.plan.work import Shape, Work
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PROCESS = {"cpu": 0.45e9, "cuda": 1.5e9}
 """Host memory of the program itself: Python, torch and, for a GPU, its libraries."""
+IN_FLIGHT = 3
+"""Blocks whose gradients are on the device when they go to host memory: one at work, others on their way; as in
+`tuner.core.memory.transfers`."""
 OPTIMIZER_CHUNK = 1 << 28
 """Bytes of float32 copies while weights in bfloat16 are updated; as in `tuner.core.optim.update`."""
 
@@ -84,33 +87,42 @@ def phases(
     )
 
 
-def trained_memory(config: RunConfig, costs: CostRules, values: int, state_bytes: float) -> Trained:
-    """What the trained values need. state_bytes: of the optimizer per value. Gradients of an update inside the
-    backward pass exist for one part of the model at a time."""
+def trained_memory(
+    config: RunConfig, costs: CostRules, values: int, state_bytes: float, streamed: float = 0
+) -> Trained:
+    """What the trained values need. state_bytes: of the optimizer per value. streamed: values that live in host memory,
+    where their gradients and state are too. Gradients of an update inside the backward pass exist for one part of the
+    model at a time."""
     full = str(config.train.mode) == FULL
     optimizer = config.optimizer
     item = BYTES[config.precision.compute if full else config.precision.adapter]
-    gradients = values * (4 if config.precision.gradients == "fp32" else item)
+    each_gradient = 4 if config.precision.gradients == "fp32" else item
+    here = values - streamed
+    gradients, sent = here * each_gradient, streamed * each_gradient
+    blocks = streamed_count(config)
     if optimizer.fuse != "off":
         count = sum(each.count for each in costs.blocks)
         block = max(each.parameters for each in costs.blocks) if full else values // count
         one = largest_layer(costs.layers()) if full else block // 2
-        gradients = item * min(values, block if optimizer.fuse == "block" else one)
-    state = values * state_bytes
-    if optimizer.rounding == "kahan":
-        state += 2 * values
-    if optimizer.rounding != "nearest" or optimizer.offload:
+        gradients = item * min(here, block if optimizer.fuse == "block" else one)
+        sent = 0
+    if streamed:
+        gradients += item * streamed / blocks * min(IN_FLIGHT, blocks)
+    per_value = state_bytes + (2 if optimizer.rounding == "kahan" else 0)
+    state = values * per_value
+    if optimizer.rounding != "nearest" or optimizer.offload or streamed:
         gradients += min(2 * OPTIMIZER_CHUNK, 8 * values)
+    away = values if optimizer.offload else streamed
     average = 4 * values if config.ema.enabled else 0
     # A start inside the weights is kept beside what trains, and again in checkpoints.
     fixed = 0 if full or config.network.init not in SPLITTING else values * item
-    host = (state if optimizer.offload else 0) + (average if config.ema.device == "cpu" else 0)
+    host = away * per_value + sent + (average if config.ema.device == "cpu" else 0)
     return Trained(
         values=values,
         # The model's own weights are counted with the model.
         weights=0 if full else values * item + fixed,
         gradients=gradients,
-        state=0 if optimizer.offload else state,
+        state=state - away * per_value,
         average=average if config.ema.device == "accelerator" else 0,
         host=host,
         saved=values * item + fixed + state + average,

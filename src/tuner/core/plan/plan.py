@@ -11,8 +11,8 @@ from tuner.core.plan.devices import Device
 from tuner.core.plan.disk import disk_use
 from tuner.core.plan.memory import Phase, phases, trained_memory
 from tuner.core.plan.time import update_seconds
-from tuner.core.plan.trained import trained_values
-from tuner.core.plan.weights import denoiser_weights
+from tuner.core.plan.trained import streamed_count, trained_values
+from tuner.core.plan.weights import BYTES, denoiser_weights
 from tuner.core.plan.work import Work
 from tuner.core.track.progress import byte_size, duration
 
@@ -109,13 +109,14 @@ def predict(config: RunConfig, facts: ModelFacts, work: Work, device: Device, *,
     state, known = optimizer_state(config)
     weights = denoiser_weights(config, facts, costs)
     values = trained_values(config, facts, costs) if trained is None else trained
-    added = trained_memory(config, costs, values, state)
+    streamed = weights.host / BYTES[config.precision.compute] if streamed_count(config) else 0.0
+    added = trained_memory(config, costs, values, state, streamed)
     return Plan(
         device=device.name,
         memory=device.memory,
         overhead=device.overhead,
         phases=phases(config, facts, costs, work, device, weights, added),
-        seconds=update_seconds(config, costs, work, device, weights, values, state),
+        seconds=update_seconds(config, costs, work, device, weights, values, state, streamed),
         updates=work.updates,
         trained=values,
         disk=disk_use(config, facts, work, added),

@@ -109,7 +109,7 @@ def _ways(config: RunConfig, facts: ModelFacts, work: Work) -> Iterator[tuple[di
     if not full and config.quantize.denoiser is None:
         quantized += [each for each in METHODS if f"quantize.{each}" not in facts.capabilities]
     offloads = [config.optimizer.offload]
-    if full and _offloads(config) and not config.optimizer.offload:
+    if full and _separate(config) and not config.optimizer.offload:
         offloads.append(True)
     settings = itertools.product(
         _divisors(config, work), quantized, offloads, _levels(config), _streams(config, facts, full)
@@ -146,7 +146,7 @@ def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 def _streams(config: RunConfig, facts: ModelFacts, full: bool) -> Sequence[int]:
     """Numbers of streamed blocks to try: what is configured, none, quarters, and all but two."""
-    if full:
+    if full and not _separate(config):
         return (config.memory.swap_blocks,)
     limit = sum(each.count for each in facts.block_lists) - 2
     steps = {round(limit * part / 8) for part in range(1, 9)}
@@ -166,7 +166,8 @@ def _divisors(config: RunConfig, work: Work) -> list[int]:
     return [each for each in range(1, size + 1) if all(shape.batch % each == 0 for shape in work.shapes)]
 
 
-def _offloads(config: RunConfig) -> bool:
+def _separate(config: RunConfig) -> bool:
+    """Whether the optimizer goes with state, or weights, that come from host memory a few at a time."""
     from tuner.core.optim.names import BUILTIN
 
     entry = BUILTIN.get(config.optimizer.name.lower())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuner.core.plan.devices import Device
-from tuner.core.plan.trained import FULL
+from tuner.core.plan.trained import FULL, streamed_count
 from tuner.core.plan.weights import BYTES, SLOTS, Weights
 
 if TYPE_CHECKING:
@@ -40,17 +40,29 @@ class Cost:
 
 
 def update_seconds(
-    config: RunConfig, costs: CostRules, work: Work, device: Device, weights: Weights, trained: int, state: float
+    config: RunConfig,
+    costs: CostRules,
+    work: Work,
+    device: Device,
+    weights: Weights,
+    trained: int,
+    state: float,
+    streamed: float = 0,
 ) -> float | None:
-    """Mean over the run's sizes. None for a device without rates. trained: values; state: bytes of each."""
+    """Mean over the run's sizes. None for a device without rates. trained: values; state: bytes of each; streamed:
+    those of the values that come from host memory and go there again."""
     if not device.is_timed:
         return None
     batches = sum(shape.batches for shape in work.shapes)
     mean = sum(shape.batches * batch_seconds(config, costs, shape, device, weights) for shape in work.shapes) / batches
     assert device.bandwidth is not None and device.link is not None
     update = trained * (12 + 2 * state) / device.bandwidth
-    if config.optimizer.offload:
-        update += 2 * trained * state / device.link
+    away = trained if config.optimizer.offload else streamed
+    update += 2 * away * state / device.link
+    if config.optimizer.fuse == "off":
+        # Weights there and back, gradients there; else weights change where they are, and go back in the backward pass.
+        item = BYTES[config.precision.compute]
+        update += streamed * (2 * item + (4 if config.precision.gradients == "fp32" else item)) / device.link
     return config.train.accumulate * mean + update
 
 
@@ -75,13 +87,15 @@ def batch_seconds(config: RunConfig, costs: CostRules, shape: Shape, device: Dev
     )
     streamed = config.memory.swap_blocks
     loads = max(streamed - SLOTS, 0) * (weights.host / streamed if streamed else 0) / device.link
+    # Copies of what trains are good for one step; gradients, or weights, go back while the next blocks come.
+    whole = weights.host / device.link if streamed_count(config) else 0.0
     offload = 0.0
     if config.memory.offload_activations == "sync":
         kept = sum(
             each.count * each.levels[level].kept.of(shape.tokens(costs.token), costs.text_rows) for each in costs.blocks
         )
         offload = 2 * kept * BYTES[config.precision.compute] * shape.batch / device.link
-    return max(forward, loads) + max(backward, loads) + offload
+    return max(forward, loads, whole) + max(backward, loads, whole) + offload
 
 
 def step_cost(config: RunConfig, costs: CostRules, shape: Shape) -> Cost:

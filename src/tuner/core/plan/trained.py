@@ -44,6 +44,12 @@ def trained_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> in
     return sum(adapter_values(target, layers[target.component]) for target in targets)
 
 
+def streamed_count(config: RunConfig) -> int:
+    """Blocks in host memory whose own weights train."""
+    whole = str(config.train.mode) == FULL and "denoiser" in config.train.components
+    return config.memory.swap_blocks if whole else 0
+
+
 def adapter_values(target: Target, layers: Mapping[str, Layer]) -> int:
     """Values of the adapter on one target."""
     own = [layers[path] for path in target.paths]

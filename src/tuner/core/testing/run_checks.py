@@ -84,6 +84,13 @@ class RunChecks:
         others = reopened.model.load_models(["denoiser"])
         batch = bench.batch()
         assert_near(bench.predict(reopened, others, batch), bench.predict(run, models, batch))
+        limit = sum(each.count for each in bench.facts.block_lists) - 2
+        if limit >= 2:
+            memory = {"checkpointing": "block", "swap_blocks": limit}
+            streamed = bench.train("whole-streamed", train={"mode": "full"}, optimizer={"lr": 1e-3}, memory=memory)
+            assert losses(streamed) == losses(folder)
+            one, other = load_file(adapter(folder)), load_file(adapter(streamed))
+            assert all(value.equal(other[name]) for name, value in one.items())
 
 
 def adapter(folder: Path) -> Path:

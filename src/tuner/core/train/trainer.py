@@ -76,7 +76,7 @@ class Trainer:
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         tokens = token_counts(plan, caches.prompts, self.facts)
-        prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
+        streaming = prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer,
@@ -86,7 +86,7 @@ class Trainer:
             scale=rate_scale(self.config),
         )
         self.stops = Stops(self.config.train.stop_component_at, self.network.param_groups, self.total)
-        self.update = build_update(self.config, self.optimizer, self.network, self.facts, device)
+        self.update = build_update(self.config, self.optimizer, self.network, self.facts, device, streaming)
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)

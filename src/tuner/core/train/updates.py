@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tuner.core.config import RunConfig
+    from tuner.core.memory.streaming import Streaming
     from tuner.core.types import ModelFacts, Network, ParamGroup
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,12 @@ def rate_scale(config: RunConfig) -> float:
 
 
 def build_update(
-    config: RunConfig, optimizer: torch.optim.Optimizer, network: Network, facts: ModelFacts, device: torch.device
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    network: Network,
+    facts: ModelFacts,
+    device: torch.device,
+    streaming: Streaming | None = None,
 ) -> Update | FusedUpdate:
     """What moves the weights in every step, on ``device``. UsageError for what cannot work with the optimizer or has no
     effect.
@@ -79,7 +86,19 @@ def build_update(
         return update
     clip = config.train.clip_grad
     units = _blocks(network, facts, update.group_of) if config.optimizer.fuse == "block" else []
-    return FusedUpdate(update, units, clip_value=clip.value if clip else None)
+    lent = set() if streaming is None else {each for loans in streaming.loans.values() for each in loans.parameters}
+    # What is lent is updated with its block anyway.
+    units = [[each for each in unit if each not in lent] for unit in units]
+    fused = FusedUpdate(update, units, clip_value=clip.value if clip else None)
+    if streaming is not None and streaming.loans:
+        streaming.update_in_slots(fused.take)
+        fused.finish = partial(_finish, streaming, update)
+    return fused
+
+
+def _finish(streaming: Streaming, update: Update) -> None:
+    streaming.finish()
+    update.settle()
 
 
 def _blocks(network: Network, facts: ModelFacts, trained: object) -> list[list[nn.Parameter]]:
