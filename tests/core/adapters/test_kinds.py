@@ -15,13 +15,12 @@ from tests.core.adapters.toy import FACTS, MAPS, Denoiser, toy_config, toy_model
 from tests.helpers import golden, golden_path
 from tuner.core.adapters.convert import convert_adapter
 from tuner.core.adapters.deltas import kind_of, merged_bias, merged_weight
+from tuner.core.adapters.divisors import butterfly_sizes, two_factors
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import modules_of, parts_of
-from tuner.core.adapters.kronecker import two_factors
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import adapter_rng, adapter_strength, load_network_tensors, network_tensors
-from tuner.core.adapters.rotation import butterfly_sizes
 from tuner.core.compute.quantized import quantize_linear
 from tuner.core.errors import UsageError
 from tuner.core.memory.checkpointing import apply_checkpointing

@@ -166,6 +166,9 @@ def test_streamed_blocks_that_train_cost_transfers():
         ("ia3", {"on_input": True}, 64),
         ("full", {}, 96 * 64),
         ("oft", {"block_size": 32}, 96 * 32),
+        ("oft", {"block_size": 40}, 96 * 32),
+        ("oft", {"block_count": 2}, 96 * 48),
+        ("boft", {"block_size": 12}, 4 * 96 * 12),
     ],
 )
 def test_values_of_an_adapter_are_those_of_its_kind(kind: str, options: dict[str, Any], expected: int):

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.core.data.pictures import picture
+from tuner.core.adapters import streams as streams_module
 from tuner.core.atomic import atomic_path
 from tuner.core.data import cache as cache_module
 from tuner.core.errors import UsageError
 from tuner.core.registry.extensions import Extensions
 from tuner.core.track.events import read_events
-from tuner.core.train import checkpoint as checkpoint_module
 from tuner.core.train import step as step_module
 from tuner.core.train import trainer as trainer_module
 from tuner.core.train.check import check
@@ -351,14 +351,14 @@ def test_a_read_only_folder_is_told(make_config, monkeypatch):
 
 
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(make_config, tmp_path, monkeypatch):
-    original = checkpoint_module.write_values
+    original = streams_module.write_values
 
     def write(value, file):
         if "step-000004" in file.name:
             full_disk()
         original(value, file)
 
-    monkeypatch.setattr(checkpoint_module, "write_values", write)
+    monkeypatch.setattr(streams_module, "write_values", write)
     assert train(make_config(checkpoint__every=2, checkpoint__state="every")).reason == "finished"
     folder = RunFolder(tmp_path / "out", "out")
     assert [path.name for path in list_checkpoints(folder)] == ["step-000002", "step-000006", "step-000007"]

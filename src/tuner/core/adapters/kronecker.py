@@ -16,23 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.core.adapters.deltas import lokr_scale
+from tuner.core.adapters.divisors import has_low_rank, two_factors
 from tuner.core.adapters.layers import ChangeLayer, Making, only_linear
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.core.adapters.targets import Target
-
-
-def two_factors(size: int, factor: int) -> tuple[int, int]:
-    """``size`` as a product of two, the smaller first: with ``factor`` if it divides, else close to a square below it.
-
-    factor -1: as close to a square as possible.
-    """
-    if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
-    limit = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
-    small = next(each for each in range(limit, 0, -1) if size % each == 0)
-    return small, size // small
 
 
 class LokrLayer(ChangeLayer):
@@ -73,7 +62,7 @@ class LokrLayer(ChangeLayer):
             ("lokr_w1", a, c, options.decompose_both),
             ("lokr_w2", b, d, True),
         ):
-            if split and not options.full_matrix and rank < max(rows, columns) / 2:
+            if split and not options.full_matrix and has_low_rank(rows, columns, rank):
                 shapes |= {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
             else:
                 shapes[name] = (rows, columns)

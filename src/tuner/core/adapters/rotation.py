@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuner.core.adapters.divisors import block_size_of, butterfly_sizes
 from tuner.core.adapters.layers import ChangeLayer, Making, only_linear
 from tuner.core.adapters.targets import Target
 from tuner.core.errors import UsageError
@@ -62,23 +63,6 @@ def butterfly(y: Tensor, turns: Tensor) -> Tensor:
         change = rotate(shuffled, turn_of.transpose(-1, -2))
         out = out + change.reshape(*y.shape[:-1], -1, apart, 2).transpose(-1, -2).flatten(-3)
     return out - y
-
-
-def block_size_of(rows: int, wanted: int) -> int:
-    """The largest divisor of ``rows`` that is not above ``wanted``."""
-    return next(size for size in range(min(wanted, rows), 0, -1) if rows % size == 0)
-
-
-def butterfly_sizes(rows: int, wanted: int) -> tuple[int, int, int]:
-    """(stages, blocks, block size): the largest even size up to ``wanted`` that leaves a power of two of blocks.
-
-    (0, 0, 0) where there is none.
-    """
-    for size in range(min(wanted, rows) // 2 * 2, 0, -2):
-        count = rows // size
-        if rows % size == 0 and count & (count - 1) == 0:
-            return count.bit_length(), count, size
-    return 0, 0, 0
 
 
 class OftLayer(ChangeLayer):

@@ -40,7 +40,7 @@ class Phase:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     """What training adds. values: that the optimizer moves. weights, gradients, state, average: bytes on the device;
-    host: bytes in host memory. saved: bytes of a checkpoint with its state."""
+    host: bytes in host memory. saved: bytes of a checkpoint with its state; written: bytes in host memory meanwhile."""
 
     values: int
     weights: float
@@ -49,6 +49,7 @@ class Trained:
     average: float
     host: float
     saved: float
+    written: float
 
 
 def phases(
@@ -126,6 +127,7 @@ def trained_memory(
         average=average if config.ema.device == "accelerator" else 0,
         host=host,
         saved=values * item + fixed + state + average,
+        written=4 * largest_layer(costs.layers()) if full else 2 * (values * item + fixed),
     )
 
 
@@ -247,6 +249,7 @@ def picture_bytes(config: RunConfig, facts: ModelFacts, costs: CostRules, size: 
 
 
 def _saving(step: Phase, trained: Trained) -> Phase:
-    """A checkpoint: the trained values and the optimizer's state pass through host memory."""
+    """A checkpoint: an adapter is put together in host memory; whole models and states are written tensor by tensor."""
     resident = step.device - step.parts.get("activations and gradients", 0)
-    return Phase(name="save", device=resident, host=step.host + trained.saved, parts={"weights and training": resident})
+    host = step.host + trained.written
+    return Phase(name="save", device=resident, host=host, parts={"weights and training": resident})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from tuner.core.adapters.divisors import block_size_of, butterfly_sizes, has_low_rank, two_factors
 from tuner.core.costs import CostRules, Layer
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def values_of(kind: str, rows: int, columns: int, rank: int, options: Options) -
     if kind == "lokr":
         return _lokr(rows, columns, rank, options)
     if kind in ("oft", "boft"):
-        size = math.gcd(options.block_size, rows) or 1
-        stages = max(int(math.log2(max(rows // size, 1))), 1) if kind == "boft" else 1
+        stages, _, size = butterfly_sizes(rows, options.block_size) if kind == "boft" else (1, 0, _block(rows, options))
         return stages * rows * size
     if kind == "ia3":
         return columns if options.on_input else rows
@@ -77,24 +76,22 @@ def values_of(kind: str, rows: int, columns: int, rank: int, options: Options) -
     return low
 
 
+def _block(rows: int, options: Options) -> int:
+    if options.block_count is not None:
+        return rows // options.block_count
+    return block_size_of(rows, options.block_size)
+
+
 def _lokr(rows: int, columns: int, rank: int, options: Options) -> int:
-    """A small matrix times, as a Kronecker product, a large one that is two factors where that is smaller."""
+    """A small matrix times, as a Kronecker product, a large one; either may be two matrices of low rank."""
     (small_rows, large_rows), (small_columns, large_columns) = (
-        _split(size, options.factor) for size in (rows, columns)
+        two_factors(size, options.factor) for size in (rows, columns)
     )
-    large = large_rows * large_columns
-    if not options.full_matrix:
-        large = min(large, rank * (large_rows + large_columns))
-    small = small_rows * small_columns
-    if options.decompose_both and not options.full_matrix:
-        small = min(small, rank * (small_rows + small_columns))
-    return small + large
-
-
-def _split(size: int, factor: int) -> tuple[int, int]:
-    """(small, large): the divisors of ``size`` nearest to its root, or ``factor`` and the rest where that divides."""
-    if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
-    limit = factor if factor > 0 else math.isqrt(size)
-    small = next(each for each in range(min(limit, math.isqrt(size)), 0, -1) if size % each == 0)
-    return small, size // small
+    total = 0
+    for height, width, split in (
+        (small_rows, small_columns, options.decompose_both),
+        (large_rows, large_columns, True),
+    ):
+        low = split and not options.full_matrix and has_low_rank(height, width, rank)
+        total += rank * (height + width) if low else height * width
+    return total

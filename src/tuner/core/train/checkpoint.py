@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tuner.core.adapters.files import header_bytes
+from tuner.core.adapters.streams import FILE_NAMES, Planned, write_tensors
 from tuner.core.atomic import sync_file, sync_folder, write_json
-from tuner.core.compute.weights import FILE_DTYPES, write_values
 from tuner.core.errors import UsageError
 from tuner.core.train.folder import RunFolder
 
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 STATE_TENSORS = "state.safetensors"
 STATE_JSON = "state.json"
 FORMAT = 1
-DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +56,6 @@ def write_state(folder: Path, state: State) -> None:
     """Write both state files into ``folder``, tensor by tensor. OSErrors pass through."""
     path = folder / STATE_TENSORS
     _write_tensors(path, state.tensors)
-    sync_file(path)
     document = {
         "format": FORMAT,
         "position": asdict(state.position),
@@ -73,20 +70,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file. Tensors are fetched from their devices one by one: there may be no room for all of them."""
     # Wide values first, as the library does it, so that all of them are aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, object] = {}
-    start = 0
+    planned = {}
     for name in names:
         value = tensors[name]
-        if value.dtype not in DTYPE_NAMES:
+        if value.dtype not in FILE_NAMES:
             raise UsageError("the state of this run cannot be saved", where=name, why=f"it is of type {value.dtype}",
                              fix="choose another optimizer, or set checkpoint.state to 'none'")  # fmt: skip
-        stop = start + value.numel() * value.element_size()
-        entries[name] = {"dtype": DTYPE_NAMES[value.dtype], "shape": [*value.shape], "data_offsets": [start, stop]}
-        start = stop
-    with path.open("wb") as file:
-        file.write(header_bytes(entries, {}))
-        for name in names:
-            write_values(tensors[name], file)
+        planned[name] = Planned(FILE_NAMES[value.dtype], tuple(value.shape), value.detach)
+    write_tensors(path, planned, {})
 
 
 def read_state(folder: Path) -> State:
