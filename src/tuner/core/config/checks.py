@@ -147,7 +147,7 @@ def _start(config: RunConfig) -> Iterator[Problem]:
         why = f"{network.init!r} writes files of twice the rank, so no average can start from one"
         yield ("ema", "init_from"), why, "take it out"
     if network.max_norm is not None:
-        why = f"network.init {network.init!r} starts far from zero, so the norm of the factors is not that of the change"
+        why = f"network.init {network.init!r} starts far from zero: the norm of the factors is not that of the change"
         yield ("network", "max_norm"), why, "take one of the two out"
     if network.init == "loftq":
         for name in config.train.components:

@@ -30,8 +30,8 @@ class _Held:
 class ActivationOffload:
     """Takes what autograd keeps inside `saving` to host memory, and back when backward asks for it.
 
-    Tensors that every block gets (text, positions, modulations) stay where they are: other blocks keep them there. So do
-    parts of larger tensors: a copy has other strides, for which torch may choose other operations when it recomputes.
+    Tensors that every block gets (text, positions, modulations) stay where they are: other blocks keep them there.
+    Parts of larger tensors stay too: a copy has other strides, and torch may choose other operations for them.
     taken: bytes copied to host memory so far.
     """
 
