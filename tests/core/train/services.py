@@ -78,7 +78,7 @@ SERVICES: Mapping[str, Service] = {
     "ia3": _network(type="ia3"),
     "whole-change": _network(type="full"),
     "norms": _network(train_norms=True),
-    "pissa": _network(init="pissa"),
+    "pissa": Service(keys={"network": {"init": "pissa"}}, needs={"network": {"rank": 4}}),
     "loftq": Service(keys={"network": {"init": "loftq"}}, needs=INT8),
     "max-norm": _network(max_norm=1e-3),
     "dropout": _network(dropout=0.5),

@@ -76,7 +76,7 @@ class Bench:
             out=folder,
             steps=STEPS,
             precision={"compute": "fp32", "text_encoder": {"qwen3": "fp32", "llm_adapter": "fp32"}},
-            network={"targets": TARGETS, "rank": 4},
+            network={"targets": TARGETS},
         )
         base["cache"]["dtype"] = "fp32"
         base["schedule"] = {"name": "constant"}

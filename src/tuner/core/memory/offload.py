@@ -31,8 +31,7 @@ class ActivationOffload:
     """Takes what autograd keeps inside `saving` to host memory, and back when backward asks for it.
 
     Tensors that every block gets (text, positions, modulations) stay where they are: other blocks keep them there.
-    Parts of larger tensors stay too: a copy has other strides, for which torch may choose other operations when it
-    recomputes.
+    Parts of larger tensors stay too: a copy has other strides, and torch may choose other operations for them.
     taken: bytes copied to host memory so far.
     """
 

@@ -16,6 +16,7 @@ from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.network import KEYS_OF_KINDS, AdapterKind
 from tuner.core.testing.bench import Bench, assert_near
 from tuner.core.train.measure import shake
+from tuner.core.train.quantizing import load_components
 
 
 class NetworkChecks:
@@ -56,7 +57,7 @@ class NetworkChecks:
         assert losses[-1] < 0.97 * losses[0]
 
     @pytest.mark.parametrize("kind", get_args(AdapterKind))
-    def test_every_kind_of_adapter_starts_neutral_and_reads_back(self, bench: Bench, kind: str) -> None:
+    def test_every_kind_of_adapter_starts_neutral_reads_back_and_merges(self, bench: Bench, kind: str) -> None:
         maps = key_maps(bench.facts)
         if not any(kind in fmt.kinds for fmt in maps.formats):
             return
@@ -78,6 +79,9 @@ class NetworkChecks:
         others, loaded = bench.adapted(run)
         load_network_tensors(loaded, with_own_alphas(loaded, read))
         assert_near(bench.predict(run, others, batch), expected, kind)
+        merged = bench.open(model={"merge": [{"path": str(file)} for file in files]})
+        frozen = load_components(merged, bench.facts.components, torch.device("cpu"))
+        assert_near(bench.predict(merged, frozen, batch), expected, f"merged {kind}")
 
     def test_modulations_are_known_before_the_blocks(self, bench: Bench) -> None:
         denoiser, batch = bench.models.denoiser, bench.batch()
