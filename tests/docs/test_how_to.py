@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors import safe_open
 
 import tuner
-from tests.docs.pages import ROOT, blocks_of
-from tests.fixtures.tiny_anima import make_tiny_anima
+from tests.docs.pages import ROOT, blocks_of, make_tutorial_folder
 from tuner.cli.main import main
 
 
@@ -22,15 +20,7 @@ from tuner.cli.main import main
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the tutorial: tiny files under the names that the pages use, and two steps of training."""
     folder = tmp_path / "work"
-    make_tiny_anima(folder)
-    (folder / "qwen3").rename(folder / "Qwen3-0.6B")
-    (folder / "t5").rename(folder / "Qwen3-0.6B" / "t5_tokenizer")
-    (folder / "vae.safetensors").rename(folder / "qwen_image_vae.safetensors")
-    images = folder / "images" / "hero"
-    images.mkdir(parents=True)
-    for number in range(2):
-        Image.effect_noise((64, 64), 60 + 40 * number).convert("RGB").save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(f"a red dog {number}", encoding="utf-8")
+    make_tutorial_folder(folder, 64, ["a red dog 0", "a red dog 1"])
     (folder / "config.json").write_text(json.dumps(config()), encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user-cache"))
