@@ -157,10 +157,7 @@ def _prompts(run: Run, request: Request) -> list[Prompt]:
         raise UsageError("what should be drawn?", fix='add --prompt "TEXT", --prompts FILE, or sample.prompts')
     if request.seeds is not None:
         section = section.model_copy(update={"count": 1})
-    found = resolve_prompts(section, run.facts)
-    if section.negative and all(prompt.cfg <= 1 for prompt in found):
-        log.warning("the negative prompt has no effect: no picture has guidance above 1 (--cfg)")
-    return found
+    return resolve_prompts(section, run.facts)
 
 
 def _weights_name(run: Run, request: Request) -> str:
