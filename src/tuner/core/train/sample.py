@@ -40,7 +40,7 @@ from tuner.core.train.sample_like import config_told, fingerprint
 from tuner.core.train.sample_memory import blocks_to_stream, free_memory
 from tuner.core.train.sample_texts import EncodedTexts, Stage, beside_denoiser
 from tuner.core.train.sampling import draw_latents
-from tuner.core.types import Models, Network
+from tuner.core.types import Models
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -343,7 +343,7 @@ class Artist:
         memory = MemoryConfig(swap_blocks=run.config.memory.swap_blocks)
         prepare_blocks(
             models,
-            Network(module=stack, param_groups=[], kind="lora"),
+            stack,
             run.config.model_copy(update={"memory": memory}),
             run.facts,
             self.device,

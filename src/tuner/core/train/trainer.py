@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.adapters.network import adapter_summary, count_parameters, trained
+from tuner.core.adapters.network import adapter_layers, adapter_summary, count_parameters, trained
 from tuner.core.data.ledger import Ledger
 from tuner.core.errors import UsageError
 from tuner.core.optim import (
@@ -76,7 +76,7 @@ class Trainer:
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         tokens = token_counts(plan, caches.prompts, self.facts)
-        streaming = prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
+        streaming = prepare_blocks(self.models, adapter_layers(self.network), self.config, self.facts, device, tokens)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer,
