@@ -302,12 +302,16 @@ class Artist:
             empty_cache(self.device)
         run, models, stack = self._load([(cell.prompt.width, cell.prompt.height) for cell in cells])
         waiting: list[Tensor] = []
-        with self.stage("drawing", sum(cell.prompt.steps for cell in cells), "steps") as progress:
-            for number, cell in enumerate(cells, 1):
-                progress.fields["picture"] = f"{number}/{len(cells)}"
-                stack.set_strengths(cell.strengths)
-                key, prompt = texts.strengths(cell.strengths), cell.prompt
-                try:
+        try:
+            with self.stage("drawing", sum(cell.prompt.steps for cell in cells), "steps") as progress:
+                for number, cell in enumerate(cells, 1):
+                    if len(waiting) == KEPT:
+                        with progress.paused():
+                            yield waiting
+                        waiting = []
+                    progress.fields["picture"] = f"{number}/{len(cells)}"
+                    stack.set_strengths(cell.strengths)
+                    key, prompt = texts.strengths(cell.strengths), cell.prompt
                     latents = draw_latents(
                         run.model,
                         models,
@@ -318,17 +322,13 @@ class Artist:
                         kernel=run.config.attention.sample_backend,
                         on_step=lambda _: progress.advance(),
                     )
-                except (KeyboardInterrupt, torch.OutOfMemoryError):
-                    if waiting:
-                        log.warning("writing the %d finished pictures that wait for it", len(waiting))
-                        with progress.paused():
-                            yield waiting
-                    raise
-                waiting.append(latents)
-                if len(waiting) == KEPT or number == len(cells):
-                    with progress.paused():
-                        yield waiting
-                    waiting = []
+                    waiting.append(latents)
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
+            if waiting:
+                log.warning("writing the %d finished pictures that wait for it", len(waiting))
+                yield waiting
+            raise
+        yield waiting
 
     def _load(self, sizes: Sequence[tuple[int, int]]) -> tuple[Run, Models, AdapterStack]:
         """The denoiser with the adapters beside it, for pictures of these sizes (width, height)."""
