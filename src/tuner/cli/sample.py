@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.cli.console import out, out_json
+from tuner.cli.console import out, out_json, warn
 from tuner.cli.settings import add_config_arguments, load
 from tuner.core.errors import UsageError
 
@@ -80,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     section = raw.get("log")
     # A run's log file is its own.
     set_up_logging({"log": {key: section[key] for key in ("level",) if key in section}} if section else {})
+    quantize = raw.get("quantize") or {}
+    if source is not None and source.split and (quantize.get("denoiser") or quantize.get("text_encoder")):
+        warn("network.init of this run quantized other weights than these: its own pictures differ by that rounding")
     request = _request(arguments, raw, source, like)
     drawn = sample(raw, request, console=Console(stderr=True) if arguments.json else None)
     _tell(drawn, as_json=arguments.json)

@@ -244,12 +244,25 @@ def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
         train(make_config(sample={"prompts": [PROMPT], "every": 1}, checkpoint__every=1, **TWO_STEPS))
     _, first, second = before
     assert torch.equal(run(tmp_path / "out", "--step", "1")[0], first)
+    # The last checkpoint has the bytes of the final file, and another name.
+    run(tmp_path / "out", "--step", "2", "--out", "last")
+    run(tmp_path / "out", "--like", "last/000.png", "--out", "again")
+    assert Path("again/000.png").read_bytes() == Path("last/000.png").read_bytes()
     assert torch.equal(run(tmp_path / "out")[0], second)
     with pytest.raises(UsageError, match="no weights of step 3") as caught:
         sample_error(tmp_path / "out", "--step", "3")
     assert "1, 2" in str(caught.value.why)
     with pytest.raises(UsageError, match="no average"):
         sample_error(tmp_path / "out", "--ema")
+
+
+def test_a_run_that_quantized_the_rest_of_split_weights_is_told(make_config, tmp_path, capsys):
+    network = {"rank": 4, "init": "loftq"}
+    train(make_config(network=network, quantize={"denoiser": "int8"}, **TWO_STEPS))
+    run(tmp_path / "out", "--prompt", PROMPT)
+    assert "network.init of this run quantized other weights" in capsys.readouterr().err
+    run(tmp_path / "out", "--prompt", PROMPT, "--set", "quantize.denoiser=null")
+    assert "network.init" not in capsys.readouterr().err
 
 
 # --- sample.adapters --------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Like:
         an offered file that the picture was made without.
         """
         wanted = self.settings.get("adapters", self.settings.get("extra", []))
-        missing = {each["sha256"] for each in wanted}
+        missing, names = ({each[key] for each in wanted} for key in ("sha256", "file"))
         known: dict[str, Path] = {}
         for file in offered:
             digest = _digest(file)
@@ -71,7 +71,8 @@ class Like:
                     fix="leave it out",
                 )
             known.setdefault(digest, file)
-        for file in others:
+        # Names first: files with the same bytes may have several, and large ones need not be read.
+        for file in sorted(others, key=lambda path: path.name not in names):
             if not missing - known.keys():
                 break
             known.setdefault(_digest(file), file)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.core.config.network import SPLITTING
 from tuner.core.errors import UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.track.events import read_events
@@ -20,13 +21,15 @@ from tuner.core.train.folder import CONFIG, RunFolder
 class RunSource:
     """A run to make pictures with. config: resolved, as JSON. file: its adapter, or its whole model where ``whole``.
 
-    arithmetic: whether quantized arithmetic passed the run's check; None when there was none.
+    split: whether the training took a part out of the weights, and quantized the rest if anything. arithmetic: whether
+    quantized arithmetic passed the run's check; None when there was none.
     """
 
     folder: RunFolder
     config: dict[str, Any]
     file: Path
     whole: bool
+    split: bool
     arithmetic: bool | None
 
 
@@ -49,11 +52,14 @@ def open_source(path: Path, *, step: int | None = None, ema: bool = False, named
                 why="the run had no ema, or did not save it",
                 fix="leave --ema out",
             )
+    # How an adapter began is no matter any more, and would be checked against what is quantized here.
+    init = config.get("network", {}).pop("init", None)
     return RunSource(
         folder=folder,
         config=config,
         file=file,
         whole=whole,
+        split=init in SPLITTING,
         arithmetic=_arithmetic(folder),
     )
 
