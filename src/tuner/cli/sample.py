@@ -155,6 +155,12 @@ def _is_given(value: object) -> bool:
 
 
 def _source(arguments: argparse.Namespace, like: Like | None) -> RunSource | None:
+    if arguments.config is not None and Path(arguments.config).suffix == ".safetensors":
+        raise UsageError(
+            "this is a file of weights, a configuration is wanted here",
+            where=arguments.config,
+            fix="give an adapter as --adapter FILE; a base model as --model NAME --set model.path=FILE",
+        )
     if arguments.config is None or not Path(arguments.config).is_dir():
         for name in ("step", "ema"):
             if _is_given(getattr(arguments, name)):

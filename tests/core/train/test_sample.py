@@ -237,6 +237,7 @@ def test_streamed_blocks_draw_the_same_and_are_chosen_when_memory_is_short(
     opened = open_run(config)
     needs = [blocks_to_stream(opened.config, opened.facts, [(64, 64)], free) for free in (None, 1e12, 3e6, 1)]
     assert found == [4] and needs[:2] == [0, 0] and needs[3] == 4
+    assert blocks_to_stream(opened.config, opened.facts, [(64, 64)], 1e12, adapters=10**12) == 4
 
 
 def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
@@ -380,6 +381,8 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
         sample_error(tmp_path / "samples")
+    with pytest.raises(UsageError, match="a file of weights, a configuration is wanted"):
+        sample_error("style.safetensors", "--prompt", "x")
 
 
 @pytest.mark.parametrize(

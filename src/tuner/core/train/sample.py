@@ -22,6 +22,7 @@ from tuner.core.adapters.checkpoints import read_weights
 from tuner.core.adapters.merging import Addition
 from tuner.core.adapters.stack import AdapterStack
 from tuner.core.compute.attention_kernels import check_attention
+from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.config.train import MemoryConfig
 from tuner.core.errors import UsageError
 from tuner.core.registry import Run, open_run, without_training
@@ -381,7 +382,9 @@ class Artist:
     def _fitting(self, sizes: Sequence[tuple[int, int]]) -> Run:
         """The run with blocks streamed when the denoiser would not fit otherwise."""
         config = self.run.config
-        count = blocks_to_stream(config, self.run.facts, sizes, free_memory(self.device))
+        values = sum(value.numel() for each in self.additions for value in each.tensors.values())
+        size = values * dtype_by_name(config.precision.adapter, where="precision.adapter").itemsize
+        count = blocks_to_stream(config, self.run.facts, sizes, free_memory(self.device), adapters=size)
         if count == config.memory.swap_blocks:
             return self.run
         memory = config.memory.model_copy(update={"swap_blocks": count})
