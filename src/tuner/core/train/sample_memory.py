@@ -36,8 +36,8 @@ def blocks_to_stream(
 ) -> int:
     """The value of ``memory.swap_blocks`` to make pictures of these sizes (width, height) with ``free`` bytes.
 
-    adapters: bytes of the adapters beside the weights. The configuration's own when it has one, when everything fits, and
-    where nothing is known about the model. As many as possible when nothing is enough.
+    adapters: bytes of the adapters beside the weights. The configuration's own when it has one, when everything fits,
+    and where nothing is known about the model. As many as possible when nothing is enough.
     """
     own: int = config.memory.swap_blocks
     costs = facts.costs
