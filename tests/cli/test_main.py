@@ -50,6 +50,14 @@ def test_help_lists_every_command_and_model() -> None:
     assert "models: " in done.stdout
 
 
+def test_a_command_works_with_nobody_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for closed, arguments, code in (("stdout", ["--version"], 0), ("stderr", ["trian"], 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, closed, None)
+            assert main(arguments) == code
+            getattr(sys, closed).close()
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import tuner
 from tests.docs.pages import ROOT, blocks_of, make_tutorial_folder
 from tuner.cli.main import main
+from tuner.core.train.prompt_files import read_prompt_file
 
 
 @pytest.fixture
@@ -85,6 +86,18 @@ def test_every_command_of_the_page_about_pictures_draws_some(project: Path) -> N
     first = (drawn[0] / "000.png").read_bytes()
     assert (drawn[7] / "000.png").read_bytes() == first
     assert (drawn[1] / "000.png").read_bytes() != first
+
+
+def test_the_prompt_files_of_the_page_hold_the_same_prompts(project: Path) -> None:
+    read = {}
+    for block in blocks_of(ROOT / "docs" / "how-to" / "sample-pictures.md"):
+        if block.title:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+            read[block.title] = read_prompt_file(Path(block.title))
+    assert set(read) == {"prompts.txt", "prompts.toml", "prompts.json"}
+    assert {tuple(each["prompt"] for each in entries) for entries in read.values()} == {
+        ("a red dog on grass", "a red dog in snow")
+    }
 
 
 def test_the_extension_of_the_page_keeps_its_diary(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from tuner.cli.console import error, out, warn
 from tuner.core.errors import UsageError
@@ -37,6 +39,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in ("stdout", "stderr"):
+        # Closed by whoever started the program: there is nobody to write to.
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
