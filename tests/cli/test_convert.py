@@ -153,3 +153,35 @@ def test_tensors_without_a_place_are_not_dropped(tmp_path, capsys):
     words = ["convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "one.safetensors"), "--to", "single"]
     assert main([*words, "--model", "flux"]) == 2
     assert "one of them is denoiser:odd.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_no_source_is_replaced(tmp_path, capsys, overwrite):
+    adapter, folder = tmp_path / "lora.safetensors", tmp_path / "model"
+    adapter.write_bytes(golden_path("flux/lora_sdscripts.safetensors").read_bytes())
+    convert(golden_path(DEV), folder, "diffusers", model="flux")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    for words in ([adapter, adapter, "--to", "diffusers"], [folder, folder, "--to", "diffusers", "--dtype", "bf16"]):
+        assert main(["convert", *map(str, words), *overwrite, "--model", "flux"]) == 2
+        assert "would replace" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_an_existing_folder_is_filled_only_when_it_is_empty(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    convert(golden_path(DEV), tmp_path / "empty", "diffusers", model="flux")
+    words = ["convert", str(golden_path(DEV)), str(tmp_path / "empty"), "--to", "diffusers", "--model", "flux"]
+    assert main(words) == 2
+    assert "the folder is not empty" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_values_beyond_a_number_format_are_refused(tmp_path, capsys, dtype):
+    source = golden(DEV)
+    source["double_blocks.0.img_mlp.0.weight"] *= 1e6
+    save_file(source, tmp_path / "wide.safetensors")
+    words = ["convert", str(tmp_path / "wide.safetensors"), str(tmp_path / "n.safetensors"), "--to", "single"]
+    assert main([*words, "--dtype", dtype, "--model", "flux"]) == 2
+    assert "double_blocks.0.img_mlp.0.weight has values that float" in capsys.readouterr().err
+    assert not (tmp_path / "n.safetensors").exists()

@@ -220,6 +220,7 @@ def test_a_stripped_copy_has_the_same_tensors_and_only_what_may_stay(tmp_path, c
     [
         (("--strip", "all"), "--strip and --out belong together"),
         (("--overwrite",), "--overwrite is for the copy that --strip writes"),
+        (("--strip", "all", "--out", "x", "--hashes"), "--hashes is for looking"),
     ],
 )
 def test_options_of_the_copy_belong_together(capsys, words, message):
@@ -232,3 +233,22 @@ def test_a_file_is_never_stripped_in_place(tmp_path, capsys):
     save_file(golden(LORA), source, METADATA)
     assert main(["inspect", str(source), "--strip", "all", "--out", str(source), "--overwrite"]) == 2
     assert "would replace the file it is made of" in capsys.readouterr().err
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path, capsys):
+    assert main(["inspect", str(golden_path("flux/dev_bfl.safetensors")), "--modules"]) == 2
+    assert "--modules is for adapters" in capsys.readouterr().err
+    save_file(golden(LORA), tmp_path / "a.safetensors")
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(golden(LORA), "a.safetensors")}))
+    assert main(["inspect", str(index), "--hashes"]) == 2
+    assert "name one of its shards" in capsys.readouterr().err
+    assert main(["inspect", str(index), "--json"]) == 0
+
+
+def test_a_number_format_that_is_not_known_is_copied(tmp_path):
+    header = b'{"__metadata__":{"ss_tag":"me"},"a":{"dtype":"F4_NEW","shape":[8],"data_offsets":[0,4]}}'
+    source, copy = tmp_path / "new.safetensors", tmp_path / "clean.safetensors"
+    source.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    assert main(["inspect", str(source), "--strip", "all", "--out", str(copy)]) == 0
+    assert b"F4_NEW" in copy.read_bytes() and copy.read_bytes().endswith(b"1234") and b"me" not in copy.read_bytes()

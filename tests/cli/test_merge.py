@@ -197,6 +197,9 @@ def test_the_sum_cut_to_a_rank_is_the_best_of_that_rank(out, capsys):
         ((path(LORA), "--concat", "--rank", "4"), "--concat keeps every rank"),
         ((path(LORA), "--strength", "half"), "cannot read the strength 'half'"),
         ((path(LORA), "--strength", ".*=0"), "nothing is left to merge"),
+        ((f"{path(LORA)}:0",), "nothing is left to merge"),
+        ((f"{path(LORA)}:nan",), "a strength must be finite, not nan"),
+        ((path(LORA), "--strength", ".*=inf"), "a strength must be finite, not inf"),
     ],
 )
 def test_options_that_cannot_act_are_refused(words, message, out, capsys):
@@ -223,3 +226,30 @@ def test_kinds_that_do_not_add_up_say_so(out, tmp_path, capsys):
     assert "merge them into a checkpoint with --base" in capsys.readouterr().err
     merge(out, str(lokr), "--base", path(BASE))
     assert safetensors_header(out).metadata["modelspec.merged_from"] == "lokr:1"
+
+
+def test_an_adapter_with_values_that_are_no_numbers_goes_nowhere(out, tmp_path, capsys):
+    tensors = golden(LORA)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_file(tensors | {name: tensors[name] * float("nan")}, tmp_path / "broken.safetensors")
+    for words in ((), ("--base", path(BASE)), ("--rank", "2")):
+        assert main(["merge", str(tmp_path / "broken.safetensors"), *words, "--model", "flux", "--out", str(out)]) == 2
+        assert "is not finite" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for target, message in ((tmp_path / "file" / "new", "cannot be written"), (tmp_path, "this is a folder")):
+        assert main(["merge", path(LORA), "--model", "flux", "--overwrite", "--out", str(target)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(out, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tuner.core.adapters.streams.write_values", full)
+    assert main(["merge", path(LORA), "--base", path(BASE), "--model", "flux", "--out", str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []

@@ -22,6 +22,7 @@ from tuner.core.adapters.checkpoints import file_beside, joined, members
 from tuner.core.adapters.formats import modules_of, parts_of
 from tuner.core.adapters.merging import Addition, added, refuse_bias
 from tuner.core.adapters.streams import FILE_NAMES, Planned, copied, silent, write_tensors
+from tuner.core.compute.dtypes import all_finite, beyond, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
 
@@ -145,11 +146,13 @@ def _planned(file: StoredFile, changes: Changes, dtype: torch.dtype | None) -> t
         target = dtype if dtype is not None and own is not None and own.is_floating_point else own
         changed += touched
         if touched and stored is not None and target is not None:
-            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_changed, info, stored, changes, target))
+            planned[key] = Planned(
+                FILE_NAMES[target], info.shape, partial(_changed, key, info, stored, changes, target)
+            )
         elif target is None or target == own:
             planned[key] = copied(info)
         else:
-            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_cast, info, target))
+            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_cast, key, info, target))
     return planned, changed
 
 
@@ -168,10 +171,13 @@ def _changes_leaf(name: str, changes: Changes) -> bool:
     )
 
 
-def _changed(info: TensorInfo, stored: StoredTensor, changes: Changes, dtype: torch.dtype) -> Tensor:
+def _changed(key: str, info: TensorInfo, stored: StoredTensor, changes: Changes, dtype: torch.dtype) -> Tensor:
     values = zip(stored.names, members(read_one(info), stored), strict=True)
     # One by one: beside the result only one part is in memory in float32.
-    return joined((_member(name, value, changes) for name, value in values), info.shape, stored, dtype)
+    found = joined((_member(name, value, changes) for name, value in values), info.shape, stored, dtype)
+    if not all_finite(found):
+        raise beyond(dtype, key)
+    return found
 
 
 def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
@@ -182,8 +188,8 @@ def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
     return added(value, leaf, component, path, changes[module])
 
 
-def _cast(info: TensorInfo, dtype: torch.dtype) -> Tensor:
-    return read_one(info).to(dtype)
+def _cast(key: str, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+    return fitting(read_one(info), dtype, key)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -20,6 +20,7 @@ from tuner.core.adapters.deltas import kind_of
 from tuner.core.adapters.formats import joined_modules, modules_of, parts_of, split_module
 from tuner.core.adapters.kinds import rank_of
 from tuner.core.adapters.low_rank import Wanted, factors_of_product
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def summed(additions: Sequence[Addition]) -> dict[str, Tensor]:
                 why=f"its adapters are of kind {', '.join(sorted(kinds))}; only lora, full and norms add up",
                 fix="merge them into a checkpoint with --base",
             )
+        if not all(map(all_finite, parts.values())):
+            raise UsageError(f"{name} is not finite", where=", ".join(str(addition.path) for addition, _ in given))
         found |= {f"{name}.{part}": value for part, value in parts.items()}
     return found
 
@@ -118,6 +121,8 @@ def resized(
             found |= split_module(place, parts, name)
             continue
         down, up = parts["down"], parts["up"]
+        if not all(map(all_finite, parts.values())):
+            raise UsageError(f"{name} is not finite", why="its training went wrong, or the file was damaged")
         scale = float(parts["alpha"]) / down.shape[0]
         cut = factors_of_product(up.float().flatten(1) * scale, down.float().flatten(1), wanted)
         layers.append(Layer(name=name, rank=cut.rank, old_rank=down.shape[0], kept=cut.kept, norm=cut.norm))

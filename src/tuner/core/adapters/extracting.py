@@ -21,6 +21,7 @@ from tuner.core.adapters.formats import split_module
 from tuner.core.adapters.low_rank import factors_of
 from tuner.core.adapters.spelling import StoredModule, stored_module
 from tuner.core.adapters.streams import silent
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def extract(
         names = [f"{place.component}:{path}.weight" for path in place.paths]
         used.update(names)
         delta = _delta(base, tuned, names, device)
+        if not all_finite(delta):
+            raise UsageError(f"{name} is not finite in one of the checkpoints", fix="use checkpoints that work")
         if bool(delta.any()):
             found = factors_of(delta.flatten(1), wanted)
             held += found.norm**2 * found.kept

@@ -19,7 +19,7 @@ from torch import Tensor
 from tuner.core.adapters.bases import Parameters
 from tuner.core.adapters.checkpoints import assembled
 from tuner.core.adapters.streams import FILE_NAMES, Planned, silent, write_tensors
-from tuner.core.compute.dtypes import DTYPES
+from tuner.core.compute.dtypes import DTYPES, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
 from tuner.core.types import StoredTensor
@@ -136,7 +136,7 @@ def _planned(
             planned[key] = Planned(FILE_NAMES[FLOAT8], shape, scale.weight)
             planned[key.removesuffix("weight") + "scale_weight"] = Planned("F32", (), scale.value)
         else:
-            planned[key] = Planned(FILE_NAMES[target], shape, partial(_cast, make, target))
+            planned[key] = Planned(FILE_NAMES[target], shape, partial(_cast, make, target, key))
     if scaled and any(key.endswith("scale_weight") for key in planned):
         marker = prefix + "scaled_fp8"
         planned[marker] = Planned(FILE_NAMES[FLOAT8], (2,), partial(torch.zeros, 2, dtype=FLOAT8))
@@ -155,10 +155,8 @@ def _made(parameters: Parameters, stored: StoredTensor, dtype: torch.dtype) -> T
     return assembled({name: parameters.read(name) for name in stored.names}, stored, dtype)
 
 
-def _cast(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
-    value = make()
-    # Beyond its largest number float8 has none but "not a number".
-    return value.float().clamp(-LARGEST, LARGEST).to(dtype) if dtype == FLOAT8 else value.to(dtype)
+def _cast(make: Callable[[], Tensor], dtype: torch.dtype, key: str) -> Tensor:
+    return fitting(make(), dtype, key)
 
 
 class _Scale:

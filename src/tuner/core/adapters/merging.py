@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tuner.core.adapters.deltas import merged_bias, merged_weight
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import modules_of, parts_of
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def added(value: Tensor, leaf: str, component: str, path: str, wanted: Sequence[
             raise UsageError(
                 f"{name}: {error.what}", where=f"{addition.path}, {addition.where}", why=error.why, fix=error.fix
             ) from error
-    # The sum alone needs no memory; only when it overflows must the values themselves be looked at.
-    if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
-        raise UsageError(f"{name} is not finite with the merged adapter", where=wanted[-1].where)
+    if not all_finite(total):
+        raise UsageError(
+            f"{name} is not finite with the merged adapter", where=f"{wanted[-1].path}, {wanted[-1].where}"
+        )
     return total

@@ -52,7 +52,9 @@ def write_tensors(
     entries: dict[str, object] = {}
     start = 0
     for key, each in planned.items():
-        stop = start + DTYPE_BYTES[each.dtype] * math.prod(each.shape)
+        # What is copied need not be of a number format that is known here.
+        taken = each.value if isinstance(each.value, TensorInfo) else None
+        stop = start + (taken.stop - taken.start if taken else DTYPE_BYTES[each.dtype] * math.prod(each.shape))
         entries[key] = {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": [start, stop]}
         start = stop
     with atomic_path(path) as temporary, temporary.open("wb") as target:
