@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.tiny_parts import clip_shapes, random_tensors, t5_shapes, vae_shapes
 from tests.helpers import golden, golden_path
 from tuner.cli.main import main
+from tuner.core.files import safetensors_header
 
 DEV = "flux/dev_bfl.safetensors"
 
@@ -185,3 +186,37 @@ def test_values_beyond_a_number_format_are_refused(tmp_path, capsys, dtype):
     assert main([*words, "--dtype", dtype, "--model", "flux"]) == 2
     assert "double_blocks.0.img_mlp.0.weight has values that float" in capsys.readouterr().err
     assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_what_makes_steps_and_biases_is_not_in_eight_bits(tmp_path):
+    words = ("--dtype", "fp8", "--to", "single", "--model", "anima")
+    source, file = golden_path("anima/e2e_weights.safetensors"), tmp_path / "small.safetensors"
+    assert main(["convert", str(source), str(file), *words]) == 0
+    found = load_file(file)
+    assert found["net.blocks.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert found["net.llm_adapter.blocks.0.mlp.0.weight"].dtype == torch.float8_e4m3fn
+    assert found["net.t_embedder.1.linear_1.weight"].dtype == torch.float32
+
+
+def test_encoders_beside_a_scaled_denoiser_stay_as_they_are(tmp_path):
+    encoder = random_tensors(t5_shapes(width=24), torch.Generator().manual_seed(0))
+    save_file(encoder, tmp_path / "t5.safetensors")
+    words = ["--with", str(tmp_path / "t5.safetensors"), "--dtype"]
+    base = golden_path("sd3/sd35m_weights_f16.safetensors")
+    scaled = load_file(convert(base, tmp_path / "s.safetensors", "all-in-one", *words, "fp8-scaled", model="sd3"))
+    plain = load_file(convert(base, tmp_path / "p.safetensors", "all-in-one", *words, "fp8", model="sd3"))
+    start = "text_encoders.t5xxl.transformer."
+    assert all(torch.equal(scaled[start + name], value) for name, value in encoder.items())
+    assert scaled["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"].dtype == torch.float8_e4m3fn
+    layer = f"{start}encoder.block.0.layer.0.SelfAttention"
+    assert plain[f"{layer}.q.weight"].dtype == torch.float8_e4m3fn
+    assert plain[f"{layer}.relative_attention_bias.weight"].dtype == torch.float32
+
+
+def test_what_the_file_says_about_the_model_goes_with_it(tmp_path):
+    told = {"modelspec.author": "ada", "modelspec.hash_sha256": "0x1", "format": "pt"}
+    save_file(golden(DEV), tmp_path / "named.safetensors", told)
+    folder = convert(tmp_path / "named.safetensors", tmp_path / "folder", "diffusers", model="flux")
+    back = convert(folder, tmp_path / "back.safetensors", "single", model="flux")
+    for file in (folder / "transformer" / "diffusion_pytorch_model.safetensors", back):
+        assert safetensors_header(file).metadata == {"format": "pt", "modelspec.author": "ada"}

@@ -174,9 +174,11 @@ def test_looking_needs_no_torch():
 
 METADATA = {
     "format": "pt",
-    "lora_adapter_metadata": "{}",
+    "lora_adapter_metadata": '{"transformer.r": 4, "transformer.base_model_name_or_path": "ada/secret-model"}',
     "modelspec.title": "Hero",
     "modelspec.implementation": "https://example.org/model",
+    "modelspec.date": "2026-01-02T03:04:05",
+    "modelspec.merged_from": "ada:0.5, client:1",
     "ss_network_dim": "8",
     "ss_network_args": '{"file": "/home/ada/targets.txt"}',
     "ss_learning_rate": "1e-4",
@@ -209,6 +211,7 @@ def test_a_stripped_copy_has_the_same_tensors_and_only_what_may_stay(tmp_path, c
     assert source.read_bytes() == before
     with safe_open(copy, "pt") as file:
         assert set(file.metadata()) == KEPT[level]
+        assert json.loads(file.metadata()["lora_adapter_metadata"]) == {"transformer.r": 4}
     first, second = load_file(source), load_file(copy)
     assert list(first) == list(second)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -252,3 +255,12 @@ def test_a_number_format_that_is_not_known_is_copied(tmp_path):
     source.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
     assert main(["inspect", str(source), "--strip", "all", "--out", str(copy)]) == 0
     assert b"F4_NEW" in copy.read_bytes() and copy.read_bytes().endswith(b"1234") and b"me" not in copy.read_bytes()
+
+
+def test_a_change_of_weights_alone_is_an_adapter(told, tmp_path, capsys):
+    name = "diffusion_model.blocks.0.self_attn.q_proj"
+    save_file({f"{name}.diff": torch.ones(4, 4)}, tmp_path / "full.safetensors")
+    found = told(tmp_path / "full.safetensors")
+    assert (found["what"], found["family"], found["modules"][0]["kind"]) == ("adapter", "anima", "full")
+    save_file({"act.alpha": torch.ones(4), "act.weight": torch.ones(4)}, tmp_path / "other.safetensors")
+    assert told(tmp_path / "other.safetensors")["what"] == "unknown"

@@ -119,7 +119,7 @@ def _strip(arguments: argparse.Namespace, header: WeightHeader) -> int:
     if arguments.json:
         out_json({"path": str(target), "removed": removed})
     else:
-        out(f"{target}: the same tensors, {len(removed)} metadata removed")
+        out(f"{target}: the same tensors, {len(removed)} metadata removed or cut")
         for key in removed:
             out(f"  {key}")
     return 0

@@ -160,8 +160,9 @@ def _into_one(
     fmt = format_by_name(names.adapters, name, where="--format")
     tensors = summed(chosen)
     layers: list[Layer] = []
+    others: list[str] = []
     if wanted is not None:
-        tensors, layers, _ = resized(tensors, fmt, wanted)
+        tensors, layers, others = resized(tensors, fmt, wanted, dense=True)
     ranks = ranks_of(tensors, fmt)
     metadata = {**metadata, **network_metadata(ranks)}
     with writing(target):
@@ -169,7 +170,9 @@ def _into_one(
     kept = kept_share(layers) if layers else 1.0
     told = {"path": str(target), "format": fmt.name, "modules": len(ranks), "max_rank": max(ranks), "kept": kept}
     if arguments.json:
-        out_json(told)
-    else:
-        out(f"{target}: {len(ranks)} modules ({fmt.name}), rank up to {max(ranks)}, {kept:.2%} of the sum kept")
+        out_json({**told, "kept_as_they_are": others})
+        return 0
+    out(f"{target}: {len(ranks)} modules ({fmt.name}), rank up to {max(ranks)}, {kept:.2%} of the sum kept")
+    if others:
+        out(f"{len(others)} modules have no rank and stay as they are")
     return 0

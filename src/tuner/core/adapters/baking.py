@@ -21,7 +21,7 @@ from tuner.core.adapters.bases import read_one
 from tuner.core.adapters.checkpoints import file_beside, joined, members
 from tuner.core.adapters.formats import modules_of, parts_of
 from tuner.core.adapters.merging import Addition, added, refuse_bias
-from tuner.core.adapters.streams import FILE_NAMES, Planned, copied, silent, write_tensors
+from tuner.core.adapters.streams import FILE_NAMES, Planned, about, copied, silent, write_tensors
 from tuner.core.compute.dtypes import all_finite, beyond, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from tuner.core.files import TensorInfo
     from tuner.core.types import StoredFile, StoredTensor
 
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Metadata that describe the bytes of the old file."""
 Changes = Mapping[str, Sequence[Addition]]
 
 
@@ -101,9 +99,8 @@ def bake(
         touched = any(_touched(stored, changes) for stored in file.tensors.values())
         if touched or not file.name:
             planned, changed = _planned(file, changes, dtype)
-            kept = {name: value for name, value in file.header.metadata.items() if name not in STALE}
             path = file_beside(out, file)
-            write_tensors(path, planned, {**kept, **metadata}, progress)
+            write_tensors(path, planned, {**about(file.header), **metadata}, progress)
             written.append(Baked(path=path, changed=changed, tensors=len(planned)))
     return written
 

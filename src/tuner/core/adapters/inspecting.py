@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Parts whose first axis is the rank of their module."""
-WHOLE_WEIGHTS = frozenset({"weight", "diff"})
+ELSEWHERE = frozenset({"weight", "alpha"})
 """Parts that alone do not make a file an adapter: checkpoints have names that end so."""
 CHUNK = 1 << 22
 SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
@@ -80,7 +80,7 @@ class Inspection:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether names of tensors are those of an adapter file."""
-    return any(part is not None and part.part not in WHOLE_WEIGHTS for part in map(take_apart, names))
+    return any(part is not None and part.part not in ELSEWHERE for part in map(take_apart, names))
 
 
 def inspect(header: WeightHeader, families: Sequence[Family]) -> Inspection:

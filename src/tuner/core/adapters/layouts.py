@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tuner.core.adapters.bases import Parameters
 from tuner.core.adapters.checkpoints import assembled
-from tuner.core.adapters.streams import FILE_NAMES, Planned, silent, write_tensors
+from tuner.core.adapters.streams import FILE_NAMES, Planned, about, silent, write_tensors
 from tuner.core.compute.dtypes import DTYPES, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
-from tuner.core.types import StoredTensor
+from tuner.core.types import OUTER_LAYERS, StoredTensor
 
 if TYPE_CHECKING:
     from tuner.core.types import StoredFile, WeightMaps
@@ -36,8 +36,9 @@ LAYOUTS: Mapping[Layout, str] = {
 BASE_DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8-scaled")
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-IN_A_BLOCK = re.compile(r"(?!vae:).*\.\d+\..*\.weight")
-"""Weights that become float8: matrices of numbered blocks; everything around them passes errors to all."""
+IN_A_BLOCK = re.compile(rf"(?!vae:|\w+:({'|'.join(OUTER_LAYERS)})$).*\.\d+\..*(?<!_bias)\.weight")
+"""Weights that become float8: matrices of numbered blocks, but no tables of biases; everything around them passes
+errors to all."""
 WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -71,12 +72,12 @@ def convert_base(
     names = set(parameters)
     if not any(name.startswith("denoiser:") for name in names):
         raise UsageError("none of the files holds the denoiser", fix="name its file first")
+    own = {name for stored in maps.original(names).values() for name in stored.names}
     plans: dict[Path, dict[str, StoredTensor]] = {}
     prefix = {"single": maps.alone, "all-in-one": maps.prefixes["denoiser"], "diffusers": ""}[layout]
     if layout == "diffusers":
         plans[target / maps.folders["denoiser"][0] / WEIGHT_FILE] = dict(maps.diffusers(names))
-        beside = {name.partition(":")[0] for each in maps.original(names).values() for name in each.names}
-        for component in sorted(beside - {"denoiser"}):
+        for component in sorted({name.partition(":")[0] for name in own} - {"denoiser"}):
             plans[target / maps.folders[component][0] / WEIGHT_FILE] = _alone(names, component, "")
     else:
         plans[target] = {prefix + key: stored for key, stored in maps.original(names).items()}
@@ -89,10 +90,13 @@ def convert_base(
             f"{len(lost)} tensors have no place in the layout {layout}", why=f"one of them is {lost[0]}",
             fix="use a file without added tensors",
         )  # fmt: skip
+    # Title, author, licence: they belong to the model in every layout.
+    metadata = {key: value for file in files if not file.name for key, value in about(file.header).items()}
     written = {}
     for path, plan in plans.items():
-        planned = _planned(plan, parameters, dtype, prefix)
-        write_tensors(path, planned, {"format": "pt"}, progress)
+        planned = _planned(plan, parameters, dtype, prefix, own)
+        whole = any(name.startswith("denoiser:") for stored in plan.values() for name in stored.names)
+        write_tensors(path, planned, {**(metadata if whole else {}), "format": "pt"}, progress)
         written[path] = len(planned)
     left_out = {name.partition(":")[0] for name in names - held} - {"denoiser"}
     dropped = [key for file in files for key in file.header if key not in file.tensors]
@@ -121,7 +125,7 @@ def _others(names: set[str], plan: Mapping[str, StoredTensor], maps: WeightMaps)
 
 
 def _planned(
-    plan: Mapping[str, StoredTensor], parameters: Parameters, dtype: str | None, prefix: str
+    plan: Mapping[str, StoredTensor], parameters: Parameters, dtype: str | None, prefix: str, own_names: set[str]
 ) -> dict[str, Planned]:
     planned: dict[str, Planned] = {}
     scaled = dtype == "fp8-scaled"
@@ -129,7 +133,9 @@ def _planned(
         shapes = [parameters.shape(name) for name in stored.names]
         shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         own = reduce(torch.promote_types, (FILE_DTYPES[parameters.dtype(name)] for name in stored.names))
-        target = _target(stored, len(shape), own, dtype)
+        # Programs look for scales in the denoiser's file; an encoder beside it stays as it is.
+        passed = scaled and not own_names.issuperset(stored.names)
+        target = own if passed else _target(stored, len(shape), own, dtype)
         make = partial(_made, parameters, stored, own)
         if target == FLOAT8 and scaled:
             scale = _Scale(make)

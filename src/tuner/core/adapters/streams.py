@@ -14,9 +14,11 @@ from tuner.core.adapters.files import header_bytes
 from tuner.core.atomic import atomic_path
 from tuner.core.compute.weights import FILE_DTYPES, write_values
 from tuner.core.errors import UsageError
-from tuner.core.files import DTYPE_BYTES, TensorInfo
+from tuner.core.files import DTYPE_BYTES, TensorInfo, WeightHeader
 
 COPY_BYTES = 1 << 24
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata that describe the bytes of the old file."""
 FILE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
@@ -27,6 +29,11 @@ class Planned:
     dtype: str
     shape: tuple[int, ...]
     value: TensorInfo | Callable[[], Tensor]
+
+
+def about(header: WeightHeader) -> dict[str, str]:
+    """The metadata that stay true of a file with other tensors."""
+    return {name: value for name, value in header.metadata.items() if name not in STALE}
 
 
 def copied(info: TensorInfo) -> Planned:
