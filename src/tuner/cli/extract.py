@@ -99,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         out(f"{found.unchanged} modules are equal in both checkpoints")
     if found.rest:
         more = f" and {len(found.rest) - 3} more" if len(found.rest) > 3 else ""
-        out(f"left out, because a LoRA cannot hold them: {', '.join(found.rest[:3])}{more}")
+        why = "--only leaves out, or a LoRA cannot hold" if arguments.only else "a LoRA cannot hold"
+        out(f"changed, but {why}: {', '.join(found.rest[:3])}{more}")
     show_layers(found.layers)
     return 0
 
