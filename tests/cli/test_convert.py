@@ -220,3 +220,22 @@ def test_what_the_file_says_about_the_model_goes_with_it(tmp_path):
     back = convert(folder, tmp_path / "back.safetensors", "single", model="flux")
     for file in (folder / "transformer" / "diffusion_pytorch_model.safetensors", back):
         assert safetensors_header(file).metadata == {"format": "pt", "modelspec.author": "ada"}
+
+
+@pytest.mark.parametrize("formats", [{torch.uint16}, {torch.float8_e4m3fn, torch.float32}], ids=["unknown", "mixed"])
+def test_a_number_format_that_cannot_be_converted_is_told(tmp_path, capsys, formats):
+    source = golden("flux/dev_diffusers.safetensors")
+    for name, dtype in zip(("to_q", "to_k"), sorted(formats, key=str), strict=False):
+        key = f"transformer_blocks.0.attn.{name}.weight"
+        source[key] = source[key].to(dtype)
+    save_file(source, tmp_path / "odd.safetensors")
+    words = ["convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "n.safetensors"), "--to", "single"]
+    assert main([*words, "--model", "flux"]) == 2
+    assert "number format that cannot be converted" in capsys.readouterr().err
+
+
+def test_tensors_stand_in_the_order_of_their_source(tmp_path):
+    """Sets of names would order them anew in every process."""
+    source = golden_path("anima/e2e_weights.safetensors")
+    file = convert(source, tmp_path / "one.safetensors", "single", model="anima")
+    assert list(safetensors_header(file)) == [name for name in safetensors_header(source) if "pos_embedder" not in name]

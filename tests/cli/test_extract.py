@@ -216,3 +216,10 @@ def test_values_that_are_no_numbers_are_named(tmp_path, capsys, tool):
     words = [tool, *given, str(tmp_path / "broken.safetensors"), "--rank", "2", "--model", "flux"]
     assert main([*words, "--out", str(tmp_path / "new.safetensors")]) == 2
     assert "lora_unet_double_blocks_0_img_attn_proj is not finite" in capsys.readouterr().err
+
+
+def test_a_pattern_that_is_none_is_told(tmp_path, capsys):
+    file = str(golden_path(FAMILIES["flux"]))
+    words = ["extract", file, file, "--rank", "2", "--only", "(", "--model", "flux"]
+    assert main([*words, "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert "'(' is no regular expression" in capsys.readouterr().err

@@ -7,7 +7,6 @@ Names, order, layout and dtype of a file stay as they were.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from tuner.core.adapters.checkpoints import file_beside, joined, members
 from tuner.core.adapters.formats import modules_of, parts_of
 from tuner.core.adapters.merging import Addition, added, refuse_bias
 from tuner.core.adapters.streams import FILE_NAMES, Planned, about, copied, silent, write_tensors
+from tuner.core.adapters.targets import compiled
 from tuner.core.compute.dtypes import all_finite, beyond, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
@@ -50,14 +50,14 @@ def with_strengths(additions: Sequence[Addition], strengths: Mapping[str, float]
     """
     if not strengths:
         return list(additions)
-    compiled = {text: _compiled(text) for text in strengths}
+    patterns = {text: compiled(text, "--strength") for text in strengths}
     used: set[str] = set()
     found: list[Addition] = []
     for addition in additions:
         groups: dict[float, list[str]] = {}
         for component, path in modules_of(addition.tensors):
             names = (f"{component}:{path}", path)
-            matching = [text for text, pattern in compiled.items() if any(map(pattern.fullmatch, names))]
+            matching = [text for text, pattern in patterns.items() if any(map(pattern.fullmatch, names))]
             used.update(matching)
             groups.setdefault(strengths[matching[-1]] if matching else 1.0, []).append(names[0])
         for factor, modules in groups.items():
@@ -187,10 +187,3 @@ def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
 
 def _cast(key: str, info: TensorInfo, dtype: torch.dtype) -> Tensor:
     return fitting(read_one(info), dtype, key)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{pattern!r} is not a regular expression", where="--strength", why=str(error)) from error

@@ -7,7 +7,7 @@ s w; a tensor ``scaled_fp8`` with two elements says that the file is of this kin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -69,7 +69,8 @@ def convert_base(
     UsageError: no denoiser among the files, or a tensor without a place in the layout.
     """
     parameters = Parameters(files)
-    names = set(parameters)
+    # In the order of the files, so that the same model gives the same bytes.
+    names = dict.fromkeys(parameters).keys()
     if not any(name.startswith("denoiser:") for name in names):
         raise UsageError("none of the files holds the denoiser", fix="name its file first")
     own = {name for stored in maps.original(names).values() for name in stored.names}
@@ -103,13 +104,13 @@ def convert_base(
     return Converted(files=written, left_out=sorted(left_out), dropped=dropped)
 
 
-def _alone(names: set[str], component: str, prefix: str) -> dict[str, StoredTensor]:
+def _alone(names: KeysView[str], component: str, prefix: str) -> dict[str, StoredTensor]:
     start = f"{component}:"
     own = sorted(name for name in names if name.startswith(start))
     return {prefix + name.removeprefix(start): StoredTensor(names=(name,)) for name in own}
 
 
-def _others(names: set[str], plan: Mapping[str, StoredTensor], maps: WeightMaps) -> dict[str, StoredTensor]:
+def _others(names: KeysView[str], plan: Mapping[str, StoredTensor], maps: WeightMaps) -> dict[str, StoredTensor]:
     """The components that do not belong into the denoiser's own file."""
     held = {name for stored in plan.values() for name in stored.names}
     found: dict[str, StoredTensor] = {}
@@ -132,7 +133,7 @@ def _planned(
     for key, stored in plan.items():
         shapes = [parameters.shape(name) for name in stored.names]
         shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
-        own = reduce(torch.promote_types, (FILE_DTYPES[parameters.dtype(name)] for name in stored.names))
+        own = _common_dtype(parameters, stored)
         # Programs look for scales in the denoiser's file; an encoder beside it stays as it is.
         passed = scaled and not own_names.issuperset(stored.names)
         target = own if passed else _target(stored, len(shape), own, dtype)
@@ -147,6 +148,19 @@ def _planned(
         marker = prefix + "scaled_fp8"
         planned[marker] = Planned(FILE_NAMES[FLOAT8], (2,), partial(torch.zeros, 2, dtype=FLOAT8))
     return planned
+
+
+def _common_dtype(parameters: Parameters, stored: StoredTensor) -> torch.dtype:
+    """The dtype that holds all values of one tensor to come."""
+    spelled = {parameters.dtype(name) for name in stored.names}
+    try:
+        return reduce(torch.promote_types, (FILE_DTYPES[each] for each in sorted(spelled)))
+    except (KeyError, RuntimeError) as error:
+        raise UsageError(
+            f"{stored.names[0]} has a number format that cannot be converted",
+            why=f"it is stored as {', '.join(sorted(spelled))}",
+            fix="use a BF16, F16 or F32 file",
+        ) from error
 
 
 def _target(stored: StoredTensor, axes: int, own: torch.dtype, dtype: str | None) -> torch.dtype:

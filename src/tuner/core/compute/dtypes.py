@@ -34,7 +34,9 @@ def fitting(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """``values`` in ``dtype``. UsageError for finite ones beyond its range. name: what the error calls them."""
     both = values.is_floating_point() and dtype.is_floating_point and values.numel()
     if both and torch.finfo(dtype).max < torch.finfo(values.dtype).max:
-        largest = max(map(abs, map(float, torch.aminmax(values))))
+        # float8 has no minimum of its own.
+        known = values.float() if values.dtype.itemsize == 1 else values
+        largest = max(map(abs, map(float, torch.aminmax(known))))
         if torch.finfo(dtype).max < largest < float("inf"):
             raise beyond(dtype, name)
     return values.to(dtype)
