@@ -264,3 +264,20 @@ def test_a_change_of_weights_alone_is_an_adapter(told, tmp_path, capsys):
     assert (found["what"], found["family"], found["modules"][0]["kind"]) == ("adapter", "anima", "full")
     save_file({"act.alpha": torch.ones(4), "act.weight": torch.ones(4)}, tmp_path / "other.safetensors")
     assert told(tmp_path / "other.safetensors")["what"] == "unknown"
+
+
+def test_a_program_is_credited_with_every_kind_that_it_reads(told, tmp_path):
+    """A LoKr of a joint matrix, as LyCORIS trains it under sd-scripts."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{name}.lokr_w1": torch.ones(12, 4), f"{name}.lokr_w2": torch.ones(12, 12)}, tmp_path / "a.safetensors")
+    found = told(tmp_path / "a.safetensors")
+    assert (found["family"], found["modules"][0]["kind"], len(found["modules"][0]["paths"])) == ("flux", "lokr", 3)
+    assert set(found["unread"]) == {"kohya-ss/sd-scripts", "diffusers"}
+
+
+def test_alphas_that_a_program_does_not_take_count_as_not_read(told, tmp_path):
+    found = told(golden_path("anima/lora_comfyui.safetensors"))
+    assert len(found["unread"]["diffusers"]) == len(found["modules"])
+    plain = {name: value for name, value in golden("anima/lora_comfyui.safetensors").items() if "alpha" not in name}
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert set(told(tmp_path / "plain.safetensors")["unread"]) == {"kohya-ss/sd-scripts"}
