@@ -83,6 +83,12 @@ def test_separate_files_become_one_that_is_a_whole_model(tmp_path, capsys):
     assert main(["inspect", str(file), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert set(told["parts"]) == {"denoiser", *parts} and not told["unmapped"]
+    folder = convert(file, tmp_path / "folder", "diffusers", model="sd3")
+    assert "components that this layout does not hold: vae" in capsys.readouterr().out
+    for name, subfolder in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5", "text_encoder_3")):
+        same(load_file(folder / subfolder / "model.safetensors"), parts[name])
+    back = convert(folder, tmp_path / "back.safetensors", "all-in-one", model="sd3")
+    same(load_file(back), {name: value for name, value in wanted.items() if "first_stage_model" not in name})
 
 
 def test_a_dtype_changes_every_tensor(tmp_path):
@@ -239,3 +245,12 @@ def test_tensors_stand_in_the_order_of_their_source(tmp_path):
     source = golden_path("anima/e2e_weights.safetensors")
     file = convert(source, tmp_path / "one.safetensors", "single", model="anima")
     assert list(safetensors_header(file)) == [name for name in safetensors_header(source) if "pos_embedder" not in name]
+
+
+def test_a_file_that_is_not_the_named_component_is_refused(tmp_path, capsys):
+    encoder = random_tensors(t5_shapes(width=24), torch.Generator().manual_seed(0))
+    save_file(encoder, tmp_path / "t5.safetensors")
+    words = ["--to", "all-in-one", "--with", f"clip_l={tmp_path / 't5.safetensors'}", "--model", "sd3"]
+    base = str(golden_path("sd3/sd35m_weights_f16.safetensors"))
+    assert main(["convert", base, str(tmp_path / "all.safetensors"), *words]) == 2
+    assert "holds no clip_l of this model" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 For an adapter FORMAT is one of the model's adapter formats, as `tuner plugins show NAME` lists them. For a model it is
 single (one file, the denoiser under its original names), all-in-one (one file with text encoders and autoencoder too)
-or diffusers (a folder with the denoiser under diffusers' names)."""
+or diffusers (a folder with the denoiser under diffusers' names, and the text encoders of SOURCE)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _convert_base(arguments: argparse.Namespace, names: ModelNames) -> int:
             fix=f"use one of: {', '.join(LAYOUTS)}",
         )
     if arguments.parts and layout != "all-in-one":
-        raise UsageError("--with is for --to all-in-one", why=f"{layout} holds the denoiser", fix="leave out --with")
+        raise UsageError("--with is for --to all-in-one", why=f"{layout} takes what SOURCE holds", fix="leave out --with")
     files = open_files(maps, [arguments.source, *arguments.parts], "SOURCE")
     new = new_folder if layout == "diffusers" else new_file
     target = new(arguments.target, overwrite=arguments.overwrite, sources=sources_of(files))

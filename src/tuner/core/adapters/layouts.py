@@ -31,7 +31,7 @@ Layout = Literal["single", "all-in-one", "diffusers"]
 LAYOUTS: Mapping[Layout, str] = {
     "single": "one file with the denoiser alone, under its original names",
     "all-in-one": "one file with all components that are given",
-    "diffusers": "a folder with the denoiser under diffusers' names",
+    "diffusers": "a folder with the denoiser under diffusers' names, and the encoders that are given",
 }
 BASE_DTYPES = ("fp32", "bf16", "fp16", "fp8", "fp8-scaled")
 FLOAT8 = torch.float8_e4m3fn
@@ -39,7 +39,7 @@ LARGEST = torch.finfo(FLOAT8).max
 IN_A_BLOCK = re.compile(rf"(?!vae:|\w+:({'|'.join(OUTER_LAYERS)})$).*\.\d+\..*(?<!_bias)\.weight")
 """Weights that become float8: matrices of numbered blocks, but no tables of biases; everything around them passes
 errors to all."""
-WEIGHT_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHT_FILE, ENCODER_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +78,11 @@ def convert_base(
     prefix = {"single": maps.alone, "all-in-one": maps.prefixes["denoiser"], "diffusers": ""}[layout]
     if layout == "diffusers":
         plans[target / maps.folders["denoiser"][0] / WEIGHT_FILE] = dict(maps.diffusers(names))
-        for component in sorted({name.partition(":")[0] for name in own} - {"denoiser"}):
-            plans[target / maps.folders[component][0] / WEIGHT_FILE] = _alone(names, component, "")
+        beside = {name.partition(":")[0] for name in own}
+        # Encoders are named alike in all layouts; the autoencoder is not.
+        for component in sorted({name.partition(":")[0] for name in names} - {"denoiser", "vae"}):
+            file = WEIGHT_FILE if component in beside else ENCODER_FILE
+            plans[target / maps.folders[component][0] / file] = _alone(names, component, "")
     else:
         plans[target] = {prefix + key: stored for key, stored in maps.original(names).items()}
         if layout == "all-in-one":
