@@ -26,7 +26,7 @@ COMMANDS = {
     "merge": "put adapters into a checkpoint, or several adapters into one",
     "extract": "make a LoRA of the difference between two checkpoints",
     "resize": "give an adapter other ranks",
-    "convert": "rewrite an adapter file in another format",
+    "convert": "rewrite an adapter in another format, or a model in another layout",
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "explain": "what a key means, or where every value of a configuration comes from",
     "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",

@@ -19,6 +19,7 @@ from tuner.core.adapters.divisors import butterfly_sizes, two_factors
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import modules_of, parts_of
+from tuner.core.adapters.kinds import checked_parts
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import adapter_rng, adapter_strength, load_network_tensors, network_tensors
 from tuner.core.compute.quantized import quantize_linear
@@ -381,3 +382,11 @@ def test_in_bfloat16_the_frozen_weights_stay_and_the_start_is_neutral(name: str)
     out.float().square().sum().backward()
     assert all(value.grad.dtype == torch.float32 for value in network.module.parameters())
     torch.testing.assert_close(out, merged(network, plain)(x), rtol=0.1, atol=0.1)
+
+
+def test_lengths_of_columns_are_not_taken_for_those_of_rows() -> None:
+    square = {"down": torch.ones(2, 8), "up": torch.ones(8, 2)}
+    for shape in ((8,), (8, 1), (8, 1, 1, 1)):
+        assert checked_parts({**square, "dora_scale": torch.ones(shape)}, "a")["dora_scale"].shape == (8, 1)
+    with pytest.raises(UsageError, match=r"shape \[1, 8\] for 8 rows"):
+        checked_parts({**square, "dora_scale": torch.ones(1, 8)}, "a")
