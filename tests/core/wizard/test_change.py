@@ -130,3 +130,28 @@ def test_permissions_stay_and_a_read_only_file_is_refused_at_once(config: Path) 
     config.chmod(0o400)
     with pytest.raises(UsageError, match="must not be changed"):
         changed(config, {})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "part"),
+    [
+        (("checkpoint",), [], "goal"),
+        (("checkpoint", "dir"), [1], "name"),
+        (("cache",), True, "goal"),
+        (("data", "defaults"), 5, "goal"),
+        (("data", "sets", 0, "sources", 0, "captions"), "x", "pictures"),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_no_obstacle_to_changing_others(
+    place: tuple[str | int, ...], value: Any, part: str, config: Path
+) -> None:
+    document = parse(config.read_text(encoding="utf-8"), "x").value
+    inside = document
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = value
+    config.write_text(json.dumps(document), encoding="utf-8")
+    answers = {"goal": GOAL | {"card": "cpu"}, "name": {"name": "second"}, "pictures": {}}[part]
+    text, _ = changed(config, answers | {"change": [part]})
+    assert parse(text, "after").value != document
