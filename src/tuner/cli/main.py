@@ -73,6 +73,10 @@ def _run(name: str, arguments: list[str]) -> int:
         guess = get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean 'tuner {guess[0]}'?" if guess else "tuner --help lists the commands"
         raise UsageError(f"there is no command {name!r}", fix=fix)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is not there any more", fix="go to another one with cd") from None
     parser = command_parser(name)
     code: int = importlib.import_module(f"tuner.cli.{name}").run(parser.parse_args(arguments))
     return code
