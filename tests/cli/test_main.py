@@ -163,6 +163,23 @@ def test_output_is_plain_where_there_is_no_terminal(project: Project) -> None:
     assert "\x1b" not in done.stderr
 
 
+def test_a_closed_output_is_no_fault() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m tuner explain train.seed >&-", shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_current_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["doctor"]) == 2
+    assert "the current folder is not there any more" in capsys.readouterr().err
+
+
 def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from tuner.cli.console import colours
 

@@ -39,10 +39,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in ("stdout", "stderr"):
-        # Closed by whoever started the program: there is nobody to write to.
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    _open_closed_streams()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
@@ -62,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _open_closed_streams() -> None:
+    """What is written to a stream that the shell has closed (``>&-``) goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+
+
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         from difflib import get_close_matches
@@ -69,6 +73,10 @@ def _run(name: str, arguments: list[str]) -> int:
         guess = get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean 'tuner {guess[0]}'?" if guess else "tuner --help lists the commands"
         raise UsageError(f"there is no command {name!r}", fix=fix)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is not there any more", fix="go to another one with cd") from None
     parser = command_parser(name)
     code: int = importlib.import_module(f"tuner.cli.{name}").run(parser.parse_args(arguments))
     return code
