@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "weights"
 """Kind of a network that is the model's own weights; ``full`` is an adapter."""
 BASE = "base"
-"""The group of parameters that no pattern of the facts names."""
+"""The group of the denoiser's parameters that no pattern of the facts names; other components give theirs its name."""
 BITFIT = "bitfit"
 """Preset of ``train.freeze``: everything but biases (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
@@ -72,8 +72,9 @@ class WeightsNetwork(TrainedNetwork):
 def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
     """Make the parameters of ``train.components`` train, but for those that ``train.freeze`` names.
 
-    Groups are those of ``facts.groups``; a component's other parameters are its group ``base``. Raises UsageError for a
-    pattern that matches nothing, and when nothing is left to train.
+    Groups are those of ``facts.groups``; the denoiser's other parameters are the group ``base``, those of another
+    component the group of its name. Raises UsageError for a pattern that matches nothing, and when nothing is left to
+    train.
     """
     names: dict[str, nn.Parameter] = {}
     groups: list[ParamGroup] = []
@@ -97,7 +98,8 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
                 parameter.requires_grad_(True)
                 grouped.setdefault(group_of(facts, name), {})[name] = parameter
         for group, params in grouped.items():
-            groups.append(ParamGroup(name=f"{component} {group}", component=component, params=params))
+            label = component if group == component else f"{component} {group}"
+            groups.append(ParamGroup(name=label, component=component, params=params))
     if unused:
         near = difflib.get_close_matches(min(unused), names, 1, cutoff=0.3)
         raise UsageError(
@@ -111,8 +113,10 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
 
 
 def group_of(facts: ModelFacts, name: str) -> str:
-    """The group of a parameter ``component:path``: the first of ``facts.groups`` that matches, else ``base``."""
+    """The group of a parameter ``component:path``: the first of ``facts.groups`` that matches, else ``base``, or the
+    component where that is not the denoiser."""
     for group, patterns in facts.groups.items():
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             return group
-    return BASE
+    component = name.partition(":")[0]
+    return BASE if component == "denoiser" else component
