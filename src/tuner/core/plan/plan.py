@@ -137,9 +137,9 @@ def costs_of(facts: ModelFacts) -> CostRules:
 
 def optimizer_state(config: RunConfig) -> tuple[float, bool]:
     """(bytes of optimizer state per trained value, whether that is known)."""
-    from tuner.core.optim.names import BUILTIN
+    from tuner.core.optim.names import entry_of
 
-    entry = BUILTIN.get(config.optimizer.name.lower())
+    entry = entry_of(config.optimizer.name)
     return (UNKNOWN_STATE, False) if entry is None else (float(entry.bytes), True)
 
 
