@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tuner.core.adapters.checkpoints import stored_files
+from tuner.core.adapters.freezing import freeze_patterns, group_name, group_of
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.errors import UsageError
 from tuner.core.types import Network, ParamGroup
@@ -23,10 +24,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "weights"
 """Kind of a network that is the model's own weights; ``full`` is an adapter."""
-BASE = "base"
-"""The group of the denoiser's parameters that no pattern of the facts names; other components give theirs its name."""
-BITFIT = "bitfit"
-"""Preset of ``train.freeze``: everything but biases (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
 
 class WeightsNetwork(TrainedNetwork):
@@ -78,7 +75,7 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
     """
     names: dict[str, nn.Parameter] = {}
     groups: list[ParamGroup] = []
-    patterns = [r".*(?<!\.bias)" if pattern == BITFIT else pattern for pattern in config.train.freeze]
+    patterns = freeze_patterns(config.train.freeze)
     unused = set(patterns)
     placed = {name for file in stored_files(config, facts) for stored in file.tensors.values() for name in stored.names}
     for component in config.train.components:
@@ -98,8 +95,7 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
                 parameter.requires_grad_(True)
                 grouped.setdefault(group_of(facts, name), {})[name] = parameter
         for group, params in grouped.items():
-            label = component if group == component else f"{component} {group}"
-            groups.append(ParamGroup(name=label, component=component, params=params))
+            groups.append(ParamGroup(name=group_name(component, group), component=component, params=params))
     if unused:
         near = difflib.get_close_matches(min(unused), names, 1, cutoff=0.3)
         raise UsageError(
@@ -110,13 +106,3 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
     if not groups:
         raise UsageError("everything is frozen", where="train.freeze", fix="leave something to train")
     return Network(module=WeightsNetwork(names), param_groups=groups, kind=WEIGHTS)
-
-
-def group_of(facts: ModelFacts, name: str) -> str:
-    """The group of a parameter ``component:path``: the first of ``facts.groups`` that matches, else ``base``, or the
-    component where that is not the denoiser."""
-    for group, patterns in facts.groups.items():
-        if any(re.fullmatch(pattern, name) for pattern in patterns):
-            return group
-    component = name.partition(":")[0]
-    return BASE if component == "denoiser" else component
