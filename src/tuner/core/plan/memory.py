@@ -40,7 +40,7 @@ class Phase:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     """What training adds. values: that the optimizer moves; stored: that a file of them has. weights, gradients, state,
-    average: bytes on the device; host: bytes in host memory. saved: bytes of a checkpoint with its state; written: bytes
+    average: bytes on the device; host: in host memory. saved: bytes of a checkpoint with its state; written: bytes
     in host memory meanwhile."""
 
     values: int
