@@ -158,10 +158,10 @@ def logging_dir(value: Any, given: Given) -> Settings:
     return Settings(made if given.get("log_with") else made | {"log.to": ["tensorboard"]})
 
 
-def swapped_pairs(value: Any, given: Given) -> Settings:
-    """Old names: double blocks count once, single blocks by half."""
-    double, single = (int(given.get(name) or 0) for name in ("double_blocks_to_swap", "single_blocks_to_swap"))
-    return Settings({"memory.swap_blocks": double + single // 2}, "double blocks plus half of the single blocks", True)
+def swapped_blocks(value: Any, given: Given) -> Settings:
+    if value == 1:
+        return Settings({}, "one block alone frees nothing here: it needs as much room as it leaves", changed=True)
+    return Settings({"memory.swap_blocks": value})
 
 
 def low_bits(value: Any, given: Given) -> Settings:

@@ -86,11 +86,7 @@ GENERAL = (
         {"memory.checkpointing": "block", "memory.offload_activations": "sync"})),
     option("unsloth_offload_checkpointing", kind="flag", off=(None, False), convert=lambda value, given: Settings(
         {"memory.checkpointing": "block", "memory.offload_activations": "async"})),
-    option("blocks_to_swap", "memory.swap_blocks", "int"),
-    option("double_blocks_to_swap", kind="int", convert=to.swapped_pairs),
-    option("single_blocks_to_swap", kind="int", convert=to.swapped_pairs),
-    option("split_mode", "memory.swap_blocks", "flag", values={True: 18}, off=(None, False), changed=True,
-           note="an old option that stands for 18 swapped blocks"),
+    option("blocks_to_swap", kind="int", convert=to.swapped_blocks, off=(None, 0)),
     option("sdpa", "attention.backend", "flag", values={True: "sdpa"}, off=(None, False)),
     option("xformers mem_eff_attn", "attention.backend", "flag", values={True: "xformers"}, off=(None, False)),
     option("flash_attn", "attention.backend", "flag", values={True: "flash"}, off=(None, False)),

@@ -41,7 +41,7 @@ def disk_use(config: RunConfig, facts: ModelFacts, work: Work, trained: Trained)
     """Bytes by what they are for. Captions are at most so many."""
     kept_in = config.precision.compute if str(config.train.mode) == FULL else config.precision.adapter
     item = BYTES[config.checkpoint.dtype or kept_in]
-    exported = trained.values * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
+    exported = trained.stored * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
     if config.network.init in SPLITTING:
         exported *= 2
     kept = _checkpoints(config, work)

@@ -278,10 +278,15 @@ class Trainer:
         )
         self.events.emit("parity", **asdict(result))
         told = f"{difference_text(result)}; {result.linears} linears, {result.others} more from read-back weights"
-        if result.passed:
-            log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
-        else:
+        if result.faster is None:
             self._warn(f"{result.arithmetic} arithmetic is not used, weights are read back instead: {told}")
+            return
+        log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
+        pace = f"{result.faster:.2f} times as fast as with weights that are read back"
+        if result.faster > 1:
+            log.info("a pass is %s", pace)
+        else:
+            self._warn(f"quantized arithmetic does not pay off here, a pass is {pace}: take quantize.activations out")
 
     def _announce(self) -> None:
         for row in adapter_summary(self.network):
