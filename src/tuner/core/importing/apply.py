@@ -67,7 +67,7 @@ class Translation:
         keys: Mapping[str, Any] | None = None,
     ) -> Row:
         """A row, and the keys that it sets."""
-        row = Row(given.where, given.label, given.value, status, note=note)
+        row = Row(given.where, given.label, given.value, status, note=note, name=given.name)
         for key, value in (keys or {}).items():
             row.keys += self.put(key, value)
         self.rows.append(row)
@@ -87,7 +87,7 @@ def read_value(option: ForeignOption, value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "none" and option.kind != "flag"):
         return None if None in option.off else value
     if option.kind == "flag":
-        return _flag(value)
+        return read_flag(value)
     if option.kind in ("int", "float"):
         if value is True:
             raise ValueError("a value is missing")
@@ -106,7 +106,8 @@ def read_value(option: ForeignOption, value: Any) -> Any:
     return value
 
 
-def _flag(value: Any) -> bool:
+def read_flag(value: Any) -> bool:
+    """A switch as a file or a command line says it. Raises ValueError for what is none."""
     text = str(value).lower()
     if text not in _TRUE | _FALSE:
         raise ValueError(f"{value!r} is neither true nor false")
@@ -121,7 +122,7 @@ def outcome(option: ForeignOption, value: Any, values: Mapping[str, Any]) -> Set
         return Refused(option.refused, option.note)
     if option.needs is not None:
         other, wanted = option.needs
-        if values.get(other) not in wanted:
+        if values.get(other) not in wanted if wanted else not values.get(other):
             return Refused("not_applicable", f"without {other} it does nothing there either")
     if option.convert is not None:
         return option.convert(value, values)
@@ -164,7 +165,8 @@ def translate(
             _one(into, each, option, values)
     if defaults:
         for option in table.options:
-            if option.default is not None and option.names[0] not in values:
+            wanted = option.default_with is None or bool(values.get(option.default_with))
+            if option.default is not None and option.names[0] not in values and wanted:
                 _default(into, option, values)
     return values
 
@@ -191,4 +193,5 @@ def _default(into: Translation, option: ForeignOption, values: Mapping[str, Any]
         return
     shown = shown_value(option.default)
     note = made.note or option.note or f"{option.names[0]} is {shown} there unless it is given"
-    into.add(Given(option.names[0], option.default, "default"), "default", note, made.keys)
+    status: Status = "default" if made.keys else "changed"
+    into.add(Given(option.names[0], option.default, "default"), status, note, made.keys)

@@ -164,6 +164,21 @@ def swapped_pairs(value: Any, given: Given) -> Settings:
     return Settings({"memory.swap_blocks": double + single // 2}, "double blocks plus half of the single blocks", True)
 
 
+_ATTENTION = ("attn_mode", "mem_eff_attn", "xformers", "flash_attn", "sdpa")
+
+
+def attention(name: str, backend: str = "") -> Convert:
+    """The way of attention that ``name`` asks for; of several the first of ``_ATTENTION`` counts there."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        first = next((each for each in _ATTENTION if given.get(each)), name)
+        if first != name:
+            return Settings({}, f"{first} wins there")
+        return Settings({"attention.backend": backend or {"torch": "sdpa", "sageattn": "sage"}.get(value, value)})
+
+    return convert
+
+
 def low_bits(value: Any, given: Given) -> Settings:
     return Settings({"quantize.denoiser": "fp8_unscaled"}, "a plain cast, as there; 'fp8' with scales is more exact")
 
@@ -191,9 +206,8 @@ def cached(key: str, disk: str) -> Convert:
 
 def density(value: Any, given: Given) -> Settings | Refused:
     """``weighting_scheme`` is two things: where levels are drawn, and how errors are weighted."""
-    sampling = given.get("timestep_sampling", given.get("script.timesteps"))
     if value in ("logit_normal", "mode"):
-        if sampling == "sigma":
+        if given.get("timestep_sampling") == "sigma":
             return Settings({"noise.density": value})
         return Refused("not_applicable", "levels are drawn by weighting_scheme with timestep_sampling sigma only")
     if value in ("sigma_sqrt", "cosmap"):

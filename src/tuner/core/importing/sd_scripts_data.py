@@ -15,7 +15,7 @@ from typing import Any
 from tuner.core.config.jsonc import Path as JsonPath
 from tuner.core.config.messages import nearest
 from tuner.core.errors import UsageError
-from tuner.core.importing.apply import Translation
+from tuner.core.importing.apply import Translation, read_flag
 from tuner.core.importing.report import Row
 from tuner.core.importing.sets import Part, SetDraft
 from tuner.core.importing.source import Document, Given
@@ -404,8 +404,10 @@ def _from_text(kind: str, value: Any) -> Any:
     """A value of a command line, or of a file of command-line options."""
     if isinstance(value, list) and len(value) < 2 and kind != "pair":
         value = value[0] if value else True
+    if isinstance(value, list) and kind not in ("pair", "size"):
+        raise ValueError("more than one value")
     if kind == "bool":
-        return value if isinstance(value, bool) else str(value).lower() in ("true", "1", "yes")
+        return read_flag(value)
     if value is True or value is None:
         raise ValueError("a value is missing")
     if kind in ("pair", "size"):

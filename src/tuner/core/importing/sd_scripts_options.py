@@ -17,8 +17,8 @@ _HUB = ("huggingface_repo_id", ())
 
 GENERAL = (
     # model
-    option("pretrained_model_name_or_path dit_path", "model.path", "text"),
-    option("vae vae_path ae", "model.vae.path", "text"),
+    option("pretrained_model_name_or_path", "model.path", "text"),
+    option("vae ae", "model.vae.path", "text"),
     option("disable_mmap_load_safetensors", "model.mmap", "flag", values={True: False, False: True}),
     option("lowram", "model.load_to", "flag", values={True: "accelerator"}, off=(None, False)),
     option("base_weights", "model.merge", "list"),
@@ -91,10 +91,9 @@ GENERAL = (
     option("single_blocks_to_swap", kind="int", convert=to.swapped_pairs),
     option("split_mode", "memory.swap_blocks", "flag", values={True: 18}, off=(None, False), changed=True,
            note="an old option that stands for 18 swapped blocks"),
-    option("sdpa", "attention.backend", "flag", values={True: "sdpa"}, off=(None, False)),
-    option("xformers mem_eff_attn", "attention.backend", "flag", values={True: "xformers"}, off=(None, False)),
-    option("flash_attn", "attention.backend", "flag", values={True: "flash"}, off=(None, False)),
-    option("attn_mode", "attention.backend", "text", values={"torch": "sdpa", "sageattn": "sage"}),
+    *(option(name, kind="flag", convert=to.attention(name, backend), off=(None, False)) for name, backend in (
+        ("sdpa", "sdpa"), ("xformers", "xformers"), ("mem_eff_attn", "xformers"), ("flash_attn", "flash"))),
+    option("attn_mode", kind="text", convert=to.attention("attn_mode")),
     option("split_attn", "attention.split", "flag"),
     option("torch_compile", "compile.enabled", "flag", off=(None, False)),
     option("dynamo_backend", "compile.backend", "text", off=(None, "no"), needs=("torch_compile", (True,))),
@@ -129,7 +128,8 @@ GENERAL = (
     option("huber_c", "loss.huber_c", "float", needs=("loss_type", ("huber", "smooth_l1"))),
     option("huber_scale", "loss.huber_scale", "float", needs=("loss_type", ("huber", "smooth_l1"))),
     option("huber_schedule", "loss.huber_schedule", "text", needs=("loss_type", ("huber", "smooth_l1")), changed=True,
-           note="snr stops with an error there for flow models; here it works"),
+           default="snr", default_with="loss_type",
+           note="snr, the default, stops with an error there for flow models; here it works"),
     option("prior_loss_weight", "data.regularisation_weight", "float"),
     option("masked_loss", kind="flag", off=(None, False),
            note="masks count as soon as a source has them; conditioning_data_dir becomes one"),
@@ -182,7 +182,8 @@ GENERAL = (
     option("log_with", "log.to", "text", values={
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}),
     option("logging_dir", kind="text", convert=to.logging_dir),
-    option("log_prefix wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
+    option("log_prefix", "log.run", "text", needs=("log_with", ("wandb", "all"))),
+    option("wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
     option("log_tracker_name", "log.project", "text", needs=("log_with", ("wandb", "all"))),
     option("log_tracker_config", "log.args", "text", needs=("log_with", ("wandb", "all"))),
     *ignored("log_config", "the settings of a run are in its folder", "flag"),
@@ -209,15 +210,18 @@ GENERAL = (
 )  # fmt: skip
 
 LAUNCHER = (
-    option("mixed_precision", "precision.compute", "text", values={"no": "fp32"}),
-    option("num_processes", "distributed.processes", "int", off=(None, 1)),
+    option("mixed_precision", refused="not_applicable",
+           note="sd-scripts always hands its own --mixed_precision on, which is no unless it is given"),
+    option("num_processes nproc_per_node", "distributed.processes", "int", off=(None, 1)),
     option("num_machines", "distributed.machines", "int", off=(None, 1)),
     option("multi_gpu", "distributed.processes", "flag", off=(None, False)),
     option("use_deepspeed", "distributed.deepspeed", "flag", off=(None, False)),
     option("use_fsdp", "distributed.fsdp", "flag", off=(None, False)),
-    option("dynamo_backend", "compile.backend", "text", off=(None, "no", "NO")),
+    option("dynamo_backend", kind="text", off=(None, "no", "NO"), refused="not_applicable",
+           note="sd-scripts compiles with its own --torch_compile only"),
     option("gradient_accumulation_steps", refused="not_applicable", note="the script's own option counts"),
     *ignored("num_cpu_threads_per_process machine_rank gpu_ids main_process_port main_process_ip config_file debug"
-             " quiet module same_network rdzv_backend dynamo_mode m",
+             " quiet module same_network rdzv_backend dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic"
+             " enable_cpu_affinity downcast_bf16 cpu standalone m u",
              "it belongs to the launcher; tuner needs none"),
 )  # fmt: skip

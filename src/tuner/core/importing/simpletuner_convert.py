@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.core.config.foreign import Convert, Given, Refused, Settings
+from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
 
 
 def is_lora(given: Given) -> bool:
-    return bool(given.get("model_type", "lora") == "lora")
+    return bool(given.get("model_type") == "lora")
 
 
 def lora_only(key: str) -> Convert:
@@ -122,14 +122,20 @@ def optimizer(value: Any, given: Given) -> Settings | Refused:
     return Settings({"optimizer.name": found}, "the same method from another package" if changed else "", changed)
 
 
-def optimizer_arguments(value: Any, given: Given) -> Settings:
-    from tuner.core.config.foreign import literal
-
+def optimizer_arguments(value: Any, given: Given) -> Settings | Refused:
+    """``name=value,...``; decays, eps and weight decay have keys of their own here."""
     pairs = value if isinstance(value, dict) else dict(
-        part.strip().split("=", 1) for part in str(value).split(",") if "=" in part
+        part.strip().partition("=")[::2] for part in str(value).split(",") if part.strip()
     )  # fmt: skip
-    return Settings({f"optimizer.args.{key}": literal(each) if isinstance(each, str) else each
-                     for key, each in pairs.items()})  # fmt: skip
+    if not all(isinstance(value, dict) or "=" in part for part in str(value).split(",") if part.strip()):
+        return Refused("not_applicable", "arguments have the form name=value, separated by commas")
+    read = {key.strip(): literal(each.strip()) if isinstance(each, str) else each for key, each in pairs.items()}
+    decays = [read.pop(name, default) for name, default in (("beta1", 0.9), ("beta2", 0.999))]
+    made = {f"optimizer.{key}" if key in ("eps", "weight_decay", "betas") else f"optimizer.args.{key}": each
+            for key, each in read.items()}  # fmt: skip
+    if len(read) < len(pairs):
+        made["optimizer.betas"] = decays
+    return Settings(made)
 
 
 def betas(value: Any, given: Given) -> Settings:
@@ -157,24 +163,6 @@ def beta(value: Any, given: Given) -> Settings:
     return Settings({"noise.beta": pair} if given.get("flow_use_beta_schedule") else {})
 
 
-_BITS = {
-    "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int4-torchao": "int4", "fp8-quanto": "fp8",
-    "fp8uz-quanto": "fp8", "fp8-torchao": "fp8", "nf4-bnb": "nf4",
-}  # fmt: skip
-
-
-def low_bits(key: str) -> Convert:
-    """A way of storing frozen weights; the scales differ from program to program."""
-
-    def convert(value: Any, given: Given) -> Settings | Refused:
-        method = _BITS.get(str(value))
-        if method is None:
-            return Refused("not_built", f"{value} weights")
-        return Settings({key: method}, "one scale per row (int8, fp8) or per 64 weights here", changed=True)
-
-    return convert
-
-
 def size(value: Any, given: Given) -> Settings | Refused:
     first = str(value).split(",")[0].strip().lower()
     try:
@@ -198,6 +186,11 @@ def resume(value: Any, given: Given) -> Settings | Refused:
 
 def rolling(value: Any, given: Given) -> Settings:
     return Settings({"checkpoint.rolling": {"every": int(value)}} if int(value) > 0 else {})
+
+
+def mode(value: Any, given: Given) -> Settings:
+    note = "whole models train there unless model_type is lora" if "model_type" not in given else ""
+    return Settings({"train.mode": value}, note)
 
 
 def text_trained(value: Any, given: Given) -> Settings | Refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuner.core.config.foreign import (
+    PREVIEWS,
     ForeignFamily,
     ForeignOption,
     Given,
@@ -12,8 +13,10 @@ from tuner.core.config.foreign import (
     block_choice,
     encoder_options,
     ignored,
+    low_bits,
     option,
     outer_ranks,
+    preview_options,
     rank_rules,
     repositories,
 )
@@ -57,6 +60,7 @@ _SHARED: tuple[ForeignOption, ...] = (
     *ignored("t5xxl_dtype", "it does nothing there either"),
     option("t5xxl_device", "text_encoder.device.t5", "text"),
     *ignored("use_t5xxl_cache_only", "encoders that do not train are always cached", "flag"),
+    *preview_options(size=512, steps=30, cfg=7.5),
 )  # fmt: skip
 
 _FULL = (
@@ -74,7 +78,7 @@ _NETWORK = (
     *encoder_options(_ENCODERS, ("clip_l", "clip_g"), "t5"),
     *rank_rules({f"{name}_dim": name for name in CLASSES}),
     option("network_args.emb_dims", kind="literal", convert=outer_ranks(tuple(EMBEDDER_KINDS))),
-    option("network_args.train_block_indices", kind="text", convert=block_choice("blocks")),
+    block_choice("network_args.train_block_indices", "blocks"),
 )
 
 _SD_SCRIPTS = (
@@ -102,14 +106,14 @@ _SIMPLETUNER = (
             option("peft_lora_preset", "network.preset", "text", default="x_attn",
                    needs=("peft_lora_target_modules", (None,)),
                    note="attention of the image is what that program adapts unless it is told otherwise"),
-            option("validation_guidance", "sample.cfg", "float"),
+            option("validation_guidance", "sample.cfg", "float", default=7.5, default_with=PREVIEWS),
             option("pretrained_t5_model_name_or_path", "model.text_encoders.t5.path", "text"),
             option("t5_padding", "text_encoder.zero_padding", "text", values={"zero": True}, off=(None, "unmodified")),
             option("sd3_clip_uncond_behaviour", kind="text", convert=_empty(("clip_l", "clip_g"))),
             option("sd3_t5_uncond_behaviour", kind="text", convert=_empty(("t5",))),
             option("tokenizer_max_length", "text_encoder.max_tokens.t5", "int"),
-            *(option(f"text_encoder_{number}_precision", f"quantize.text_encoder.{name}", "text",
-                     off=(None, "", "no_change")) for number, name in enumerate(_ENCODERS, 1)),
+            *(low_bits(f"text_encoder_{number}_precision", f"quantize.text_encoder.{name}")
+              for number, name in enumerate(_ENCODERS, 1)),
         ),
     ),
 )  # fmt: skip

@@ -1,0 +1,147 @@
+"""What other programs do when an option is absent, and which option counts when several say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.core.importing.sources import CATALOG, backends, lora, row, status, words
+from tuner.core.importing.sd_scripts import import_files
+
+SOURCE = {"id": "a", "instance_data_dir": "a"}
+
+
+def test_no_blocks_is_not_all_blocks() -> None:
+    result = lora("flux", "--network_args train_single_block_indices=none train_double_block_indices=all")
+    assert result.config["network"]["blocks"] == {"single": "none"}
+
+
+def test_every_part_that_is_asked_for_trains() -> None:
+    both = "--network_args train_llm_adapter=True"
+    assert lora("anima", both).config["train"]["components"] == ["denoiser", "llm_adapter", "qwen3"]
+    alone = lora("anima", f"{both} --network_train_unet_only")
+    assert alone.config["train"]["components"] == ["denoiser", "llm_adapter"]
+    assert lora("flux", "--network_train_text_encoder_only").config["train"]["components"] == ["clip_l"]
+    t5 = lora("flux", "--network_args train_t5xxl=True")
+    assert t5.config["train"]["components"] == ["denoiser", "clip_l", "t5"]
+
+
+def test_a_weighting_scheme_is_what_it_is_there_for_each_model() -> None:
+    result = lora("flux", "--weighting_scheme logit_normal --logit_mean 0.5")
+    assert result.config["noise"] == {"timesteps": "sigma", "shift": 3.0, "density": "logit_normal", "logit_mean": 0.5}
+    raw = lora("flux", "--weighting_scheme sigma_sqrt --model_prediction_type raw")
+    assert status(raw, "weighting_scheme") == "not_applicable"
+    assert "loss" not in raw.config
+    assert lora("anima", "--weighting_scheme sigma_sqrt").config["loss"] == {"weighting": "sigma_sqrt"}
+    assert status(lora("anima", "--weighting_scheme mode"), "weighting_scheme") == "not_applicable"
+
+
+def test_the_additive_prediction_is_built() -> None:
+    result = lora("flux", "--model_prediction_type additive")
+    assert result.config["loss"] == {"prediction": "additive"}
+
+
+def test_a_default_that_is_not_taken_over_is_no_default_written_out() -> None:
+    result = lora("flux", "")
+    assert row(result, "model_prediction_type").status == "changed"
+    assert result.options == 5
+
+
+def test_previews_have_the_sizes_of_the_other_program() -> None:
+    wanted = {"anima": (512, 30, 7.5), "flux": (512, 20, 1.0), "sd3": (512, 30, 7.5)}
+    for family, (size, steps, cfg) in wanted.items():
+        sample = lora(family, "--sample_prompts p.txt --sample_every_n_steps 9").config["sample"]
+        assert (sample["size"], sample["steps"], sample["cfg"]) == (size, steps, cfg)
+        assert "sample" not in lora(family, "").config
+
+
+def test_previews_of_simpletuner_have_its_sizes_where_there_are_prompts(tmp_path: Path) -> None:
+    sample = backends(tmp_path, SOURCE, validation_prompt="a cat").config["sample"]
+    assert (sample["size"], sample["steps"], sample["cfg"], sample["every"]) == (256, 30, 7.5, {"steps": 100})
+    assert sample["negative"] == "blurry, cropped, ugly"
+    assert "sample" not in backends(tmp_path, SOURCE).config
+    given = backends(tmp_path, SOURCE, validation_prompt="a cat", validation_steps=7, validation_guidance=2)
+    assert (given.config["sample"]["every"], given.config["sample"]["cfg"]) == ({"steps": 7}, 2.0)
+
+
+def test_the_schedule_of_huber_is_written_where_huber_counts(tmp_path: Path) -> None:
+    assert lora("flux", "--loss_type huber").config["loss"] == {"type": "huber", "huber_schedule": "snr"}
+    assert backends(tmp_path, SOURCE, loss_type="huber").config["loss"]["huber_schedule"] == "snr"
+    assert "loss" not in lora("flux", "--loss_type l2").config
+
+
+@pytest.mark.parametrize(
+    ("options", "noise"),
+    [
+        ("--timestep_sample_method logit_normal", {"timesteps": "shift", "shift": 3.0}),
+        ("--timestep_sample_method uniform --discrete_flow_shift 2", {"timesteps": "uniform", "shift": 2.0}),
+        ("--qwen3_path q", {"timesteps": "shift", "shift": 3.0}),
+        ("--qwen3_path q --sigmoid_scale 1.5", {"timesteps": "shift", "shift": 3.0, "sigmoid_scale": 1.5}),
+        ("--timestep_sampling shift --discrete_flow_shift 2", {"timesteps": "shift", "shift": 2.0}),
+    ],
+)
+def test_the_first_version_of_a_script_keeps_its_own_defaults(options: str, noise: dict[str, object]) -> None:
+    result = words(f"anima_train_network.py --vae v.safetensors {options}")
+    assert result.config["noise"] == noise
+    assert ("include" in result.config["network"]) == ("timestep_sampling" not in options)
+
+
+def test_the_way_of_attention_that_wins_there_wins() -> None:
+    result = lora("anima", "--mixed_precision bf16 --attn_mode flash --xformers --sdpa")
+    assert result.config["attention"] == {"backend": "flash"}
+    assert row(result, "xformers").note == "attn_mode wins there"
+    assert lora("flux", "--mixed_precision bf16 --xformers --sdpa").config["attention"] == {"backend": "xformers"}
+
+
+def test_weight_files_are_never_places_on_the_hub() -> None:
+    result = words("flux_train_network.py --pretrained_model_name_or_path models/flux/dev.safetensors --ae a/b")
+    assert result.config["model"]["path"] == "./models/flux/dev.safetensors"
+    assert result.config["model"]["vae"]["path"] == "a/b"
+
+
+def test_whole_models_train_unless_an_adapter_is_asked_for(tmp_path: Path) -> None:
+    result = backends(tmp_path, SOURCE, model_type="full", lora_rank=8)
+    assert result.config["train"]["mode"] == "full"
+    assert "network" not in result.config
+
+
+def test_adapters_of_simpletuner_reach_what_they_reach_there(tmp_path: Path) -> None:
+    presets = {"anima": "attention", "flux": "all", "sd3": "x_attn"}
+    for family, preset in presets.items():
+        assert backends(tmp_path, SOURCE, model_family=family).config["network"]["preset"] == preset
+
+
+def test_levels_from_a_list_are_named_and_left_out(tmp_path: Path) -> None:
+    result = backends(tmp_path, SOURCE, model_family="flux", flux_fast_schedule=True)
+    assert status(result, "flux_fast_schedule") == "not_built"
+    assert result.exit_code == 3
+
+
+def test_encoders_are_quantized_as_the_denoiser_is(tmp_path: Path) -> None:
+    result = backends(tmp_path, SOURCE, model_family="flux", text_encoder_2_precision="int8-quanto")
+    assert result.config["quantize"]["text_encoder"] == {"t5": "int8"}
+
+
+def test_optimizer_settings_that_have_keys_get_them(tmp_path: Path) -> None:
+    given = "weight_decay=0.02, eps=1e-6,beta1=0.8,decouple=True"
+    config = backends(tmp_path, SOURCE, optimizer_config=given, optimizer="prodigy").config["optimizer"]
+    assert (config["weight_decay"], config["eps"], config["betas"]) == (0.02, 1e-6, [0.8, 0.999])
+    assert config["args"] == {"decouple": True}
+
+
+def test_empty_lists_of_a_file_ask_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("text_encoder_lr = []\nnetwork_args = []\nmax_train_steps = 9\n")
+    result = import_files([tmp_path / "run.toml"], CATALOG, model="flux", base=tmp_path)
+    assert "lr_by_component" not in result.config["optimizer"]
+    assert result.exit_code == 0
+
+
+def test_masks_are_joined_with_their_images_or_said_to_be_unused(tmp_path: Path) -> None:
+    mask = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
+    joined = backends(tmp_path, SOURCE, mask | {"source_dataset_id": "a"})
+    assert joined.config["data"]["sets"][0]["sources"][0]["mask"] == {"path": "masks"}
+    assert joined.exit_code == 0
+    alone = backends(tmp_path, SOURCE, mask)
+    assert row(alone, "[m] instance_data_dir").status == "not_applicable"
+    assert "mask" not in alone.config["data"]["sets"][0]["sources"][0]
