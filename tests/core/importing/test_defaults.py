@@ -104,6 +104,8 @@ def test_whole_models_train_unless_an_adapter_is_asked_for(tmp_path: Path) -> No
     result = backends(tmp_path, SOURCE, model_type="full", lora_rank=8)
     assert result.config["train"]["mode"] == "full"
     assert "network" not in result.config
+    assert result.config["optimizer"]["rounding"] == "stochastic"
+    assert "rounding" not in backends(tmp_path, SOURCE).config["optimizer"]
 
 
 def test_adapters_of_simpletuner_reach_what_they_reach_there(tmp_path: Path) -> None:
@@ -145,3 +147,52 @@ def test_masks_are_joined_with_their_images_or_said_to_be_unused(tmp_path: Path)
     alone = backends(tmp_path, SOURCE, mask)
     assert row(alone, "[m] instance_data_dir").status == "not_applicable"
     assert "mask" not in alone.config["data"]["sets"][0]["sources"][0]
+
+
+def test_adapters_merged_into_the_base_keep_their_strengths() -> None:
+    result = lora("flux", "--base_weights a.safetensors b.safetensors --base_weights_multiplier 0.5")
+    merge = [{"path": "a.safetensors", "strength": 0.5}, {"path": "b.safetensors", "strength": 1.0}]
+    assert result.config["model"]["merge"] == merge
+    assert result.exit_code == 0
+
+
+def test_updates_in_the_backward_pass_have_no_limit_on_the_norm() -> None:
+    fused = "--optimizer_type adafactor --fused_backward_pass"
+    result = lora("flux", fused)
+    assert (result.config["optimizer"]["fuse"], result.config["train"]["clip_grad"]) == ("parameter", None)
+    assert row(result, "max_grad_norm").where == "default"
+    assert status(lora("flux", f"{fused} --max_grad_norm 0.5"), "max_grad_norm") == "changed"
+    assert "clip_grad" not in lora("flux", "").config["train"]
+
+
+def test_rotations_of_a_script_are_rotations_here() -> None:
+    network = lora("flux", "--network_module networks.oft_flux --network_dim 8").config["network"]
+    assert network == {"type": "oft", "block_count": 8, "constraint": 1e-3, "targets": ["img_attn", "txt_attn"]}
+    every = lora("flux", "--network_module networks.oft_flux --network_args enable_all_linear=True")
+    assert every.config["network"] == {"type": "oft", "block_count": 4, "constraint": 1e-3}
+
+
+def test_a_value_that_cannot_be_read_is_a_row_and_no_crash(tmp_path: Path) -> None:
+    result = lora(
+        "flux", "--lr_warmup_steps soon --text_encoder_lr fast --network_args train_double_block_indices=a-b,c"
+    )
+    assert {status(result, name) for name in ("lr_warmup_steps", "text_encoder_lr", "block_indices")} == {"refused"}
+    assert result.exit_code == 3
+
+
+def test_kernels_of_simpletuner_have_their_names_here(tmp_path: Path) -> None:
+    def kernels(name: str) -> dict[str, str]:
+        return backends(tmp_path, SOURCE, attention_mechanism=name, validation_prompt="a cat").config["attention"]
+
+    assert kernels("flash-attn-3") == {"backend": "flash3"}
+    assert kernels("native-math") == {"backend": "math"}
+    assert kernels("sageattention") == {"sample_backend": "sage"}
+    assert status(backends(tmp_path, SOURCE, attention_mechanism="flex"), "attention_mechanism") == "not_built"
+    compiled = backends(tmp_path, SOURCE, dynamo_backend="inductor").config["compile"]
+    assert compiled == {"enabled": True}
+
+
+def test_text_encoders_that_are_not_named_make_the_import_incomplete(tmp_path: Path) -> None:
+    result = backends(tmp_path, SOURCE, train_text_encoder=True, text_encoder_lr=1e-5)
+    assert status(result, "train_text_encoder") == "not_built"
+    assert status(result, "text_encoder_lr") == "not_applicable"

@@ -154,6 +154,11 @@ def low_bits(names: str, key: str) -> ForeignOption:
 # --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------
 
 
+def rotates(given: Given) -> bool:
+    """Whether the adapters of a script are rotations."""
+    return "oft" in str(given.get("network_module") or "")
+
+
 def trained_encoders(
     given: Given, clips: tuple[str, ...], t5: str | None = None, *, cached_rest: bool = False
 ) -> tuple[str, ...]:

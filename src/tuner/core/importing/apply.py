@@ -123,7 +123,8 @@ def outcome(option: ForeignOption, value: Any, values: Mapping[str, Any]) -> Set
     if option.needs is not None:
         other, wanted = option.needs
         if values.get(other) not in wanted if wanted else not values.get(other):
-            return Refused("not_applicable", f"without {other} it does nothing there either")
+            which = " or ".join(map(str, wanted)) if wanted and len(wanted) < 4 and all(wanted) else ""
+            return Refused("not_applicable", f"without {other} {which}".rstrip() + " it does nothing there either")
     if option.convert is not None:
         return option.convert(value, values)
     made = option.values.get(value, value) if isinstance(value, str | int | float | bool) else value
@@ -177,7 +178,11 @@ def _name(option: ForeignOption, given: Given) -> str:
 
 def _one(into: Translation, given: Given, option: ForeignOption, values: Mapping[str, Any]) -> None:
     name = _name(option, given)
-    made = outcome(option, values[name], {**values, "*": name})
+    try:
+        made = outcome(option, values[name], {**values, "*": name})
+    except (ValueError, TypeError) as error:
+        into.add(given, "refused", str(error))
+        return
     if isinstance(made, Refused):
         into.add(given, made.status, made.why)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
+from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal, rotates
 
 NETWORK = "script.network"
 """Pseudo option: whether the script trains an adapter."""
@@ -30,8 +30,26 @@ def steps_or_share(key: str) -> Convert:
     return convert
 
 
+FUSED = ("fused_backward_pass", "blockwise_fused_optimizers", "fused_optimizer_groups")
+
+
 def clip(value: Any, given: Given) -> Settings:
+    """A limit on the norm. Where updates happen in the backward pass there is no norm of all gradients."""
+    if float(value) > 0 and any(given.get(name) for name in FUSED):
+        note = "there each gradient is limited by itself before its update; here there is no limit with optimizer.fuse"
+        return Settings({"train.clip_grad": None}, note, changed=True)
+    if "max_grad_norm" not in given:
+        return Settings()
     return Settings({"train.clip_grad": {"norm": float(value)} if float(value) > 0 else None})
+
+
+def merged(value: Any, given: Given) -> Settings:
+    """Adapters that go into the weights first; a missing strength is 1."""
+    paths = given.get("base_weights") or []
+    strengths = [float(each) for each in given.get("base_weights_multiplier") or []]
+    entries = [{"path": str(path), "strength": strengths[i] if i < len(strengths) else 1.0}
+               for i, path in enumerate(paths)]  # fmt: skip
+    return Settings({"model.merge": entries} if entries else {}, "" if entries else "without base_weights it is unused")
 
 
 def network_only(key: str) -> Convert:
@@ -46,6 +64,8 @@ def network_only(key: str) -> Convert:
 def rank(value: Any, given: Given) -> Settings:
     if not given.get(NETWORK) or given.get("dim_from_weights"):
         return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
+    if rotates(given):
+        return Settings({"network.block_count": value}, "the number of blocks of every weight")
     return Settings({"network.rank": value})
 
 
@@ -54,6 +74,9 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
         return Settings({})
     if given.get("dim_from_weights"):
         return Refused("not_applicable", "network_weights decides")
+    if rotates(given):
+        note = "of rotations it is the limit, and 0.001 there unless it is given"
+        return Settings({"network.constraint": float(value) if "network_alpha" in given else 1e-3}, note)
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
     note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"

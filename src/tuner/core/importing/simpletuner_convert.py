@@ -112,9 +112,12 @@ _ANOTHER_PACKAGE = ("bnb-lion", "optimi-lion", "optimi-radam", "optimi-sgd")
 
 def optimizer(value: Any, given: Given) -> Settings | Refused:
     name = str(value)
-    if name == "adamw_bf16":
-        note = "its averages are bfloat16 in both; weights in bfloat16 need optimizer.rounding as well"
+    if name == "adamw_bf16" and is_lora(given):
+        note = "its averages are bfloat16 in both; the adapter's weights are float32 here"
         return Settings({"optimizer.name": "adamw_bf16"}, note, changed=True)
+    if name == "adamw_bf16":
+        return Settings({"optimizer.name": "adamw_bf16", "optimizer.rounding": "stochastic"},
+                        "updates of bfloat16 weights are rounded at random, there too")  # fmt: skip
     if name not in OPTIMIZERS:
         return Refused("not_built", f"the optimizer {name}")
     found = OPTIMIZERS[name]
@@ -193,8 +196,33 @@ def mode(value: Any, given: Given) -> Settings:
     return Settings({"train.mode": value}, note)
 
 
-def text_trained(value: Any, given: Given) -> Settings | Refused:
-    return Refused("not_applicable", "write the encoders into train.components by name")
+_KERNELS = {
+    "diffusers": "sdpa", "xformers": "xformers", "cudnn": "cudnn", "flash-attn": "flash", "flash-attn-2": "flash",
+    "flash-attn-3": "flash3", "flash-attn-3-varlen": "flash3", "native-efficient": "efficient",
+    "native-flash": "sdpa_flash", "native-math": "math",
+}  # fmt: skip
+
+
+def attention(value: Any, given: Given) -> Settings | Refused:
+    """The kernel; one that cannot train is for pictures alone, as it is there unless it is told otherwise."""
+    name = str(value)
+    if name.startswith("sageattention"):
+        if "training" in str(given.get("sageattention_usage") or ""):
+            return Refused("not_applicable", "this kernel has no gradient, so nothing would be learned with it")
+        return Settings({"attention.sample_backend": "sage"}, "for pictures alone")
+    if name not in _KERNELS:
+        return Refused("not_built", f"{name} attention")
+    return Settings({"attention.backend": _KERNELS[name]})
+
+
+def dynamo(value: Any, given: Given) -> Settings:
+    return Settings({"compile.enabled": True, "compile.backend": str(value)})
+
+
+def whole_epochs(value: Any, given: Given) -> Settings | Refused:
+    if float(value) != int(float(value)):
+        return Refused("not_built", "parts of an epoch; validate.every takes steps")
+    return Settings({"validate.every.epochs": int(float(value))})
 
 
 def sample_adapter(value: Any, given: Given) -> Settings | Refused:

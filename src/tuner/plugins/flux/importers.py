@@ -20,6 +20,7 @@ from tuner.core.config.foreign import (
     preview_options,
     rank_rules,
     repositories,
+    rotates,
     unbuilt,
 )
 
@@ -75,6 +76,17 @@ def _shift(value: Any, given: Given) -> Settings:
     return Settings({"noise.shift": float(value)} if used else {}, "" if used else "not used by this sampling")
 
 
+def _rotated(value: Any, given: Given) -> Settings | Refused:
+    """Rotations are on the attention of the blocks of two streams, or on all linears of all blocks."""
+    if not rotates(given):
+        return Settings() if "network_args.enable_all_linear" not in given else Refused(
+            "not_applicable", "it belongs to networks.oft_flux")  # fmt: skip
+    note = "rotations are on the attention of double blocks there unless enable_all_linear is given"
+    return (
+        Settings({}, "all blocks, as here") if value else Settings({"network.targets": ["img_attn", "txt_attn"]}, note)
+    )
+
+
 def _train_blocks(value: Any, given: Given) -> Settings | Refused:
     groups = {"all": {}, "single": {"network.blocks.double": "none"}, "double": {"network.blocks.single": "none"}}
     if value not in groups:
@@ -109,8 +121,7 @@ _NETWORK: tuple[ForeignOption, ...] = (
     option("network_args.train_blocks", kind="text", convert=_train_blocks),
     block_choice("network_args.train_double_block_indices", "double"),
     block_choice("network_args.train_single_block_indices", "single"),
-    option("network_args.enable_all_linear", kind="flag", off=(None, False), note="adapters of another type",
-           refused="not_built"),
+    option("network_args.enable_all_linear", kind="flag", convert=_rotated, default=False),
     *unbuilt("network_args.network_reg_dims network_args.network_reg_lrs network_args.network_reg_alphas",
              "patterns on the names of sd-scripts files; write network.rules with the names of the modules here"),
 )  # fmt: skip

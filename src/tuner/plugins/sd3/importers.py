@@ -19,6 +19,7 @@ from tuner.core.config.foreign import (
     preview_options,
     rank_rules,
     repositories,
+    unbuilt,
 )
 
 from .names import CLASSES, EMBEDDER_KINDS
@@ -69,7 +70,8 @@ _FULL = (
     option("train_t5xxl", "train.components", "flag", values={True: ["denoiser", *_ENCODERS]}, off=(None, False)),
     *(option(f"learning_rate_te{number} text_encoder_lr{number}", f"optimizer.lr_by_component.{name}", "float")
       for number, name in enumerate(_ENCODERS, 1)),
-    option("num_last_block_to_freeze", "train.freeze", "int", off=(None, 0)),
+    *unbuilt("num_last_block_to_freeze", "freezing the last blocks by number; train.freeze takes patterns", "int",
+             off=(None, 0)),
     option("save_clip", "checkpoint.include", "flag", off=(None, False)),
     option("save_t5xxl", "checkpoint.include", "flag", off=(None, False)),
 )  # fmt: skip
