@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{config.model.path} is not here: what weights decide is that of the published model {facts.flavour!r}"
             )
     except NotHereError as absent:
-        missing = f"{absent.why or absent.what}, {absent.where}" if absent.where else absent.why or absent.what
-        warn(f"the weights are not here ({missing}): what they decide is left open")
+        warn(f"{config.model.path} is not here, and what weights decide is left open: {absent.what}")
     out(resolved_text(config).rstrip())
     return 0
 

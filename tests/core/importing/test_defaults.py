@@ -170,6 +170,21 @@ def test_rotations_of_a_script_are_rotations_here() -> None:
     assert network == {"type": "oft", "block_count": 8, "constraint": 1e-3, "targets": ["img_attn", "txt_attn"]}
     every = lora("flux", "--network_module networks.oft_flux --network_args enable_all_linear=True")
     assert every.config["network"] == {"type": "oft", "block_count": 4, "constraint": 1e-3}
+    assert every.config["checkpoint"]["format"] == "sd-scripts-oft"
+    products = lora("anima", "--network_module networks.loha --network_dim 8")
+    assert products.config["network"] == {"type": "loha", "rank": 8, "alpha": 1.0}
+    assert "format" not in products.config["checkpoint"]
+
+
+def test_a_scheduler_class_gets_its_arguments() -> None:
+    options = "--lr_scheduler_type torch.optim.lr_scheduler.CosineAnnealingLR --lr_scheduler_args T_max=10 eta_min=1e-6"
+    schedule = lora("flux", options).config["schedule"]
+    assert schedule["class"] == "torch.optim.lr_scheduler.CosineAnnealingLR"
+    assert schedule["args"] == {"T_max": 10, "eta_min": 1e-6}
+
+
+def test_a_model_without_an_encoder_does_not_train_it() -> None:
+    assert "components" not in lora("flux", "--model_type chroma").config["train"]
 
 
 def test_a_value_that_cannot_be_read_is_a_row_and_no_crash(tmp_path: Path) -> None:

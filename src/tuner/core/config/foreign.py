@@ -179,14 +179,17 @@ def encoder_options(
     *,
     cached_rest: bool = False,
     parts: Mapping[str, str] = MappingProxyType({}),
+    absent: Callable[[Given], tuple[str, ...]] = lambda given: (),
 ) -> tuple[ForeignOption, ...]:
     """Rows about which parts train, at which rates; ``encoders`` in the order of ``text_encoder_lr``.
 
-    parts: further options that each make one more part of the model train, by name.
+    parts: further options that each make one more part of the model train, by name. absent: encoders that the model of
+    these options does not have.
     """
 
     def trained(given: Given) -> tuple[str, ...]:
-        return trained_encoders(given, clips, t5, cached_rest=cached_rest)
+        found = trained_encoders(given, clips, t5, cached_rest=cached_rest)
+        return tuple(name for name in found if name not in absent(given))
 
     def components(value: Any, given: Given) -> Settings:
         text = trained(given)

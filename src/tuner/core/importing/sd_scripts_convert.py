@@ -52,13 +52,10 @@ def merged(value: Any, given: Given) -> Settings:
     return Settings({"model.merge": entries} if entries else {}, "" if entries else "without base_weights it is unused")
 
 
-def network_only(key: str) -> Convert:
-    """A setting of adapters, which a script that trains the whole model does not have."""
-
-    def convert(value: Any, given: Given) -> Settings:
-        return Settings({key: value} if given.get(NETWORK) else {})
-
-    return convert
+def file_names(value: Any, given: Given) -> Settings:
+    """Names of low-rank factors in files; other kinds of adapters have one layout that every program reads."""
+    kind = str(given.get("network_module") or "lora").rpartition(".")[2].partition("_")[0]
+    return Settings({"checkpoint.format": value} if given.get(NETWORK) and kind == "lora" else {})
 
 
 def rank(value: Any, given: Given) -> Settings:
@@ -159,6 +156,11 @@ def optimizer_argument(value: Any, given: Given) -> Settings:
     made = list(made) if isinstance(made, tuple) else made
     named = name in ("betas", "weight_decay") or (name == "eps" and isinstance(made, int | float))
     return Settings({f"optimizer.{name}" if named else f"optimizer.args.{name}": made})
+
+
+def scheduler_argument(value: Any, given: Given) -> Settings:
+    made = literal(value) if isinstance(value, str) else value
+    return Settings({f"schedule.args.{str(given['*']).partition('.')[2]}": made})
 
 
 def keep_steps(value: Any, given: Given) -> Settings | Refused:

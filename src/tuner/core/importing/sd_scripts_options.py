@@ -70,7 +70,7 @@ GENERAL = (
     option("lr_scheduler_timescale", "schedule.timescale", "int"),
     option("lr_scheduler_min_lr_ratio", "schedule.min_ratio", "float"),
     option("lr_scheduler_type", "schedule.class", "text", off=(None, "")),
-    option("lr_scheduler_args.*", "schedule.args"),
+    option("lr_scheduler_args.*", convert=to.scheduler_argument),
     # length, batches, precision
     option("max_train_steps", kind="int", convert=to.lengths, default=1600),
     option("max_train_epochs", "train.epochs", "int"),
@@ -166,7 +166,7 @@ GENERAL = (
     option("metadata_license", "checkpoint.metadata.license", "text"),
     option("metadata_tags", kind="text", convert=lambda value, given: Settings(
         {"checkpoint.metadata.tags": [tag.strip() for tag in value.split(",") if tag.strip()]})),
-    option("script.format", kind="text", convert=to.network_only("checkpoint.format"), default="sd-scripts",
+    option("script.format", kind="text", convert=to.file_names, default="sd-scripts",
            note="files there have sd-scripts names; the default here suits ComfyUI and diffusers"),
     # samples and validation
     option("sample_prompts", "sample.prompts", "text", changed=True,

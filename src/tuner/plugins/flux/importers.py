@@ -115,7 +115,12 @@ _SHARED: tuple[ForeignOption, ...] = (
 _RANKS = {f"{name}_dim": name for name in CLASSES}
 
 _NETWORK: tuple[ForeignOption, ...] = (
-    *encoder_options(("clip_l", "t5"), ("clip_l",), "t5"),
+    *encoder_options(
+        ("clip_l", "t5"), ("clip_l",), "t5", absent=lambda given: ("clip_l",) if _chroma(given) else ()
+    ),
+    option("script.format", kind="text", default="sd-scripts", note="files there have sd-scripts names; the default here"
+           " suits ComfyUI and diffusers", convert=lambda value, given: Settings(
+               {"checkpoint.format": "sd-scripts-oft" if rotates(given) else value})),
     *rank_rules(_RANKS),
     option("network_args.in_dims", kind="literal", convert=outer_ranks(tuple(EMBEDDERS))),
     option("network_args.train_blocks", kind="text", convert=_train_blocks),
