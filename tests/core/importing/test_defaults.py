@@ -211,3 +211,19 @@ def test_text_encoders_that_are_not_named_make_the_import_incomplete(tmp_path: P
     result = backends(tmp_path, SOURCE, train_text_encoder=True, text_encoder_lr=1e-5)
     assert status(result, "train_text_encoder") == "not_built"
     assert status(result, "text_encoder_lr") == "not_applicable"
+
+
+def test_whole_text_encoders_train_in_any_order_of_the_options() -> None:
+    line = "sd3_train.py --train_t5xxl --train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te3 1e-6"
+    config = words(line).config
+    assert config["train"]["components"] == ["denoiser", "clip_l", "clip_g", "t5"]
+    assert config["optimizer"]["lr_by_component"] == {"clip_l": 1e-5, "t5": 1e-6}
+    alone = words("sd3_train.py --train_t5xxl --learning_rate_te1 1e-5")
+    assert "components" not in alone.config["train"]
+    assert status(alone, "learning_rate_te1") == "not_applicable"
+
+
+def test_a_shift_that_the_default_does_not_use_is_said_to_be_unused() -> None:
+    result = lora("anima", "--discrete_flow_shift 3 --logit_mean 1")
+    assert result.config["noise"] == {"timesteps": "sigmoid"}
+    assert status(result, "discrete_flow_shift") == status(result, "logit_mean") == "not_applicable"

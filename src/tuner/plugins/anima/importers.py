@@ -42,7 +42,7 @@ def _is_old(given: Given) -> bool:
 
 
 def _sampling(value: Any, given: Given) -> Settings:
-    return Settings({"noise.timesteps": value})
+    return Settings() if _is_old(given) else Settings({"noise.timesteps": value})
 
 
 def _old_sampling(value: Any, given: Given) -> Settings | Refused:
@@ -79,11 +79,12 @@ _SHARED = (
     option("t5_tokenizer_path", "model.tokenizers.t5.path", "text"),
     option("qwen3_max_token_length", "text_encoder.max_tokens.qwen3", "int"),
     option("t5_max_token_length", "text_encoder.max_tokens.t5", "int"),
-    option("timestep_sampling", kind="text", convert=_sampling),
+    option("timestep_sampling", kind="text", convert=_sampling, default="sigmoid"),
     option("timestep_sample_method", kind="text", convert=_old_sampling, default="logit_normal"),
     option("discrete_flow_shift", "noise.shift", "float"),
     option("sigmoid_scale", "noise.sigmoid_scale", "float"),
     *ignored("min_timestep max_timestep", _NO_SHIFT),
+    *ignored("network_args.split_qkv", "this model has no fused projections", "flag"),
     *ignored("apply_t5_attn_mask", "padding is always hidden from this model", "flag"),
     *ignored("fp8_base fp8_base_unet", "this model is not offered unscaled fp8, and the script goes on without it; "
              "quantize.denoiser fp8 has scales", "flag"),

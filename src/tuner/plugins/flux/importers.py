@@ -76,6 +76,10 @@ def _shift(value: Any, given: Given) -> Settings:
     return Settings({"noise.shift": float(value)} if used else {}, "" if used else "not used by this sampling")
 
 
+def _format(value: Any, given: Given) -> Settings:
+    return Settings({"checkpoint.format": "sd-scripts-oft" if rotates(given) else value})
+
+
 def _rotated(value: Any, given: Given) -> Settings | Refused:
     """Rotations are on the attention of the blocks of two streams, or on all linears of all blocks."""
     if not rotates(given):
@@ -118,9 +122,8 @@ _NETWORK: tuple[ForeignOption, ...] = (
     *encoder_options(
         ("clip_l", "t5"), ("clip_l",), "t5", absent=lambda given: ("clip_l",) if _chroma(given) else ()
     ),
-    option("script.format", kind="text", default="sd-scripts", note="files there have sd-scripts names; the default here"
-           " suits ComfyUI and diffusers", convert=lambda value, given: Settings(
-               {"checkpoint.format": "sd-scripts-oft" if rotates(given) else value})),
+    option("script.format", kind="text", convert=_format, default="sd-scripts",
+           note="files there have sd-scripts names; the default here suits ComfyUI and diffusers"),
     *rank_rules(_RANKS),
     option("network_args.in_dims", kind="literal", convert=outer_ranks(tuple(EMBEDDERS))),
     option("network_args.train_blocks", kind="text", convert=_train_blocks),

@@ -64,11 +64,19 @@ _SHARED: tuple[ForeignOption, ...] = (
     *preview_options(size=512, steps=30, cfg=7.5),
 )  # fmt: skip
 
+
+def _whole_encoders(value: Any, given: Given) -> Settings:
+    """T5 trains beside the CLIPs or not at all."""
+    t5 = _ENCODERS[2:] if given.get("train_t5xxl") else ()
+    return Settings({"train.components": ["denoiser", *_ENCODERS[:2], *t5]})
+
+
 _FULL = (
-    option("train_text_encoder", "train.components", "flag", values={True: ["denoiser", "clip_l", "clip_g"]},
-           off=(None, False)),
-    option("train_t5xxl", "train.components", "flag", values={True: ["denoiser", *_ENCODERS]}, off=(None, False)),
-    *(option(f"learning_rate_te{number} text_encoder_lr{number}", f"optimizer.lr_by_component.{name}", "float")
+    option("train_text_encoder", kind="flag", convert=_whole_encoders, off=(None, False)),
+    option("train_t5xxl", kind="flag", convert=_whole_encoders, off=(None, False), needs=("train_text_encoder",
+                                                                                          (True,))),
+    *(option(f"learning_rate_te{number} text_encoder_lr{number}", f"optimizer.lr_by_component.{name}", "float",
+             needs=("train_t5xxl" if name == "t5" else "train_text_encoder", (True,)))
       for number, name in enumerate(_ENCODERS, 1)),
     *unbuilt("num_last_block_to_freeze", "freezing the last blocks by number; train.freeze takes patterns", "int",
              off=(None, 0)),
