@@ -132,8 +132,16 @@ def test_a_file_that_is_no_configuration_is_told(
 
 def test_every_command_tells_a_wrong_weight_path_the_same_way(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(model__path="/nothing/here.safetensors")
-    said = {refusal(capsys, *command, path) for command in (["check"], ["train"], ["cache"], ["config", "resolve"])}
+    said = {refusal(capsys, command, path) for command in ("check", "train", "cache")}
     assert said == {"no such file or folder\n  at: model.path: /nothing/here.safetensors\n  fix: check the path\n"}
+
+
+def test_a_configuration_resolves_without_its_weights(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(model__path="/nothing/here.safetensors")
+    assert main(["config", "resolve", path]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"]["path"] == "/nothing/here.safetensors"
+    assert "/nothing/here.safetensors is not here" in err
 
 
 def test_a_missing_prompt_file_is_told(write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.core.train.conftest import make_config, model_files, pictures  # noqa: F401  # a tiny real model
 from tuner.cli.main import main
+from tuner.core.data.inuse import cache_alone, cache_in_use
 from tuner.core.data.keys import HASHES
+from tuner.core.errors import UsageError
 
 Write = Callable[..., str]
 
@@ -94,12 +98,16 @@ def test_prune_lists_first_and_removes_only_what_is_ours_and_unused(
     assert main(["cache", other]) == 0
     unused = set(entries(cache_dir)) - kept
     assert unused
-    foreign = [cache_dir / "notes.txt", cache_dir / "ab" / "cd" / "mine.safetensors"]
-    killed = cache_dir / "ab" / "cd" / ".x.tmp"
+    other_tool = cache_dir / "ab" / "cd" / f"abcd{'0' * 28}.safetensors"
+    foreign = [cache_dir / "notes.txt", cache_dir / "ab" / "cd" / "mine.safetensors", cache_dir / "ab/cd/.x.tmp"]
+    killed = cache_dir / "ab" / "cd" / f".{other_tool.name}.k1_x.tmp"
     for path in (*foreign, killed):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"data")
-    os.utime(killed, (time.time() - 1e6,) * 2)
+    save_file({"x": torch.zeros(1)}, other_tool)
+    (cache_dir / "cd").mkdir(exist_ok=True)
+    for path in (killed, foreign[2]):
+        os.utime(path, (time.time() - 1e6,) * 2)
     assert main(["cache", "prune", config]) == 0
     streams = capsys.readouterr()
     assert f"{len(unused) + 1} files would go: add --yes" in streams.out
@@ -108,11 +116,64 @@ def test_prune_lists_first_and_removes_only_what_is_ours_and_unused(
     both = told(capsys, "prune", config, other)
     assert (both["unused"], both["leftovers"], both["removed"]) == ([], [str(killed)], False)
     assert main(["cache", "prune", config, "--yes"]) == 0
-    assert set(entries(cache_dir)) == {*kept, foreign[1]}
+    assert set(entries(cache_dir)) == {*kept, foreign[1], other_tool}
+    assert (cache_dir / "cd").is_dir()
     assert all(path.read_bytes() == b"data" for path in foreign)
     assert not killed.exists()
     assert main(["cache", "prune", config, "--yes"]) == 0
     assert "there is nothing to remove" in capsys.readouterr().out
+
+
+def test_prune_follows_no_links(write: Write, cache_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["cache", write()]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    first = entries(cache_dir)[0]
+    first.parent.parent.rename(elsewhere)
+    first.parent.parent.symlink_to(elsewhere, target_is_directory=True)
+    second = next(path for path in entries(cache_dir) if path.parent.parent != first.parent.parent)
+    second.rename(tmp_path / "kept.safetensors")
+    second.symlink_to(tmp_path / "kept.safetensors")
+    before = sorted(elsewhere.rglob("*"))
+    other = write("other", data__sets__0__resolution=32)
+    assert main(["cache", "prune", other, "--yes"]) == 0
+    assert sorted(elsewhere.rglob("*")) == before
+    assert (tmp_path / "kept.safetensors").is_file()
+    assert second.is_symlink()
+
+
+def test_nothing_is_removed_while_a_run_uses_the_cache(write: Write, cache_dir: Path, capsys: Any) -> None:
+    assert main(["cache", write()]) == 0
+    before = entries(cache_dir)
+    other = write("other", data__sets__0__resolution=32)
+    with cache_in_use(cache_dir), cache_in_use(cache_dir):
+        assert main(["cache", "prune", other, "--yes"]) == 2
+    assert "a run is using this cache" in capsys.readouterr().err
+    assert entries(cache_dir) == before
+    assert main(["cache", "prune", other, "--yes"]) == 0
+    assert len(entries(cache_dir)) < len(before)
+
+
+def test_a_training_holds_its_cache(write: Write, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.core.train import run
+
+    def prune(self: Any) -> None:
+        with pytest.raises(UsageError, match="a run is using this cache"), cache_alone(cache_dir):
+            pass
+        raise UsageError("seen")
+
+    monkeypatch.setattr(run.Caches, "fill", prune)
+    assert main(["train", write()]) == 2
+    assert main(["cache", write()]) == 2
+    with cache_alone(cache_dir):
+        pass
+
+
+def test_options_without_effect_are_refused(write: Write, cache_dir: Path, capsys: Any) -> None:
+    config = write()
+    assert main(["cache", "info", config, "--dir", str(cache_dir)]) == 2
+    assert "a folder and configurations at once" in capsys.readouterr().err
+    assert main(["cache", "verify", config, "--yes"]) == 2
+    assert "--yes is for prune" in capsys.readouterr().err
 
 
 def test_encoding_ahead_is_told_as_json_and_nothing_else(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

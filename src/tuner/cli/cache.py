@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     words: list[str] = arguments.what
     if words and words[0] in ACTIONS:
+        _refuse_unused(arguments, words)
         return {"info": _info, "verify": _verify, "prune": _prune}[words[0]](arguments, words[1:])
     for name in ("dir", "yes"):
         if getattr(arguments, name):
@@ -54,6 +55,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     out(f"cached: {plan.images} images for training, {plan.validation_images} held out")
     return 0
+
+
+def _refuse_unused(arguments: argparse.Namespace, words: list[str]) -> None:
+    """Options that the action would not look at."""
+    action = words[0]
+    if arguments.yes and action != "prune":
+        raise UsageError(f"--yes is for prune, {action} removes nothing", fix=f"tuner cache {action}")
+    if arguments.dir is not None and action != "prune" and (words[1:] or arguments.sets):
+        raise UsageError(
+            "a folder and configurations at once",
+            why="configurations name their own folders",
+            fix=f"tuner cache {action} --dir {arguments.dir}",
+        )
 
 
 def _load(arguments: argparse.Namespace, config: str | None) -> RawConfig:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tuner.cli import config_import
-from tuner.cli.console import out, out_json
+from tuner.cli.console import out, out_json, warn
 from tuner.cli.settings import add_config_arguments, load
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     schema = actions.add_parser("schema", help="JSON Schema, for editors that complete")
     schema.add_argument("--model", metavar="NAME", help="include the keys of this model")
-    resolve = actions.add_parser("resolve", help="the configuration with every default; needs the model's files")
+    resolve = actions.add_parser(
+        "resolve", help="the configuration with every default, as far as the model's files are here"
+    )
     add_config_arguments(resolve)
     config_import.add_arguments(actions.add_parser("import", help=config_import.SUMMARY))
     parser.set_defaults(command="config resolve")
@@ -32,11 +34,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "schema":
         return _schema(arguments.model, catalog)
     from tuner.core.config import resolved_text
-    from tuner.core.registry import open_facts, typed_config
+    from tuner.core.errors import NotHereError
+    from tuner.core.registry import open_known, typed_config
 
     raw = load(arguments, catalog)
-    opened = open_facts(typed_config(raw, catalog), catalog, raw)
-    out(resolved_text(opened.config).rstrip())
+    config = typed_config(raw, catalog)
+    try:
+        config, facts, here = open_known(config, catalog, raw)
+        if not here:
+            warn(
+                f"{config.model.path} is not here: what weights decide is that of the published model {facts.flavour!r}"
+            )
+    except NotHereError as absent:
+        warn(f"{config.model.path} is not here, and what weights decide is left open: {absent.what}")
+    out(resolved_text(config).rstrip())
     return 0
 
 

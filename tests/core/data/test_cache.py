@@ -114,7 +114,7 @@ def test_pruning_removes_what_nobody_wants_and_says_what(tmp_path: Path):
     store, other = CacheStore(tmp_path), CacheKey.of("text", {"text": "b"})
     store.put(KEY, tensors())
     store.put(other, tensors())
-    leftover = store.path(KEY).with_name(".killed.tmp")
+    leftover = store.path(KEY).with_name(f".{store.path(KEY).name}.killed.tmp")
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))
     doomed = {store.path(other), leftover}

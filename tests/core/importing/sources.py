@@ -45,7 +45,7 @@ def dataset(folder: Path, toml: str) -> Imported:
 def backends(folder: Path, *entries: dict[str, Any], **options: Any) -> Imported:
     """Import a configuration of SimpleTuner with these data backends."""
     write(folder, "backends.json", list(entries))
-    run = {"model_family": "anima", "data_backend_config": "backends.json", "max_train_steps": 5,
+    run = {"model_family": "anima", "model_type": "lora", "data_backend_config": "backends.json", "max_train_steps": 5,
            "num_train_epochs": 0, "caption_dropout_probability": 0} | options  # fmt: skip
     write(folder, "config.json", run)
     return import_path(folder, CATALOG, model=None, base=folder)

@@ -66,7 +66,7 @@ def test_no_option_of_a_table_is_hidden_by_another_spelling() -> None:
 def test_a_command_line_becomes_a_configuration_that_passes_every_check(family: str) -> None:
     options = (
         "--network_dim 8 --learning_rate 1e-4 --max_train_epochs 3 --network_train_unet_only --mixed_precision bf16"
-        " --output_dir out --network_module networks.lora_"
+        " --output_dir out --dataset_config data.toml --network_module networks.lora_"
     )
     result = lora(family, options + family)
     assert result.exit_code == 0
@@ -90,7 +90,7 @@ def test_alpha_rank_and_length_have_the_defaults_of_the_other_program() -> None:
 
 
 def test_whole_models_lose_no_updates_where_they_lose_none_there() -> None:
-    line = "accelerate launch --mixed_precision bf16 anima_train.py --learning_rate 1e-5 --output_dir out"
+    line = "accelerate launch anima_train.py --mixed_precision bf16 --learning_rate 1e-5 --output_dir out"
     result = words(line)
     assert result.config["optimizer"] == {"lr": 1e-5, "rounding": "kahan"}
     assert row(result, "full_bf16").status == "changed"
@@ -196,7 +196,7 @@ def test_continued_lines_quotes_and_paths_of_windows_are_read(end: str, tmp_path
     assert result.config["model"]["path"] == "C:\\models\\my flux.safetensors"
     assert result.config["checkpoint"]["dir"] == "D:\\out"
     assert result.config["optimizer"]["betas"] == [0.9, 0.95]
-    assert "precision" not in result.config  # bf16 of the launcher is the default here
+    assert result.config["precision"] == {"compute": "fp32"}  # sd-scripts hands on its own, which is not given
     assert row(result, "output_dir").where == "run.bat:4"
     assert result.options == 7
 
@@ -260,7 +260,8 @@ def test_a_source_without_a_model_needs_one() -> None:
 
 
 def test_defaults_of_simpletuner_that_differ_are_written_out(tmp_path: Path) -> None:
-    write(tmp_path, "config.json", {"model_family": "flux", "max_train_steps": 10, "num_train_epochs": 0})
+    run = {"model_family": "flux", "model_type": "lora", "max_train_steps": 10, "num_train_epochs": 0}
+    write(tmp_path, "config.json", run)
     result = import_path(tmp_path, CATALOG, model=None, base=tmp_path)
     config = result.config
     assert config["train"]["clip_grad"] == {"value": 2.0}
@@ -270,7 +271,10 @@ def test_defaults_of_simpletuner_that_differ_are_written_out(tmp_path: Path) -> 
     assert config["memory"] == {"checkpointing": "block"}
     assert config["optimizer"]["lr"] == 4e-7
     assert config["data"]["sets"][0]["sources"][0]["captions"]["dropout"] == 0.1
-    assert result.options == 3
+    assert config["precision"] == {"vae": "bf16"}
+    assert config["checkpoint"]["resume"] == "auto"
+    assert "sample" not in config
+    assert result.options == 4
 
 
 @pytest.mark.parametrize(
@@ -310,15 +314,16 @@ def test_schedules_of_simpletuner_are_explained(tmp_path: Path) -> None:
 def test_an_environment_file_is_read_with_its_own_names(tmp_path: Path) -> None:
     text = (
         "# SimpleTuner\nexport MODEL_FAMILY='sd3'\nexport OUTPUT=runs\nexport OUTPUT_DIR=\"${OUTPUT}/one\"\n"
-        "MAX_NUM_STEPS=200\nNUM_EPOCHS=0\nLR_SCHEDULE=constant\n"
+        "MAX_NUM_STEPS=200\nNUM_EPOCHS=0\nLR_SCHEDULE=constant\nMODEL_TYPE=lora\nVALIDATION_PROMPT='a cat'\nWHAT=1\n"
         'TRAINER_EXTRA_ARGS="--lora_rank=8 --lora_alpha 8"\n'
     )
     result = import_path(write(tmp_path, "config.env", text), CATALOG, model=None, base=tmp_path)
     assert result.config["checkpoint"]["dir"] == "runs/one"
     assert result.config["train"]["steps"] == 200
     assert result.config["network"]["rank"] == 8
-    assert status(result, "OUTPUT") == "unknown"
-    assert result.options == 8
+    assert result.config["sample"]["prompts"] == ["a cat"]
+    assert (status(result, "OUTPUT"), status(result, "WHAT")) == ("mapped", "unknown")
+    assert result.options == 10
 
 
 def test_a_prompt_library_becomes_prompt_lines(tmp_path: Path) -> None:

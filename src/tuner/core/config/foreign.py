@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 Given = Mapping[str, Any]
@@ -46,8 +47,9 @@ class ForeignOption:
     why. kind: how text is read. values: values that are called otherwise here, or refused. off: values that ask for
     nothing. convert: for what is more than a name, called with the value and all options of the source.
     changed: the value means something else here, ``note`` says what. refused: the option is never taken over, ``note``
-    says why. needs: option and values of it without which this one does nothing in the other program either.
-    default: the value that the other program uses when the option is absent, where this one would do otherwise.
+    says why. needs: option and values of it without which this one does nothing in the other program either; no values
+    stand for any. default: the value that the other program uses when the option is absent, where this one would do
+    otherwise. default_with: the option without which that default does not matter.
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class ForeignOption:
     refused: Literal["", "not_built", "not_applicable"] = ""
     needs: tuple[str, tuple[Any, ...]] | None = None
     default: Any = None
+    default_with: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +104,10 @@ def unbuilt(
 # --- helpers for the tables of SimpleTuner ----------------------------------------------------------------------------
 
 
+PREVIEWS = "script.previews"
+"""Pseudo option of SimpleTuner: whether the run has prompts to draw."""
+
+
 def repositories(by_flavour: Mapping[str, str], usual: str, note: str = "") -> tuple[ForeignOption, ForeignOption]:
     """Rows about where SimpleTuner takes the model from: without a path, from the repository of the flavour.
 
@@ -126,7 +133,30 @@ def repositories(by_flavour: Mapping[str, str], usual: str, note: str = "") -> t
     )
 
 
+_BITS = {
+    "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int4-torchao": "int4", "fp8-quanto": "fp8",
+    "fp8uz-quanto": "fp8", "fp8-torchao": "fp8", "nf4-bnb": "nf4",
+}  # fmt: skip
+
+
+def low_bits(names: str, key: str) -> ForeignOption:
+    """Row of a way of storing frozen weights in SimpleTuner; the scales differ from program to program."""
+
+    def convert(value: Any, given: Given) -> Settings | Refused:
+        method = _BITS.get(str(value))
+        if method is None:
+            return Refused("not_built", f"{value} weights")
+        return Settings({key: method}, "one scale per row (int8, fp8) or per 64 weights here", changed=True)
+
+    return option(names, kind="text", convert=convert, off=(None, "no_change", ""))
+
+
 # --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------
+
+
+def rotates(given: Given) -> bool:
+    """Whether the adapters of a script are rotations."""
+    return "oft" in str(given.get("network_module") or "")
 
 
 def trained_encoders(
@@ -143,24 +173,38 @@ def trained_encoders(
 
 
 def encoder_options(
-    encoders: tuple[str, ...], clips: tuple[str, ...], t5: str | None = None, *, cached_rest: bool = False
+    encoders: tuple[str, ...],
+    clips: tuple[str, ...],
+    t5: str | None = None,
+    *,
+    cached_rest: bool = False,
+    parts: Mapping[str, str] = MappingProxyType({}),
+    absent: Callable[[Given], tuple[str, ...]] = lambda given: (),
 ) -> tuple[ForeignOption, ...]:
-    """Rows about which text encoders train, at which rates; ``encoders`` in the order of ``text_encoder_lr``."""
+    """Rows about which parts train, at which rates; ``encoders`` in the order of ``text_encoder_lr``.
+
+    parts: further options that each make one more part of the model train, by name. absent: encoders that the model of
+    these options does not have.
+    """
 
     def trained(given: Given) -> tuple[str, ...]:
-        return trained_encoders(given, clips, t5, cached_rest=cached_rest)
+        found = trained_encoders(given, clips, t5, cached_rest=cached_rest)
+        return tuple(name for name in found if name not in absent(given))
 
     def components(value: Any, given: Given) -> Settings:
-        names = ("denoiser", *trained(given))
-        if len(names) == 1:
+        text = trained(given)
+        others = tuple(part for name, part in parts.items() if given.get(name))
+        if given.get("network_train_text_encoder_only") and text:
+            return Settings({"train.components": list(text)}, "text encoders alone train")
+        if not text and not others:
             return Settings({}, "the denoiser alone trains here unless train.components says otherwise")
-        return Settings({"train.components": list(names)}, "text encoders train there unless they are switched off")
-
-    def text_only(value: Any, given: Given) -> Settings:
-        return Settings({"train.components": list(trained(given))} if value else {})
+        note = "text encoders train there unless they are switched off" if text else "trained beside the denoiser"
+        return Settings({"train.components": ["denoiser", *others, *text]}, note)
 
     def rates(value: Any, given: Given) -> Settings | Refused:
         values = value if isinstance(value, list) else [value]
+        if not values:
+            return Settings({}, "empty: the base rate, as here")
         rate = {name: float(values[min(i, len(values) - 1)]) for i, name in enumerate(encoders)}
         kept = {f"optimizer.lr_by_component.{name}": rate[name] for name in trained(given)}
         if not kept:
@@ -169,11 +213,26 @@ def encoder_options(
 
     return (
         option("network_train_unet_only", kind="flag", convert=components, default=False),
-        option("network_train_text_encoder_only", kind="flag", convert=text_only),
+        option("network_train_text_encoder_only", kind="flag", convert=components, off=(None, False)),
         option("text_encoder_lr", kind="list", convert=rates),
-        option("network_args.train_t5xxl", kind="literal", note="part of train.components", off=(None, False))
+        *(option(name, kind="flag", convert=components, off=(None, False)) for name in parts),
+        option("network_args.train_t5xxl", kind="flag", convert=components, off=(None, False))
         if t5
         else option("network_args.train_t5xxl", refused="not_applicable", note="this model has no T5 to train"),
+    )
+
+
+def preview_options(*, size: int, steps: int, cfg: float) -> tuple[ForeignOption, ...]:
+    """Rows of what previews there take where a line of the prompt file says nothing."""
+
+    def row(name: str, key: str, kind: Kind, value: Any) -> ForeignOption:
+        note = f"of previews whose prompt does not say otherwise; {value} there"
+        return option(f"sample_prompts.{name}", key, kind, default=value, default_with="sample_prompts", note=note)
+
+    return (
+        row("size", "sample.size", "int", size),
+        row("steps", "sample.steps", "int", steps),
+        row("scale", "sample.cfg", "float", cfg),
     )
 
 
@@ -205,8 +264,8 @@ def outer_ranks(kinds: tuple[str, ...]) -> Convert:
     return convert
 
 
-def block_choice(group: str) -> Convert:
-    """Conversion of ``all``, ``none`` or ``0,2,4-7`` for ``network.blocks.<group>``."""
+def block_choice(name: str, group: str) -> ForeignOption:
+    """Row of ``all``, ``none`` or ``0,2,4-7`` for ``network.blocks.<group>``; here ``none`` is a value."""
 
     def convert(value: Any, given: Given) -> Settings:
         text = str(value).strip()
@@ -217,7 +276,7 @@ def block_choice(group: str) -> Convert:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return Settings({f"network.blocks.{group}": [part if "-" in part else int(part) for part in parts]})
 
-    return convert
+    return option(name, kind="text", convert=convert, off=())
 
 
 def split_pairs(key: str, kind: type) -> Convert:

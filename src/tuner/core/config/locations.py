@@ -22,7 +22,8 @@ _PLAIN = re.compile(
 )
 _WEIGHTS = re.compile(r"model\.(\w+\.)*path")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w. -]+)*")
-_FILE_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf", ".json")
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin", ".gguf")
+_FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 _WORDS = {"checkpoint.resume": ("none", "auto")}
 
 

@@ -36,6 +36,7 @@ _CHECKSUM = b'"checksum":"crc32-'
 _DIGITS = 8
 _LEFTOVER_AGE_S = 24 * 3600
 _NAME = re.compile(r"[0-9a-f]{32}")
+_LEFTOVER = re.compile(r"\.([0-9a-f]{32})\.safetensors\.\w+\.tmp")
 _LONGEST_HEADER = 1 << 20
 
 
@@ -131,10 +132,17 @@ class CacheStore:
             raise
 
     def names(self) -> Iterator[str]:
-        """Names of all entries. A file that is not where an entry of its name would be is none of ours."""
+        """Names of all entries. A file that is not where an entry of its name would be is none of ours, nor is one that
+        a link leads to, nor a sound file that does not say what it was made from."""
         for path in sorted(self.root.glob("??/??/*.safetensors")):
-            if _NAME.fullmatch(path.stem) and path == self.path(path.stem):
+            at_home = _NAME.fullmatch(path.stem) and path == self.path(path.stem)
+            if at_home and self._is_own(path) and not _is_foreign(path):
                 yield path.stem
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a path is a file of this folder itself, with no link on the way."""
+        linked = any(each.is_symlink() for each in (path, path.parent, path.parent.parent))
+        return not linked and path.is_file()
 
     def broken(self, on_progress: Callable[[int], None] | None = None) -> Iterator[Path]:
         """Entries whose content does not match their checksum; on_progress is called with 1 after each entry."""
@@ -158,7 +166,14 @@ class CacheStore:
     def leftovers(self) -> list[Path]:
         """What killed writers left; what was written in the last day may still be in work."""
         newest = time.time() - _LEFTOVER_AGE_S
-        return [path for path in sorted(self.root.glob("??/??/.*.tmp")) if path.stat().st_mtime < newest]
+        return [
+            path
+            for path in sorted(self.root.glob("??/??/.*.tmp"))
+            if (match := _LEFTOVER.fullmatch(path.name))
+            and path.parent == self.path(match[1]).parent
+            and self._is_own(path)
+            and path.stat().st_mtime < newest
+        ]
 
     def ingredients(self, name: str) -> dict[str, Any]:
         """What an entry was made from, as its header says; raises UsageError for a broken entry."""
@@ -223,6 +238,17 @@ def _checksum_at(data: bytes | bytearray) -> int | None:
     needle = _CHECKSUM.replace(b'"', b'\\"')
     at = data.find(needle, 8, 8 + length)
     return None if at < 0 else at + len(needle)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is sound as far as its header goes, and of another program. A torn one counts as ours."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            header = json.loads(file.read(_length(start)))
+    except (OSError, ValueError):
+        return False
+    return isinstance(header, dict) and "tuner" not in header.get("__metadata__", {})
 
 
 def _length(data: bytes) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.core.data.cache import CacheStore
+from tuner.core.data.inuse import IN_USE, cache_alone
 from tuner.core.data.keys import HASHES, FileHashes
 from tuner.core.errors import NotHereError
 
@@ -110,7 +111,8 @@ def cache_info(folder: Path, used: Collection[str] | None = None) -> CacheInfo:
     indices = sorted((folder / "index").glob("*.sqlite"))
     leftovers = store.leftovers()
     files = sum(path.is_file() for path in folder.rglob("*"))
-    ours = sum(row[0] for row in found.values()) + len(indices) + len(leftovers) + (folder / HASHES).is_file()
+    kept = sum((folder / name).is_file() for name in (HASHES, IN_USE))
+    ours = sum(row[0] for row in found.values()) + len(indices) + len(leftovers) + kept
     return CacheInfo(
         folder=folder,
         rows=tuple(
@@ -149,11 +151,12 @@ def doomed_files(folder: Path, used: Collection[str]) -> Doomed:
 
 
 def remove(doomed: Doomed) -> None:
-    """Remove the files, and folders of entries that are empty then."""
-    for path in doomed.files:
-        path.unlink(missing_ok=True)
-    for depth in ("??/??", "??"):
-        for folder in doomed.folder.glob(depth):
+    """Remove the files, and their folders where these are empty then. UsageError when a run uses the cache."""
+    with cache_alone(doomed.folder):
+        for path in doomed.files:
+            path.unlink(missing_ok=True)
+        inner = {path.parent for path in doomed.files}
+        for folder in [*inner, *{path.parent for path in inner}]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 

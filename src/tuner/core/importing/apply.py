@@ -67,7 +67,7 @@ class Translation:
         keys: Mapping[str, Any] | None = None,
     ) -> Row:
         """A row, and the keys that it sets."""
-        row = Row(given.where, given.label, given.value, status, note=note)
+        row = Row(given.where, given.label, given.value, status, note=note, name=given.name)
         for key, value in (keys or {}).items():
             row.keys += self.put(key, value)
         self.rows.append(row)
@@ -87,7 +87,7 @@ def read_value(option: ForeignOption, value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "none" and option.kind != "flag"):
         return None if None in option.off else value
     if option.kind == "flag":
-        return _flag(value)
+        return read_flag(value)
     if option.kind in ("int", "float"):
         if value is True:
             raise ValueError("a value is missing")
@@ -106,7 +106,8 @@ def read_value(option: ForeignOption, value: Any) -> Any:
     return value
 
 
-def _flag(value: Any) -> bool:
+def read_flag(value: Any) -> bool:
+    """A switch as a file or a command line says it. Raises ValueError for what is none."""
     text = str(value).lower()
     if text not in _TRUE | _FALSE:
         raise ValueError(f"{value!r} is neither true nor false")
@@ -121,8 +122,9 @@ def outcome(option: ForeignOption, value: Any, values: Mapping[str, Any]) -> Set
         return Refused(option.refused, option.note)
     if option.needs is not None:
         other, wanted = option.needs
-        if values.get(other) not in wanted:
-            return Refused("not_applicable", f"without {other} it does nothing there either")
+        if values.get(other) not in wanted if wanted else not values.get(other):
+            which = " or ".join(map(str, wanted)) if wanted and len(wanted) < 4 and all(wanted) else ""
+            return Refused("not_applicable", f"without {other} {which}".rstrip() + " it does nothing there either")
     if option.convert is not None:
         return option.convert(value, values)
     made = option.values.get(value, value) if isinstance(value, str | int | float | bool) else value
@@ -164,7 +166,8 @@ def translate(
             _one(into, each, option, values)
     if defaults:
         for option in table.options:
-            if option.default is not None and option.names[0] not in values:
+            wanted = option.default_with is None or bool(values.get(option.default_with))
+            if option.default is not None and option.names[0] not in values and wanted:
                 _default(into, option, values)
     return values
 
@@ -175,7 +178,11 @@ def _name(option: ForeignOption, given: Given) -> str:
 
 def _one(into: Translation, given: Given, option: ForeignOption, values: Mapping[str, Any]) -> None:
     name = _name(option, given)
-    made = outcome(option, values[name], {**values, "*": name})
+    try:
+        made = outcome(option, values[name], {**values, "*": name})
+    except (ValueError, TypeError) as error:
+        into.add(given, "refused", str(error))
+        return
     if isinstance(made, Refused):
         into.add(given, made.status, made.why)
         return
@@ -191,4 +198,5 @@ def _default(into: Translation, option: ForeignOption, values: Mapping[str, Any]
         return
     shown = shown_value(option.default)
     note = made.note or option.note or f"{option.names[0]} is {shown} there unless it is given"
-    into.add(Given(option.names[0], option.default, "default"), "default", note, made.keys)
+    status: Status = "default" if made.keys else "changed"
+    into.add(Given(option.names[0], option.default, "default"), status, note, made.keys)

@@ -28,7 +28,8 @@ LEFT_OUT = ("not_built", "refused", "unknown")
 
 @dataclass(slots=True)
 class Row:
-    """One line of the report. ``keys`` are the places in the configuration that it set."""
+    """One line of the report. ``keys`` are the places in the configuration that it set. ``option`` is the option as it
+    was spelled, ``name`` as the tables call it. ``beside``: it is no option, but stands in the text around them."""
 
     where: str
     option: str
@@ -37,6 +38,8 @@ class Row:
     keys: list[Path] = field(default_factory=list)
     note: str = ""
     written: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    beside: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -68,8 +71,8 @@ class Imported:
 
     @property
     def options(self) -> int:
-        """Number of options in the source: every row but the defaults."""
-        return sum(row.status != "default" for row in self.rows)
+        """Number of options in the source: every row but the defaults and what stands around a command."""
+        return sum(row.where != "default" and not row.beside for row in self.rows)
 
     @property
     def counts(self) -> dict[str, int]:

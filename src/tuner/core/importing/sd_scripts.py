@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tuner.core.config.document import dotted
+from tuner.core.config.locations import WEIGHT_SUFFIXES, is_hub_id
 from tuner.core.errors import UsageError
 from tuner.core.importing.apply import Table, Translation, translate
 from tuner.core.importing.families import Choice, choices, choose, of_model, schema_of
@@ -16,7 +18,18 @@ from tuner.core.importing.sd_scripts_convert import NETWORK
 from tuner.core.importing.sd_scripts_data import PLACES, DataImport, given_text, is_data_option
 from tuner.core.importing.sd_scripts_options import GENERAL, LAUNCHER
 from tuner.core.importing.sets import write_sets
-from tuner.core.importing.source import CommandLine, Document, Given, command_line, read_document, read_text, words_of
+from tuner.core.importing.shell import UNFILLED
+from tuner.core.importing.source import (
+    CommandLine,
+    Document,
+    Given,
+    command_line,
+    located,
+    read_document,
+    read_text,
+    script_command,
+    shown_value,
+)
 from tuner.core.registry import Catalog
 
 TOOL = "sd-scripts"
@@ -29,24 +42,27 @@ def import_files(paths: Sequence[Path], catalog: Catalog, *, model: str | None, 
     line: CommandLine | None = None
     options: list[Given] = []
     data: Document | None = None
+    home = base
+    scripts = {name for each in choices(catalog, TOOL) for name in each.family.names}
     for path in paths:
         if path.suffix.lower() not in _DATA_FILES:
             if line is not None:
                 raise UsageError("two command lines cannot be one run", where=str(path), fix="import one at a time")
-            line = command_line(words_of(read_text(path), path.name))
+            line = script_command(read_text(path), path.name, scripts.__contains__)
+            home = path.absolute().parent
             continue
         document = read_document(path)
         if isinstance(document.value, dict) and ("datasets" in document.value or "general" in document.value):
             data = document
         else:
             options += _file_options(document)
-    return _import(line or CommandLine((), None, ()), options, data, catalog, model, base)
+    return _import(line or CommandLine((), None, ()), options, data, catalog, model, base, home)
 
 
 def import_words(words: Sequence[str], catalog: Catalog, *, model: str | None, base: Path) -> Imported:
     """Import a command line that is given as words."""
     placed = [(word, f"word {number}") for number, word in enumerate(words, 1)]
-    return _import(command_line(placed), [], None, catalog, model, base)
+    return _import(command_line(placed), [], None, catalog, model, base, base)
 
 
 def _import(
@@ -56,16 +72,19 @@ def _import(
     catalog: Catalog,
     model: str | None,
     base: Path,
+    home: Path,
 ) -> Imported:
     into = Translation()
+    for beside, note in line.beside:
+        into.add(beside, "mapped" if note == "filled in" else "not_applicable", note).beside = True
     from_files, from_line = list(options), []
     for each in line.options:
         if each.name != "config_file":
             from_line.append(each)
             continue
-        path = Path(base, given_text(each))
-        path = path if path.suffix else path.with_suffix(".toml")
-        if path.is_file():
+        name = given_text(each)
+        path = located(name if Path(name).suffix else f"{name}.toml", home, base)
+        if path is not None:
             into.add(each, "mapped", "its options are rows of their own")
             from_files += _file_options(read_document(path))
         else:
@@ -82,18 +101,39 @@ def _import(
     if choice is not None:
         _family(into, line, choice)
     values = _run_options(into, line, given, choice) if not only_data else {}
-    _data(into, given, data, base, needed=not only_data)
+    _data(into, given, data, base, home, needed=not only_data)
     _caches(into, values)
     if not only_data:
         _whole_weights(into)
         _prompts(into, base)
-        return finish(TOOL, into, schema_of(catalog, choice))
+        _local_weights(into.config.get("model", {}), base)
+        result = finish(TOOL, into, schema_of(catalog, choice))
+        result.open += _unfilled(result)
+        if data is None and not any(each.name in PLACES for each in given):
+            result.open.append("the source names no images: write their folder into data.sets[0].sources[0].path")
+        return result
     # A data section says nothing about caches: the run that includes it has to.
     result = finish(TOOL, into, schema_of(catalog, choice), only_data=True)
     unsaid = result.config.pop("cache", {})
     result.rows = [row for row in result.rows if not any(path[0] == "cache" for path in row.keys)]
     result.open += [f"images or captions are drawn anew: set cache.{key} to {value!r}" for key, value in unsaid.items()]
     return result
+
+
+def _local_weights(section: dict[str, Any], base: Path) -> None:
+    """Weight files are always on the machine there; here a path of three parts may be a place in a repository."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _local_weights(value, base)
+        elif isinstance(value, str) and value.endswith(WEIGHT_SUFFIXES) and is_hub_id(value, base):
+            section[key] = f"./{value}"
+
+
+def _unfilled(result: Imported) -> list[str]:
+    """Options that hold a variable of the shell which the text does not set."""
+    held = [(row, UNFILLED.search(shown_value(row.value))) for row in result.rows if row.keys and row.value is not None]
+    return [f"{row.option} holds {found[0]}, which is not set in the source: write its value into {dotted(row.keys[0])}"
+            for row, found in held if found]  # fmt: skip
 
 
 def _file_options(document: Document) -> list[Given]:
@@ -154,22 +194,22 @@ def _run_options(into: Translation, line: CommandLine, given: Sequence[Given], c
     shadowed = [each for each in line.launcher if each.name in names]
     for each in shadowed:
         into.add(each, "mapped", "the script's own option wins")
-    launched = translate(
-        into, [each for each in line.launcher if each not in shadowed], Table(LAUNCHER), defaults=False
-    )
+    translate(into, [each for each in line.launcher if each not in shadowed], Table(LAUNCHER), defaults=False)
     family = choice.family if choice else None
     facts: dict[str, Any] = {NETWORK: family is None or not {"train.mode", "network.type"} & set(family.settings)}
-    facts |= {name: value for name, value in launched.items() if name == "mixed_precision"}
     return translate(into, own, Table([*(family.options if family else ()), *GENERAL]), facts=facts)
 
 
-def _data(into: Translation, given: Sequence[Given], data: Document | None, base: Path, *, needed: bool) -> None:
+def _data(
+    into: Translation, given: Sequence[Given], data: Document | None, base: Path, home: Path, *, needed: bool
+) -> None:
     """``data.sets`` from a data set file, or from the folders that the command line names."""
     places = {each.name: each for each in given if each.name in PLACES}
     line = [each for each in given if is_data_option(each.name)]
     file = places.pop("dataset_config", None)
-    if file is not None and data is None and Path(base, given_text(file)).is_file():
-        data = read_document(Path(base, given_text(file)))
+    path = None if file is None or data is not None else located(given_text(file), home, base)
+    if path is not None:
+        data = read_document(path)
     if data is not None:
         importer = DataImport(into, line)
         if file is not None:
@@ -220,7 +260,7 @@ def _caches(into: Translation, values: dict[str, Any]) -> None:
     affixed = any(each.get(key) for each in captions for key in ("prefix", "suffix", "fixed_marker", "wildcards"))
     if affixed and asked:
         for row in into.rows:
-            if row.option.rpartition(".")[2].lstrip("-") in ("caption_prefix", "caption_suffix", "enable_wildcard"):
+            if row.name in ("caption_prefix", "caption_suffix", "enable_wildcard"):
                 row.status = "changed"
                 row.note = "with cached text encodings it was not applied there; here it is"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
+from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal, rotates
 
 NETWORK = "script.network"
 """Pseudo option: whether the script trains an adapter."""
@@ -30,22 +30,39 @@ def steps_or_share(key: str) -> Convert:
     return convert
 
 
+FUSED = ("fused_backward_pass", "blockwise_fused_optimizers", "fused_optimizer_groups")
+
+
 def clip(value: Any, given: Given) -> Settings:
+    """A limit on the norm. Where updates happen in the backward pass there is no norm of all gradients."""
+    if float(value) > 0 and any(given.get(name) for name in FUSED):
+        note = "there each gradient is limited by itself before its update; here there is no limit with optimizer.fuse"
+        return Settings({"train.clip_grad": None}, note, changed=True)
+    if "max_grad_norm" not in given:
+        return Settings()
     return Settings({"train.clip_grad": {"norm": float(value)} if float(value) > 0 else None})
 
 
-def network_only(key: str) -> Convert:
-    """A setting of adapters, which a script that trains the whole model does not have."""
+def merged(value: Any, given: Given) -> Settings:
+    """Adapters that go into the weights first; a missing strength is 1."""
+    paths = given.get("base_weights") or []
+    strengths = [float(each) for each in given.get("base_weights_multiplier") or []]
+    entries = [{"path": str(path), "strength": strengths[i] if i < len(strengths) else 1.0}
+               for i, path in enumerate(paths)]  # fmt: skip
+    return Settings({"model.merge": entries} if entries else {}, "" if entries else "without base_weights it is unused")
 
-    def convert(value: Any, given: Given) -> Settings:
-        return Settings({key: value} if given.get(NETWORK) else {})
 
-    return convert
+def file_names(value: Any, given: Given) -> Settings:
+    """Names of low-rank factors in files; other kinds of adapters have one layout that every program reads."""
+    kind = str(given.get("network_module") or "lora").rpartition(".")[2].partition("_")[0]
+    return Settings({"checkpoint.format": value} if given.get(NETWORK) and kind == "lora" else {})
 
 
 def rank(value: Any, given: Given) -> Settings:
     if not given.get(NETWORK) or given.get("dim_from_weights"):
         return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
+    if rotates(given):
+        return Settings({"network.block_count": value}, "the number of blocks of every weight")
     return Settings({"network.rank": value})
 
 
@@ -54,6 +71,9 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
         return Settings({})
     if given.get("dim_from_weights"):
         return Refused("not_applicable", "network_weights decides")
+    if rotates(given):
+        note = "of rotations it is the limit, and 0.001 there unless it is given"
+        return Settings({"network.constraint": float(value) if "network_alpha" in given else 1e-3}, note)
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
     note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"
@@ -138,6 +158,11 @@ def optimizer_argument(value: Any, given: Given) -> Settings:
     return Settings({f"optimizer.{name}" if named else f"optimizer.args.{name}": made})
 
 
+def scheduler_argument(value: Any, given: Given) -> Settings:
+    made = literal(value) if isinstance(value, str) else value
+    return Settings({f"schedule.args.{str(given['*']).partition('.')[2]}": made})
+
+
 def keep_steps(value: Any, given: Given) -> Settings | Refused:
     every = given.get("save_every_n_steps")
     if not every:
@@ -162,6 +187,21 @@ def swapped_blocks(value: Any, given: Given) -> Settings:
     if value == 1:
         return Settings({}, "one block alone frees nothing here: it needs as much room as it leaves", changed=True)
     return Settings({"memory.swap_blocks": value})
+
+
+_ATTENTION = ("attn_mode", "mem_eff_attn", "xformers", "flash_attn", "sdpa")
+
+
+def attention(name: str, backend: str = "") -> Convert:
+    """The way of attention that ``name`` asks for; of several the first of ``_ATTENTION`` counts there."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        first = next((each for each in _ATTENTION if given.get(each)), name)
+        if first != name:
+            return Settings({}, f"{first} wins there")
+        return Settings({"attention.backend": backend or {"torch": "sdpa", "sageattn": "sage"}.get(value, value)})
+
+    return convert
 
 
 def low_bits(value: Any, given: Given) -> Settings:
@@ -191,9 +231,8 @@ def cached(key: str, disk: str) -> Convert:
 
 def density(value: Any, given: Given) -> Settings | Refused:
     """``weighting_scheme`` is two things: where levels are drawn, and how errors are weighted."""
-    sampling = given.get("timestep_sampling", given.get("script.timesteps"))
     if value in ("logit_normal", "mode"):
-        if sampling == "sigma":
+        if given.get("timestep_sampling") == "sigma":
             return Settings({"noise.density": value})
         return Refused("not_applicable", "levels are drawn by weighting_scheme with timestep_sampling sigma only")
     if value in ("sigma_sqrt", "cosmap"):

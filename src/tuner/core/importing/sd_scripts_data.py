@@ -15,7 +15,7 @@ from typing import Any
 from tuner.core.config.jsonc import Path as JsonPath
 from tuner.core.config.messages import nearest
 from tuner.core.errors import UsageError
-from tuner.core.importing.apply import Translation
+from tuner.core.importing.apply import Translation, read_flag
 from tuner.core.importing.report import Row
 from tuner.core.importing.sets import Part, SetDraft
 from tuner.core.importing.source import Document, Given
@@ -27,7 +27,7 @@ _SETS = (LINE, GENERAL, DATASET)
 
 @dataclass(frozen=True, slots=True)
 class DataOption:
-    """One option of a data set. kind: its type in a file, where whole numbers are no fractions. key: the key in a set
+    """One option of a data set. kind: its type in a file. key: the key in a set
     (``set.``) or source; empty when code decides. off: the value that asks for nothing."""
 
     kind: str
@@ -48,9 +48,9 @@ OPTIONS: Mapping[str, DataOption] = {
     "resize_interpolation": DataOption("text", _SHARED, "set.resize"),
     "random_crop": DataOption("bool", _SHARED, "set.crop.style", False),
     "face_crop_aug_range": DataOption("pair", _SHARED, "set.crop.face_range"),
-    "network_multiplier": DataOption("fraction", _SETS, "adapter_strength", 1.0),
-    "validation_split": DataOption("fraction", _SETS, "validate.split", 0.0, "one share for all sets, by content"),
-    "validation_seed": DataOption("int", _SETS, "validate.seed"),
+    "network_multiplier": DataOption("number", _SETS, "adapter_strength", 1.0),
+    "validation_split": DataOption("number", _SHARED, "validate.split", 0.0, "one share for all sets, by content"),
+    "validation_seed": DataOption("int", _SHARED, "validate.seed"),
     "num_repeats": DataOption("int", _SHARED, "repeats", 1),
     "shuffle_caption": DataOption("bool", _SHARED, "captions.shuffle", False),
     "keep_tokens": DataOption("int", _SHARED, "captions.keep_first", 0),
@@ -388,15 +388,13 @@ def _steps(value: float) -> int | str:
 def _typed(kind: str, value: Any) -> Any:
     """A value of a file. Raises TypeError where sd-scripts refuses the type."""
     allowed: dict[str, tuple[type, ...]] = {
-        "bool": (bool,), "int": (int,), "number": (int, float), "fraction": (float,), "text": (str,),
+        "bool": (bool,), "int": (int,), "number": (int, float), "text": (str,),
         "pair": (list,), "size": (int, list), "table": (dict,),
     }  # fmt: skip
     if value is None:
         return None
     if not isinstance(value, allowed[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise TypeError(
-            f"expected {'a number with a point' if kind == 'fraction' else kind}; sd-scripts refuses it too"
-        )
+        raise TypeError(f"expected {kind}; sd-scripts refuses it too")
     return value
 
 
@@ -404,8 +402,10 @@ def _from_text(kind: str, value: Any) -> Any:
     """A value of a command line, or of a file of command-line options."""
     if isinstance(value, list) and len(value) < 2 and kind != "pair":
         value = value[0] if value else True
+    if isinstance(value, list) and kind not in ("pair", "size"):
+        raise ValueError("more than one value")
     if kind == "bool":
-        return value if isinstance(value, bool) else str(value).lower() in ("true", "1", "yes")
+        return read_flag(value)
     if value is True or value is None:
         raise ValueError("a value is missing")
     if kind in ("pair", "size"):
@@ -417,4 +417,4 @@ def _from_text(kind: str, value: Any) -> Any:
         return sizes[0] if len(sizes) == 1 else sizes
     if kind == "int":
         return int(value)
-    return float(value) if kind in ("number", "fraction") else str(value)
+    return float(value) if kind == "number" else str(value)

@@ -17,12 +17,12 @@ _HUB = ("huggingface_repo_id", ())
 
 GENERAL = (
     # model
-    option("pretrained_model_name_or_path dit_path", "model.path", "text"),
-    option("vae vae_path ae", "model.vae.path", "text"),
+    option("pretrained_model_name_or_path", "model.path", "text"),
+    option("vae ae", "model.vae.path", "text"),
     option("disable_mmap_load_safetensors", "model.mmap", "flag", values={True: False, False: True}),
     option("lowram", "model.load_to", "flag", values={True: "accelerator"}, off=(None, False)),
-    option("base_weights", "model.merge", "list"),
-    option("base_weights_multiplier", "model.merge", "list"),
+    option("base_weights", kind="list", convert=to.merged),
+    option("base_weights_multiplier", kind="list", convert=to.merged),
     *ignored("v2 v_parameterization clip_skip zero_terminal_snr scale_v_pred_loss_like_noise_pred v_pred_like_loss",
              _NO_BETAS),
     *ignored("max_token_length tokenizer_cache_dir weighted_captions",
@@ -44,6 +44,7 @@ GENERAL = (
     option("network_args.ggpo_sigma", "network.perturbation.sigma", "float"),
     option("network_args.ggpo_beta", "network.perturbation.beta", "float"),
     option("network_args.algo", "network.lycoris.algo", "text"),
+    option("network_args.factor", "network.factor", "int"),
     option("network_args.verbose", refused="not_applicable", note="every run lists its modules"),
     *ignored("network_args.conv_dim network_args.conv_alpha network_args.conv_lora_dim",
              "trained blocks have no 3x3 convolutions"),
@@ -56,7 +57,7 @@ GENERAL = (
     option("optimizer_args.*", convert=to.optimizer_argument),
     option("use_8bit_adam", "optimizer.name", "flag", values={True: "adamw8bit"}, off=(None, False)),
     option("use_lion_optimizer", "optimizer.name", "flag", values={True: "lion"}, off=(None, False)),
-    option("max_grad_norm", kind="float", convert=to.clip),
+    option("max_grad_norm", kind="float", convert=to.clip, default=1.0),
     option("fused_backward_pass", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
     option("blockwise_fused_optimizers", "optimizer.fuse", "flag", values={True: "block"}, off=(None, False)),
     option("fused_optimizer_groups", kind="int", off=(None, 0), convert=lambda value, given: Settings(
@@ -69,7 +70,7 @@ GENERAL = (
     option("lr_scheduler_timescale", "schedule.timescale", "int"),
     option("lr_scheduler_min_lr_ratio", "schedule.min_ratio", "float"),
     option("lr_scheduler_type", "schedule.class", "text", off=(None, "")),
-    option("lr_scheduler_args.*", "schedule.args"),
+    option("lr_scheduler_args.*", convert=to.scheduler_argument),
     # length, batches, precision
     option("max_train_steps", kind="int", convert=to.lengths, default=1600),
     option("max_train_epochs", "train.epochs", "int"),
@@ -87,10 +88,9 @@ GENERAL = (
     option("unsloth_offload_checkpointing", kind="flag", off=(None, False), convert=lambda value, given: Settings(
         {"memory.checkpointing": "block", "memory.offload_activations": "async"})),
     option("blocks_to_swap", kind="int", convert=to.swapped_blocks, off=(None, 0)),
-    option("sdpa", "attention.backend", "flag", values={True: "sdpa"}, off=(None, False)),
-    option("xformers mem_eff_attn", "attention.backend", "flag", values={True: "xformers"}, off=(None, False)),
-    option("flash_attn", "attention.backend", "flag", values={True: "flash"}, off=(None, False)),
-    option("attn_mode", "attention.backend", "text", values={"torch": "sdpa", "sageattn": "sage"}),
+    *(option(name, kind="flag", convert=to.attention(name, backend), off=(None, False)) for name, backend in (
+        ("sdpa", "sdpa"), ("xformers", "xformers"), ("mem_eff_attn", "xformers"), ("flash_attn", "flash"))),
+    option("attn_mode", kind="text", convert=to.attention("attn_mode")),
     option("split_attn", "attention.split", "flag"),
     option("torch_compile", "compile.enabled", "flag", off=(None, False)),
     option("dynamo_backend", "compile.backend", "text", off=(None, "no"), needs=("torch_compile", (True,))),
@@ -120,12 +120,14 @@ GENERAL = (
     option("min_timestep", "noise.min_timestep", "int"),
     option("max_timestep", "noise.max_timestep", "int"),
     option("ip_noise_gamma", "noise.input_perturbation.gamma", "float", off=(None, 0.0)),
-    option("ip_noise_gamma_random_strength", "noise.input_perturbation.random", "flag", off=(None, False)),
+    option("ip_noise_gamma_random_strength", "noise.input_perturbation.random", "flag", off=(None, False),
+           needs=("ip_noise_gamma", ())),
     option("loss_type", "loss.type", "text"),
     option("huber_c", "loss.huber_c", "float", needs=("loss_type", ("huber", "smooth_l1"))),
     option("huber_scale", "loss.huber_scale", "float", needs=("loss_type", ("huber", "smooth_l1"))),
     option("huber_schedule", "loss.huber_schedule", "text", needs=("loss_type", ("huber", "smooth_l1")), changed=True,
-           note="snr stops with an error there for flow models; here it works"),
+           default="snr", default_with="loss_type",
+           note="snr, the default, stops with an error there for flow models; here it works"),
     option("prior_loss_weight", "data.regularisation_weight", "float"),
     option("masked_loss", kind="flag", off=(None, False),
            note="masks count as soon as a source has them; conditioning_data_dir becomes one"),
@@ -160,7 +162,7 @@ GENERAL = (
     option("metadata_license", "checkpoint.metadata.license", "text"),
     option("metadata_tags", kind="text", convert=lambda value, given: Settings(
         {"checkpoint.metadata.tags": [tag.strip() for tag in value.split(",") if tag.strip()]})),
-    option("script.format", kind="text", convert=to.network_only("checkpoint.format"), default="sd-scripts",
+    option("script.format", kind="text", convert=to.file_names, default="sd-scripts",
            note="files there have sd-scripts names; the default here suits ComfyUI and diffusers"),
     # samples and validation
     option("sample_prompts", "sample.prompts", "text", changed=True,
@@ -178,7 +180,8 @@ GENERAL = (
     option("log_with", "log.to", "text", values={
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}),
     option("logging_dir", kind="text", convert=to.logging_dir),
-    option("log_prefix wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
+    option("log_prefix", "log.run", "text", needs=("log_with", ("wandb", "all"))),
+    option("wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
     option("log_tracker_name", "log.project", "text", needs=("log_with", ("wandb", "all"))),
     option("log_tracker_config", "log.args", "text", needs=("log_with", ("wandb", "all"))),
     *ignored("log_config", "the settings of a run are in its folder", "flag"),
@@ -205,15 +208,18 @@ GENERAL = (
 )  # fmt: skip
 
 LAUNCHER = (
-    option("mixed_precision", "precision.compute", "text", values={"no": "fp32"}),
-    option("num_processes", "distributed.processes", "int", off=(None, 1)),
+    option("mixed_precision", refused="not_applicable",
+           note="sd-scripts always hands its own --mixed_precision on, which is no unless it is given"),
+    option("num_processes nproc_per_node", "distributed.processes", "int", off=(None, 1)),
     option("num_machines", "distributed.machines", "int", off=(None, 1)),
     option("multi_gpu", "distributed.processes", "flag", off=(None, False)),
     option("use_deepspeed", "distributed.deepspeed", "flag", off=(None, False)),
     option("use_fsdp", "distributed.fsdp", "flag", off=(None, False)),
-    option("dynamo_backend", "compile.backend", "text", off=(None, "no", "NO")),
+    option("dynamo_backend", kind="text", off=(None, "no", "NO"), refused="not_applicable",
+           note="sd-scripts compiles with its own --torch_compile only"),
     option("gradient_accumulation_steps", refused="not_applicable", note="the script's own option counts"),
     *ignored("num_cpu_threads_per_process machine_rank gpu_ids main_process_port main_process_ip config_file debug"
-             " quiet module same_network rdzv_backend dynamo_mode m",
+             " quiet module same_network rdzv_backend dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic"
+             " enable_cpu_affinity downcast_bf16 cpu standalone m u",
              "it belongs to the launcher; tuner needs none"),
 )  # fmt: skip

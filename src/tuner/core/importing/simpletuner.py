@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.core.config.foreign import ignored, option
+from tuner.core.config.foreign import PREVIEWS, ignored, option
 from tuner.core.errors import UsageError
 from tuner.core.importing.apply import Table, Translation, translate
 from tuner.core.importing.families import Choice, choices, choose, of_model, schema_of
 from tuner.core.importing.finish import finish
 from tuner.core.importing.report import Imported, Row
+from tuner.core.importing.shell import words_of
 from tuner.core.importing.simpletuner_data import Backends
 from tuner.core.importing.simpletuner_options import ENV_NAMES, GENERAL
-from tuner.core.importing.source import Document, Given, command_line, read_document, read_env, words_of
+from tuner.core.importing.source import Document, Given, command_line, located, read_document, read_env
 from tuner.core.registry import Catalog
 
 TOOL = "simpletuner"
@@ -43,8 +44,10 @@ def import_path(path: Path, catalog: Catalog, *, model: str | None, base: Path) 
         if found is None:
             raise UsageError("this folder has no config.json or config.env", where=str(path))
         path = found
+    beside: list[Given] = []
     if path.suffix != ".json":
-        given = _env(path)
+        families = [option for each in choices(catalog, TOOL) for option in each.family.options]
+        given, beside = _env(path, {name for each in (*families, *_DATA, *GENERAL) for name in each.names})
     else:
         document = read_document(path)
         if isinstance(document.value, list):
@@ -55,29 +58,45 @@ def import_path(path: Path, catalog: Catalog, *, model: str | None, base: Path) 
             Given(name.lstrip("-").replace("-", "_"), value, document.where((name,)), name)
             for name, value in document.value.items()
         ]
-    return _import(given, path.absolute().parent, catalog, model, base)
+    return _import(given, beside, path.absolute().parent, catalog, model, base)
 
 
-def _env(path: Path) -> list[Given]:
+_EXTRA = ("TRAINER_EXTRA_ARGS", "DEBUG_EXTRA_ARGS")
+"""Variables that hold options as a command line would."""
+
+
+def _env(path: Path, names: Collection[str]) -> tuple[list[Given], list[Given]]:
+    """The options of a shell file, and the variables that are no options and are part of some."""
     found: list[Given] = []
-    for each in read_env(path):
-        if each.name == "TRAINER_EXTRA_ARGS":
+    beside: list[Given] = []
+    lines, used = read_env(path)
+    for each in lines:
+        name = ENV_NAMES.get(each.name, each.name.lower())
+        if each.name in _EXTRA:
             words = [(word, each.where) for word, _ in words_of(each.value, path.name)]
             found += command_line(words).options
+        elif each.name in used and name not in names:
+            beside.append(each)
         else:
-            found.append(Given(ENV_NAMES.get(each.name, each.name.lower()), each.value, each.where, each.name))
-    return found
+            found.append(Given(name, each.value, each.where, each.name))
+    return found, beside
 
 
-def _import(given: list[Given], home: Path, catalog: Catalog, model: str | None, base: Path) -> Imported:
+def _import(
+    given: list[Given], beside: list[Given], home: Path, catalog: Catalog, model: str | None, base: Path
+) -> Imported:
     into = Translation()
+    for each in beside:
+        into.add(each, "mapped", "filled in where other lines name it").beside = True
     choice = _choice(given, catalog, model)
     shared = Table([*choice.family.options, *_DATA, *GENERAL])
-    values = translate(into, given, shared)
+    asked = {each.name for each in given if each.value not in (None, "", False)}
+    drawn = bool(asked & {"validation_prompt", _LIBRARY}) and "validation_disable" not in asked
+    values = translate(into, given, shared, facts={PREVIEWS: drawn})
     into.config.setdefault("model", {})["family"] = choice.model
     for key, value in choice.family.settings.items():
         into.put(key, value)
-    rows = {row.option.lstrip("-"): row for row in into.rows}
+    rows = {row.name: row for row in into.rows}
     _backends(into, values, rows.get(_BACKENDS), home, base)
     _prompts(into, values, rows, home, base)
     return finish(TOOL, into, schema_of(catalog, choice))
@@ -96,18 +115,12 @@ def _choice(given: list[Given], catalog: Catalog, model: str | None) -> Choice:
     return found
 
 
-def _located(name: str, home: Path, base: Path) -> Path | None:
-    """A file that the configuration names: where that program would look, else beside the configuration."""
-    found = (Path(base, name), home / Path(name).name)
-    return next((each for each in found if each.is_file()), None)
-
-
 def _backends(into: Translation, values: Mapping[str, Any], row: Row | None, home: Path, base: Path) -> None:
-    path = _located(str(values[_BACKENDS]), home, base) if values.get(_BACKENDS) else None
+    path = located(str(values[_BACKENDS]), home, base) if values.get(_BACKENDS) else None
     if path is not None:
         Backends(into, read_document(path), values, base).write()
         for each in into.rows:
-            if each.option.lstrip("-") in FALLBACKS and not each.keys and not each.note:
+            if each.name in FALLBACKS and not each.keys and not each.note:
                 each.note = "every data backend says its own"
         return
     source = {"id": "images", "path": "images", "recursive": True, "captions": {"rule": "simpletuner"}}
@@ -121,7 +134,7 @@ def _backends(into: Translation, values: Mapping[str, Any], row: Row | None, hom
         row.status = "missing"
         row.note = "the file is not there: data.sets holds a source to fill in, or import the file on its own"
         row.keys.append(("data", "sets", 0, "sources", 0, "path"))
-    dropped = next((each for each in into.rows if each.option.lstrip("-") == "caption_dropout_probability"), None)
+    dropped = next((each for each in into.rows if each.name == "caption_dropout_probability"), None)
     if dropped is not None and share:
         dropped.keys.append(("data", "sets", 0, "sources", 0, "captions", "dropout"))
 
@@ -135,7 +148,7 @@ def _prompts(
         prompts.append(str(values["validation_prompt"]))
         rows["validation_prompt"].keys.append(("sample", "prompts"))
     if values.get(_LIBRARY):
-        path = _located(str(values[_LIBRARY]), home, base)
+        path = located(str(values[_LIBRARY]), home, base)
         if path is None:
             rows[_LIBRARY].status = "missing"
             rows[_LIBRARY].note = "the file is not there: its prompts are not in the result"

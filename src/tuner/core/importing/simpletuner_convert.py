@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.core.config.foreign import Convert, Given, Refused, Settings
+from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
 
 
 def is_lora(given: Given) -> bool:
-    return bool(given.get("model_type", "lora") == "lora")
+    return bool(given.get("model_type") == "lora")
 
 
 def lora_only(key: str) -> Convert:
@@ -112,9 +112,12 @@ _ANOTHER_PACKAGE = ("bnb-lion", "optimi-lion", "optimi-radam", "optimi-sgd")
 
 def optimizer(value: Any, given: Given) -> Settings | Refused:
     name = str(value)
-    if name == "adamw_bf16":
-        note = "its averages are bfloat16 in both; weights in bfloat16 need optimizer.rounding as well"
+    if name == "adamw_bf16" and is_lora(given):
+        note = "its averages are bfloat16 in both; the adapter's weights are float32 here"
         return Settings({"optimizer.name": "adamw_bf16"}, note, changed=True)
+    if name == "adamw_bf16":
+        return Settings({"optimizer.name": "adamw_bf16", "optimizer.rounding": "stochastic"},
+                        "updates of bfloat16 weights are rounded at random, there too")  # fmt: skip
     if name not in OPTIMIZERS:
         return Refused("not_built", f"the optimizer {name}")
     found = OPTIMIZERS[name]
@@ -122,14 +125,20 @@ def optimizer(value: Any, given: Given) -> Settings | Refused:
     return Settings({"optimizer.name": found}, "the same method from another package" if changed else "", changed)
 
 
-def optimizer_arguments(value: Any, given: Given) -> Settings:
-    from tuner.core.config.foreign import literal
-
+def optimizer_arguments(value: Any, given: Given) -> Settings | Refused:
+    """``name=value,...``; decays, eps and weight decay have keys of their own here."""
     pairs = value if isinstance(value, dict) else dict(
-        part.strip().split("=", 1) for part in str(value).split(",") if "=" in part
+        part.strip().partition("=")[::2] for part in str(value).split(",") if part.strip()
     )  # fmt: skip
-    return Settings({f"optimizer.args.{key}": literal(each) if isinstance(each, str) else each
-                     for key, each in pairs.items()})  # fmt: skip
+    if not all(isinstance(value, dict) or "=" in part for part in str(value).split(",") if part.strip()):
+        return Refused("not_applicable", "arguments have the form name=value, separated by commas")
+    read = {key.strip(): literal(each.strip()) if isinstance(each, str) else each for key, each in pairs.items()}
+    decays = [read.pop(name, default) for name, default in (("beta1", 0.9), ("beta2", 0.999))]
+    made = {f"optimizer.{key}" if key in ("eps", "weight_decay", "betas") else f"optimizer.args.{key}": each
+            for key, each in read.items()}  # fmt: skip
+    if len(read) < len(pairs):
+        made["optimizer.betas"] = decays
+    return Settings(made)
 
 
 def betas(value: Any, given: Given) -> Settings:
@@ -157,24 +166,6 @@ def beta(value: Any, given: Given) -> Settings:
     return Settings({"noise.beta": pair} if given.get("flow_use_beta_schedule") else {})
 
 
-_BITS = {
-    "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int4-torchao": "int4", "fp8-quanto": "fp8",
-    "fp8uz-quanto": "fp8", "fp8-torchao": "fp8", "nf4-bnb": "nf4",
-}  # fmt: skip
-
-
-def low_bits(key: str) -> Convert:
-    """A way of storing frozen weights; the scales differ from program to program."""
-
-    def convert(value: Any, given: Given) -> Settings | Refused:
-        method = _BITS.get(str(value))
-        if method is None:
-            return Refused("not_built", f"{value} weights")
-        return Settings({key: method}, "one scale per row (int8, fp8) or per 64 weights here", changed=True)
-
-    return convert
-
-
 def size(value: Any, given: Given) -> Settings | Refused:
     first = str(value).split(",")[0].strip().lower()
     try:
@@ -200,8 +191,38 @@ def rolling(value: Any, given: Given) -> Settings:
     return Settings({"checkpoint.rolling": {"every": int(value)}} if int(value) > 0 else {})
 
 
-def text_trained(value: Any, given: Given) -> Settings | Refused:
-    return Refused("not_applicable", "write the encoders into train.components by name")
+def mode(value: Any, given: Given) -> Settings:
+    note = "whole models train there unless model_type is lora" if "model_type" not in given else ""
+    return Settings({"train.mode": value}, note)
+
+
+_KERNELS = {
+    "diffusers": "sdpa", "xformers": "xformers", "cudnn": "cudnn", "flash-attn": "flash", "flash-attn-2": "flash",
+    "flash-attn-3": "flash3", "flash-attn-3-varlen": "flash3", "native-efficient": "efficient",
+    "native-flash": "sdpa_flash", "native-math": "math",
+}  # fmt: skip
+
+
+def attention(value: Any, given: Given) -> Settings | Refused:
+    """The kernel; one that cannot train is for pictures alone, as it is there unless it is told otherwise."""
+    name = str(value)
+    if name.startswith("sageattention"):
+        if "training" in str(given.get("sageattention_usage") or ""):
+            return Refused("not_applicable", "this kernel has no gradient, so nothing would be learned with it")
+        return Settings({"attention.sample_backend": "sage"}, "for pictures alone")
+    if name not in _KERNELS:
+        return Refused("not_built", f"{name} attention")
+    return Settings({"attention.backend": _KERNELS[name]})
+
+
+def dynamo(value: Any, given: Given) -> Settings:
+    return Settings({"compile.enabled": True, "compile.backend": str(value)})
+
+
+def whole_epochs(value: Any, given: Given) -> Settings | Refused:
+    if float(value) != int(float(value)):
+        return Refused("not_built", "parts of an epoch; validate.every takes steps")
+    return Settings({"validate.every.epochs": int(float(value))})
 
 
 def sample_adapter(value: Any, given: Given) -> Settings | Refused:

@@ -112,6 +112,8 @@ class Backends:
     def write(self) -> None:
         """Put the sets into the configuration: one per geometry."""
         masks = {each.name: each for each in self.entries if each.get("conditioning_type") == "mask"}
+        for mask in masks.values():
+            self._unused(mask, "no image entry names it as its conditioning_data, so nothing uses it")
         groups: list[tuple[Part, list[Part]]] = []
         for entry in self.entries:
             if entry.kind in STORES:
@@ -125,6 +127,7 @@ class Backends:
                     same[0].owners += geometry.owners
                     same[1].append(source)
             elif entry.name not in masks:
+                self._unused(entry, f"part of an entry of {entry.kind} data")
                 entry.refuse("dataset_type", f"{entry.kind} data")
         if not groups:
             raise UsageError("no image data set is left", fix="name one with dataset_type image")
@@ -143,14 +146,18 @@ class Backends:
             note = "sources are drawn by their size and probability there, not one after the other"
             self.into.add(Given("data_backend_sampling", "auto-weighting", "default"), "default", note,
                           {"data.sampling": "weighted"})  # fmt: skip
-        moving = any(entry.get("crop", {}).get("style") == "random" for entry in sets)
+        moving = any(
+            entry.get("crop", {}).get("style") == "random"
+            and any(source.get("enabled", True) for source in entry["sources"])
+            for entry in sets
+        )
         if moving and not self.run.get("vae_cache_disable"):
             note = "a random crop is drawn at every visit here, so it is encoded then; center can be cached"
             self.into.add(Given("cache_latents", None, "default"), "default", note, {"cache.latents": "off"})
 
     def _dropout_row(self) -> Row | None:
         if "caption_dropout_probability" in self.run:
-            return next((row for row in self.into.rows if row.option == "caption_dropout_probability"), None)
+            return next((row for row in self.into.rows if row.name == "caption_dropout_probability"), None)
         note = "caption_dropout_probability is 0.1 there unless it is given, and 0 here"
         return self.into.add(Given("caption_dropout_probability", 0.1, "default"), "default", note)
 
@@ -164,7 +171,7 @@ class Backends:
         if name in entry.values:
             return entry.values[name], entry.rows[name]
         if name in self.run:
-            return self.run[name], next((row for row in self.into.rows if row.option.lstrip("-") == name), None)
+            return self.run[name], next((row for row in self.into.rows if row.name == name), None)
         return default, None
 
     # --- geometry -----------------------------------------------------------------------------------------------------
@@ -220,6 +227,9 @@ class Backends:
         if large and small:
             part.put("crop.shrink_above", _edge(large, kind, 1), entry.rows["maximum_image_size"])
             part.put("crop.shrink_to", _edge(small, kind, 1), entry.rows["target_downsample_size"])
+        else:
+            entry.note("maximum_image_size", "without target_downsample_size it does nothing there either")
+            entry.note("target_downsample_size", "without maximum_image_size it does nothing there either")
 
     # --- sources ------------------------------------------------------------------------------------------------------
 
@@ -262,13 +272,24 @@ class Backends:
 
     def _mask(self, entry: Entry, part: Part, masks: Mapping[str, Entry]) -> None:
         names = entry.get("conditioning_data")
-        for name in [names] if isinstance(names, str) else names or []:
-            if name in masks:
-                found = masks[name]
-                part.put("mask", {"path": str(found.get("instance_data_dir") or name)}, entry.rows["conditioning_data"],
-                         found.rows.get("instance_data_dir"), found.rows.get("conditioning_type"))  # fmt: skip
-            else:
+        listed = [names] if isinstance(names, str) else list(names or [])
+        listed += [each.name for each in masks.values() if each.get("source_dataset_id") == entry.name]
+        for name in dict.fromkeys(listed):
+            if name not in masks:
                 entry.refuse("conditioning_data", _CONDITION)
+                continue
+            found = masks[name]
+            for own, row in found.rows.items():
+                known = own in ("id", "dataset_type", "conditioning_type", "source_dataset_id", "instance_data_dir")
+                row.status = "mapped" if known else row.status
+                row.note = f"masks of {entry.name}" if known else "masks follow the size and crop of their images"
+            part.put("mask", {"path": str(found.get("instance_data_dir") or name)},
+                     entry.rows.get("conditioning_data"), found.rows.get("instance_data_dir"))  # fmt: skip
+
+    @staticmethod
+    def _unused(entry: Entry, why: str) -> None:
+        for row in entry.rows.values():
+            row.status, row.note = "not_applicable", why
 
     def _captions(self, entry: Entry, part: Part) -> None:
         part.put("captions.rule", "simpletuner")

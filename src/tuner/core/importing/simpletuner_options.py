@@ -5,7 +5,7 @@ Entries of data backends are in ``simpletuner_data``, options of one model in it
 
 from __future__ import annotations
 
-from tuner.core.config.foreign import Refused, Settings, ignored, option, unbuilt
+from tuner.core.config.foreign import PREVIEWS, Refused, Settings, ignored, low_bits, option, unbuilt
 from tuner.core.importing import simpletuner_convert as to
 
 _TRACKED = ("report_to", ("wandb", "comet_ml", "all"))
@@ -20,7 +20,7 @@ _EVAL = "it needs an evaluation data set; hold images out with validate.split"
 
 GENERAL = (
     # model
-    option("model_type", "train.mode", "text"),
+    option("model_type", kind="text", convert=to.mode, default="full"),
     option("pretrained_transformer_model_name_or_path", "model.path", "text", off=(None, "")),
     option("pretrained_transformer_subfolder", "model.subfolder", "text", off=(None, "", "transformer")),
     option("pretrained_vae_model_name_or_path", "model.vae.path", "text", off=(None, "")),
@@ -45,17 +45,15 @@ GENERAL = (
              " validation_num_video_frames vae_enable_patch_conv unet_attention_slice enable_watermark", _OTHER_MODELS),
     *ignored("i_know_what_i_am_doing", "there is no such switch: limits are lifted one by one", "flag"),
     # text encoders
-    option("train_text_encoder", kind="flag", convert=to.text_trained, off=(None, False)),
-    option("text_encoder_lr", kind="float", convert=to.text_trained),
+    *unbuilt("train_text_encoder", "text encoders without a name; write them into train.components", "flag"),
+    option("text_encoder_lr", refused="not_applicable", note="train_text_encoder is not taken over"),
     *ignored("fully_unload_text_encoder offload_during_startup", "text encoders are freed after caching", "flag"),
     *ignored("text_encoder_4_precision", "no model here has four text encoders"),
     option("save_text_encoder", "checkpoint.include", "flag", off=(None, False)),
-    option("text_encoder_limit", "train.stop_component_at", "int", off=(None, 100), needs=("train_text_encoder",
-                                                                                          (True,))),
-    option("freeze_encoder_strategy", "train.freeze", needs=("train_text_encoder", (True,))),
-    option("freeze_encoder_before", "train.freeze", needs=("train_text_encoder", (True,))),
-    option("freeze_encoder_after", "train.freeze", needs=("train_text_encoder", (True,))),
-    option("layer_freeze_strategy", "train.freeze", "text", off=(None, "none", "")),
+    *ignored("text_encoder_limit freeze_encoder_strategy freeze_encoder_before freeze_encoder_after",
+             "train_text_encoder is not taken over"),
+    option("layer_freeze_strategy", "train.freeze", "text", values={"bitfit": ["bitfit"]}, off=(None, "none", "")),
+    option("use_bitfit", "train.freeze", "flag", values={True: ["bitfit"]}, off=(None, False)),
     # data, beside the backends
     option("train_batch_size", "train.batch_size", "int", default=4),
     option("data_backend_sampling", kind="text", values={
@@ -70,7 +68,7 @@ GENERAL = (
     option("dataloader_prefetch", "data.prefetch", "flag", values={True: Settings({}, "always on")},
            off=(None, False)),
     option("dataloader_prefetch_qlen", "data.prefetch", "int", needs=("dataloader_prefetch", (True,))),
-    option("vae_batch_size", "cache.vae_batch_size", "int"),
+    option("vae_batch_size", "cache.vae_batch_size", "int", default=4),
     option("write_batch_size", note="encodings are written one by one"),
     *ignored("delete_unwanted_images delete_problematic_images", "images are never deleted; they are left out and "
              "listed", "flag"),
@@ -90,7 +88,7 @@ GENERAL = (
     *unbuilt("enable_nsfw_check", "filters that look at what a picture shows"),
     option("aws_max_pool_connections", "data.storage", "int", off=(None, 128)),
     option("conditioning_multidataset_sampling", "data.conditioning.sampling"),
-    option("vae_dtype", "precision.vae", "text", off=(None, "default", "")),
+    option("vae_dtype", "precision.vae", "text", off=(None, "default", ""), default="bf16"),
     option("vae_enable_tiling", "latents.tiling", "flag", off=(None, False)),
     option("vae_enable_slicing", "latents.slicing", "flag", off=(None, False)),
     # noise and loss
@@ -103,7 +101,8 @@ GENERAL = (
     option("flow_beta_schedule_alpha", kind="float", convert=to.beta),
     option("flow_beta_schedule_beta", kind="float", convert=to.beta),
     option("input_perturbation", "noise.input_perturbation.gamma", "float", off=(None, 0.0)),
-    option("input_perturbation_steps", "noise.input_perturbation.steps", "int", off=(None, 0)),
+    option("input_perturbation_steps", "noise.input_perturbation.steps", "int", off=(None, 0),
+           needs=("input_perturbation", ())),
     *ignored("snr_gamma offset_noise noise_offset noise_offset_probability timestep_bias_strategy timestep_bias_portion"
              " timestep_bias_multiplier timestep_bias_begin timestep_bias_end disable_segmented_timestep_sampling"
              " use_soft_min_snr soft_min_snr_sigma_data snr_weight", _DEAD),
@@ -116,7 +115,7 @@ GENERAL = (
     option("loss_type", "loss.type", "text"),
     option("huber_c", "loss.huber_c", "float", needs=("loss_type", ("huber", "smooth_l1"))),
     option("huber_schedule", "loss.huber_schedule", "text", needs=("loss_type", ("huber", "smooth_l1")), changed=True,
-           note="snr has its noise ratio the wrong way round there"),
+           default="snr", default_with="loss_type", note="snr has its noise ratio the wrong way round there"),
     option("masked_loss_probability", "loss.mask.probability", "float"),
     option("layersync_enabled", "loss.layersync.enabled", "flag", off=(None, False)),
     *(option(f"layersync_{name}", f"loss.layersync.{name}", needs=("layersync_enabled", (True,)))
@@ -140,7 +139,8 @@ GENERAL = (
     option("lora_init_type", "network.init", "text", off=(None, "default", "")),
     option("use_dora", "network.type", "flag", values={True: "dora"}, off=(None, False)),
     option("peft_lora_mode", "network.type", "text", off=(None, "standard")),
-    option("singlora_ramp_up_steps", "network.init", "int", needs=("peft_lora_mode", ("singlora",))),
+    option("singlora_ramp_up_steps", kind="int", refused="not_applicable", note="peft_lora_mode is not taken over",
+           off=(None, 0)),
     option("peft_lora_target_modules", "network.targets", "list", changed=True,
            note="names that end there are regular expressions of whole paths here: check them"),
     option("slider_lora_target", "network.preset", "flag", values={True: Refused("not_built", "sliders")},
@@ -163,7 +163,8 @@ GENERAL = (
     option("fuse_optimizer", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
     option("optimizer_release_gradients", "optimizer.fuse", "flag", values={True: "parameter"}, off=(None, False)),
     option("optimizer_offload_gradients", "optimizer.offload", "flag", off=(None, False)),
-    option("optimizer_cpu_offload_method", "optimizer.offload", "text", off=(None, "none", "")),
+    option("optimizer_cpu_offload_method", kind="text", off=(None, "none", ""),
+           convert=lambda value, given: Settings({"optimizer.offload": True})),
     option("gradient_precision", "precision.gradients", "text", off=(None, "unmodified")),
     *ignored("set_grads_to_none", "always on", "flag"),
     option("lr_scheduler", kind="text", convert=to.schedule),
@@ -184,8 +185,8 @@ GENERAL = (
     option("mixed_precision", "precision.compute", "text", values={"no": "fp32"}),
     option("base_model_default_dtype", "precision.frozen", "text", off=(None, "bf16")),
     option("disable_tf32", "precision.tf32", "flag", values={True: False}, off=(None, False)),
-    option("base_model_precision", convert=to.low_bits("quantize.denoiser"), kind="text",
-           off=(None, "no_change", "")),
+    option("allow_tf32", "precision.tf32", "flag"),
+    low_bits("base_model_precision", "quantize.denoiser"),
     *ignored("quantize_via", "weights are quantized one at a time on the device where they stay"),
     option("quantization_config", "quantize.args", off=(None, "")),
     option("quantize_activations", "quantize.activations", "flag", off=(None, False), values={True: "int8"},
@@ -201,15 +202,15 @@ GENERAL = (
       for name in ("target_modules", "text_encoder", "vae", "controlnet")),
     option("accelerator_cache_clear_interval", "memory.empty_cache_every", "int"),
     *ignored("offload_during_save", "tensors are always written one by one", "flag"),
-    option("attention_mechanism", "attention.backend", "text", off=(None, "diffusers"), values={
-        "flash-attn": "flash", "flash-attn-2": "flash", "flash-attn-3": "flash", "sageattention": "sage",
-        **dict.fromkeys(("native-efficient", "native-flash", "native-math"), "sdpa")}),
-    option("sageattention_usage", "attention.sample_backend", "text", needs=("attention_mechanism", (
-        "sageattention",))),
+    option("attention_mechanism", kind="text", convert=to.attention, off=(None, "diffusers")),
+    option("enable_xformers_memory_efficient_attention", "attention.backend", "flag", values={True: "xformers"},
+           off=(None, False)),
+    option("sageattention_usage", note="part of attention_mechanism"),
     option("sla_config", "attention.args", needs=("attention_mechanism", ("sla",))),
-    option("dynamo_backend", "compile.backend", "text", off=(None, "no", "")),
-    *(option(f"dynamo_{name}", f"compile.{name}", off=(None, False, ""))
-      for name in ("mode", "fullgraph", "dynamic", "use_regional_compilation")),
+    option("dynamo_backend", kind="text", convert=to.dynamo, off=(None, "no", "")),
+    option("dynamo_mode", "compile.mode", "text", off=(None, "")),
+    *ignored("dynamo_fullgraph dynamo_dynamic", "graphs are made so that all sizes share them; compile.dynamic"),
+    *ignored("dynamo_use_regional_compilation", "blocks are always compiled one by one", "flag"),
     # averages
     option("use_ema", "ema.enabled", "flag"),
     option("ema_decay", "ema.decay", "float", needs=_EMA, default=0.995),
@@ -230,7 +231,7 @@ GENERAL = (
            needs=("checkpointing_rolling_steps", tuple(range(1, 10000)))),
     *ignored("delete_invalid_checkpoints", "files are checked when they are written, and never deleted", "flag"),
     *ignored("checkpointing_use_tempdir", "files are always written under another name first", "flag"),
-    option("resume_from_checkpoint", kind="text", convert=to.resume, off=(None, "")),
+    option("resume_from_checkpoint", kind="text", convert=to.resume, off=(None, ""), default="latest"),
     option("modelspec_comment", "checkpoint.metadata.comment"),
     option("post_checkpoint_script", "hooks.after_checkpoint", "text", off=(None, "")),
     option("post_upload_script", "hooks.after_upload", "text", off=(None, "")),
@@ -239,13 +240,15 @@ GENERAL = (
     option("user_prompt_library", note="its prompts are lines of sample.prompts"),
     *unbuilt("validation_prompt_library", "a built-in list of prompts; write your own into sample.prompts"),
     option("num_validation_images", "sample.count", "int"),
-    option("validation_negative_prompt", "sample.negative", "text"),
+    option("validation_negative_prompt", "sample.negative", "text", default="blurry, cropped, ugly",
+           default_with=PREVIEWS),
     option("validation_seed", "sample.seed", "int"),
     *ignored("validation_randomize validation_seed_source", "seeds are fixed and drawn on the CPU, so that pictures "
              "compare"),
-    option("validation_resolution", kind="text", convert=to.size),
-    option("validation_num_inference_steps", "sample.steps", "int"),
-    option("validation_steps validation_step_interval", "sample.every.steps", "int", off=(None, 0)),
+    option("validation_resolution", kind="text", convert=to.size, default="256", default_with=PREVIEWS),
+    option("validation_num_inference_steps", "sample.steps", "int", default=30, default_with=PREVIEWS),
+    option("validation_steps validation_step_interval", "sample.every.steps", "int", off=(None, 0), default=100,
+           default_with=PREVIEWS),
     option("validation_epoch_interval", "sample.every.epochs", "int", off=(None, 0)),
     option("validation_on_startup", "sample.at_start", "flag"),
     option("validation_disable", "sample.enabled", "flag", values={True: False, False: True}),
@@ -271,7 +274,7 @@ GENERAL = (
     *unbuilt("validation_using_datasets validation_stitch_input_location", "pictures made from other pictures"),
     # loss on held-out images
     option("eval_steps_interval", "validate.every.steps", "int", off=(None, 0)),
-    option("eval_epoch_interval", "validate.every.epochs", off=(None, 0)),
+    option("eval_epoch_interval", kind="float", convert=to.whole_epochs, off=(None, 0)),
     *ignored("num_eval_images eval_timesteps eval_dataset_id eval_loss_disable", _EVAL),
     option("eval_dataset_pooling", "validate.pool", "flag", off=(None, False)),
     option("evaluation_type", "evaluate.clip", "text", off=(None, "none")),
@@ -295,7 +298,8 @@ GENERAL = (
     option("num_processes", "distributed.processes", "int", off=(None, 1)),
     option("num_machines", "distributed.machines", "int", off=(None, 1)),
     option("offload_param_path", "distributed.deepspeed", off=(None, "")),
-    *ignored("local_rank accelerate_extra_args venv_path config_backend", "it belongs to the launcher"),
+    *ignored("local_rank accelerate_extra_args accelerate_config_path venv_path config_backend",
+             "it belongs to the launcher"),
 )  # fmt: skip
 
 ENV_NAMES = {
@@ -306,5 +310,8 @@ ENV_NAMES = {
     "USE_GRADIENT_CHECKPOINTING": "gradient_checkpointing", "TRAINING_NUM_PROCESSES": "num_processes",
     "TRAINING_NUM_MACHINES": "num_machines", "TRAINING_DYNAMO_BACKEND": "dynamo_backend",
     "NEGATIVE_PROMPT": "validation_negative_prompt", "TRAIN_TEXT_ENCODER": "train_text_encoder",
+    "RESUME_CHECKPOINT": "resume_from_checkpoint", "HUB_MODEL_NAME": "hub_model_id",
+    "PUSH_CHECKPOINTS": "push_checkpoints_to_hub", "MINIMUM_RESOLUTION": "minimum_image_size",
+    "TRAINER_DYNAMO_BACKEND": "dynamo_backend", "USE_XFORMERS": "enable_xformers_memory_efficient_attention",
 }  # fmt: skip
 """Names of ``config.env`` that are not the option in capitals."""

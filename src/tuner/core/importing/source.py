@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from tuner.core.config.jsonc import Path as JsonPath
 from tuner.core.config.jsonc import parse
 from tuner.core.errors import UsageError
+from tuner.core.importing.shell import Word, leading_assignments, read_script, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,46 +47,64 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """launcher: options before the script. script: its file name, empty when there is none. options: those after it."""
+    """launcher: options before the script. script: its file name, None when there is none. options: those after it.
+    beside: what else the text holds, and what is to be said of it."""
 
     launcher: tuple[Given, ...]
     script: Given | None
     options: tuple[Given, ...]
+    beside: tuple[tuple[Given, str], ...] = ()
 
 
-_CONTINUED = re.compile(r"[\\^`][ \t]*\r?\n")
-_WORD = re.compile(r"""(?:[^\s"']|"(?:\\"|[^"])*"|'[^']*')+""")
-_QUOTED = re.compile(r""""((?:\\"|[^"])*)"|'([^']*)'""")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
-def words_of(text: str, name: str) -> list[tuple[str, str]]:
-    """The words of a command line with their places. Lines are continued by a backslash, ``^`` or a backtick; quotes
-    group; backslashes stay, so that paths of every system survive; ``#`` and ``REM`` lines are comments."""
-    kept = [
-        "" if re.match(r"\s*(#|rem\s|::)", line, re.IGNORECASE) else line
-        for line in _CONTINUED.sub(" \n", text).split("\n")
+def script_command(text: str, name: str, known: Callable[[str], bool]) -> CommandLine:
+    """The one training command of a shell script. ``known`` tells the scripts that can be imported by file name.
+
+    UsageError when there are several of them.
+    """
+    script = read_script(text, name)
+    having = [each for each in script.commands if any(word.endswith(".py") for word, _ in each)]
+    wanted = [each for each in having if any(known(_file_name(word)) for word, _ in each)]
+    if len(wanted) > 1:
+        raise UsageError(
+            "two command lines cannot be one run",
+            where=wanted[1][0][1],
+            why=f"the first begins at {wanted[0][0][1]}",
+            fix="import one at a time",
+        )
+    optioned = [each for each in script.commands if any(word.startswith("--") for word, _ in each)]
+    chosen = next(iter(wanted or having[-1:] or optioned or script.commands), [])
+    beside = [
+        (Given(name, " ".join(each.words), each.where), "filled in" if each.used else "the command does not use it")
+        for name, each in script.variables.items()
     ]
-    text = "\n".join(kept)
-    found = []
-    for match in _WORD.finditer(text):
-        word = _QUOTED.sub(lambda m: (m[1] or "").replace('\\"', '"') if m[1] is not None else m[2] or "", match[0])
-        found.append((word, f"{name}:{text.count(chr(10), 0, match.start()) + 1}"))
-    return found
+    assigned = leading_assignments(chosen)
+    beside += [(Given(word, None, where), "set for that command alone; set it for tuner where it matters")
+               for word, where in assigned.items()]  # fmt: skip
+    beside += [(Given(" ".join(word for word, _ in each), None, each[0][1]), "another command of the script")
+               for each in script.commands if each is not chosen]  # fmt: skip
+    line = command_line(chosen[len(assigned) :])
+    return CommandLine(line.launcher, line.script, line.options, tuple(beside))
 
 
-def command_line(words: Sequence[tuple[str, str]]) -> CommandLine:
+def _file_name(word: str) -> str:
+    return re.split(r"[\\/]", word)[-1]
+
+
+def command_line(words: Sequence[Word]) -> CommandLine:
     """Split the words of one command: what launches, the script, and the script's options."""
     at = next((i for i, (word, _) in enumerate(words) if word.endswith(".py")), None)
     if at is None:
         start = next((i for i, (word, _) in enumerate(words) if word.startswith("--")), len(words))
         return CommandLine((), None, tuple(_options(words[start:])))
     word, where = words[at]
-    script = Given("script", re.split(r"[\\/]", word)[-1], where, word)
+    script = Given("script", _file_name(word), where, word)
     return CommandLine(tuple(_options(words[:at])), script, tuple(_options(words[at + 1 :])))
 
 
-def _options(words: Sequence[tuple[str, str]]) -> list[Given]:
+def _options(words: Sequence[Word]) -> list[Given]:
     found: list[Given] = []
     for word, where in words:
         if word.startswith("-") and not _NUMBER.match(word) and word != "-":
@@ -105,6 +124,12 @@ def read_text(path: Path) -> str:
         raise UsageError("there is no such file", where=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("cannot read this file", where=str(path), why=str(error)) from None
+
+
+def located(name: str, home: Path, base: Path) -> Path | None:
+    """A file that a source names: where that program would look, else beside the source."""
+    found = (Path(base, name), Path(home, name), home / _file_name(name))
+    return next((each for each in found if each.is_file()), None)
 
 
 def read_document(path: Path) -> Document:
@@ -145,24 +170,28 @@ def _toml_lines(text: str) -> dict[JsonPath, int]:
     return lines
 
 
-_ENV = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=(.*)$")
+_ENV = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)(\+?)=(.*)$")
+_REFERENCE = re.compile(r"\$\{?(\w+)\}?")
 
 
-def read_env(path: Path) -> list[Given]:
-    """``NAME=value`` lines of a shell file; references to other variables of the file are filled in."""
+def read_env(path: Path) -> tuple[list[Given], set[str]]:
+    """``NAME=value`` and ``NAME+=value`` lines of a shell file, and the names that other lines refer to.
+
+    References to other variables of the file are filled in.
+    """
     known: dict[str, str] = {}
     found = []
+    used: set[str] = set()
     for number, line in enumerate(read_text(path).splitlines(), 1):
         match = _ENV.match(line)
         if match is None or line.lstrip().startswith("#"):
             continue
-        value = re.split(r"\s+#", match[2].strip())[0] if not match[2].strip().startswith(("'", '"')) else match[2]
-        words = words_of(value, "")
-        text = " ".join(word for word, _ in words)
-        text = re.sub(r"\$\{?(\w+)\}?", lambda m: known.get(m[1], m[0]), text)
-        known[match[1]] = text
+        text = " ".join(word for word, _ in words_of(match[3], ""))
+        used |= {name for name in _REFERENCE.findall(text) if name in known and name != match[1]}
+        text = _REFERENCE.sub(lambda m: known.get(m[1], m[0]), text)
+        known[match[1]] = f"{known.get(match[1], '')} {text}".strip() if match[2] else text
         found.append(Given(match[1], text, f"{path.name}:{number}"))
-    return found
+    return found, used
 
 
 def shown_value(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tuner.core.atomic import write_json
 from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RunConfig
 from tuner.core.config.resuming import free_on_resume
+from tuner.core.data.inuse import cache_in_use
 from tuner.core.data.plan import plan_data
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.errors import UsageError
@@ -71,7 +73,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
     check_compile(config, device)
     check_attention(config, run.facts, device)
     set_torch(config)
-    with FolderLock(folder), EventLog(folder.events) as events, compiler(config):
+    with FolderLock(folder), EventLog(folder.events) as events, compiler(config), ExitStack() as held:
         found = None if wanted == "none" else find_state(folder, wanted)
         state = found[1] if found else None
         check_same_run(folder, run)
@@ -85,7 +87,7 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         show_plan(report, folder)
         write_records(folder, run)
         events.emit("run_start", run=folder.name, versions=run.manifest, plan=report.as_dict())
-        require_cache_folder(config)
+        held.enter_context(cache_folder(config))
         caches = Caches(run, plan, device, events)
         caches.fill()
         trainer = Trainer(run=run, plan=plan, caches=caches, folder=folder, events=events, device=device, state=state)
@@ -118,10 +120,10 @@ def cache_only(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> PlanR
         raise UsageError("nothing would be cached", where="cache", fix='set cache.latents or cache.text to "disk"')
     set_torch(run.config)
     plan = plan_data(run.config, run.facts)
-    require_cache_folder(run.config)
     device = pick_device()
     check_quantize(run.config, device)
-    Caches(run, plan, device, None).fill()
+    with cache_folder(run.config):
+        Caches(run, plan, device, None).fill()
     return report_plan(plan, run.config.train)
 
 
@@ -132,10 +134,19 @@ def used_entries(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> tup
     return Path(run.config.cache.dir), caches.names()
 
 
-def require_cache_folder(config: RunConfig) -> None:
-    """Make the cache folder when something will be kept there; UsageError when it cannot be written."""
-    if "disk" in (config.cache.latents, config.cache.text):
-        require_writable(Path(config.cache.dir), "the cache folder", "cache.dir")
+@contextmanager
+def cache_folder(config: RunConfig) -> Iterator[None]:
+    """Make the cache folder when something will be kept there, and keep ``tuner cache prune`` away from it inside.
+
+    UsageError when it cannot be written.
+    """
+    if "disk" not in (config.cache.latents, config.cache.text):
+        yield
+        return
+    folder = Path(config.cache.dir)
+    require_writable(folder, "the cache folder", "cache.dir")
+    with cache_in_use(folder):
+        yield
 
 
 def show_plan(report: PlanReport, folder: RunFolder) -> None:

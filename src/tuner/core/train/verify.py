@@ -31,7 +31,7 @@ from tuner.core.train.compiling import check_compile, compiler, token_counts
 from tuner.core.train.device import empty_cache, pick_device
 from tuner.core.train.measure import losses_and_gradient, shake
 from tuner.core.train.quantizing import check_quantize
-from tuner.core.train.run import require_cache_folder, set_torch
+from tuner.core.train.run import cache_folder, set_torch
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -137,10 +137,10 @@ def verify(raw: Mapping[str, Any], *, base_dir: Path | None = None) -> Verificat
     check_compile(config, device)
     check_attention(config, run.facts, device)
     plan = plan_data(config, run.facts)
-    require_cache_folder(config)
-    caches = Caches(run, plan, device, None)
-    caches.fill()
-    batches = list(islice(caches.data.loader().batches(0), BATCHES))
+    with cache_folder(config):
+        caches = Caches(run, plan, device, None)
+        caches.fill()
+        batches = list(islice(caches.data.loader().batches(0), BATCHES))
     plain = config
     for lever in LEVERS:
         plain = lever.neutralised(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuner.core.config.foreign import (
+    PREVIEWS,
     ForeignFamily,
     ForeignOption,
     Given,
@@ -12,10 +13,13 @@ from tuner.core.config.foreign import (
     block_choice,
     encoder_options,
     ignored,
+    low_bits,
     option,
     outer_ranks,
+    preview_options,
     rank_rules,
     repositories,
+    unbuilt,
 )
 
 from .names import CLASSES, EMBEDDER_KINDS
@@ -57,15 +61,25 @@ _SHARED: tuple[ForeignOption, ...] = (
     *ignored("t5xxl_dtype", "it does nothing there either"),
     option("t5xxl_device", "text_encoder.device.t5", "text"),
     *ignored("use_t5xxl_cache_only", "encoders that do not train are always cached", "flag"),
+    *preview_options(size=512, steps=30, cfg=7.5),
 )  # fmt: skip
 
+
+def _whole_encoders(value: Any, given: Given) -> Settings:
+    """T5 trains beside the CLIPs or not at all."""
+    t5 = _ENCODERS[2:] if given.get("train_t5xxl") else ()
+    return Settings({"train.components": ["denoiser", *_ENCODERS[:2], *t5]})
+
+
 _FULL = (
-    option("train_text_encoder", "train.components", "flag", values={True: ["denoiser", "clip_l", "clip_g"]},
-           off=(None, False)),
-    option("train_t5xxl", "train.components", "flag", values={True: ["denoiser", *_ENCODERS]}, off=(None, False)),
-    *(option(f"learning_rate_te{number} text_encoder_lr{number}", f"optimizer.lr_by_component.{name}", "float")
+    option("train_text_encoder", kind="flag", convert=_whole_encoders, off=(None, False)),
+    option("train_t5xxl", kind="flag", convert=_whole_encoders, off=(None, False), needs=("train_text_encoder",
+                                                                                          (True,))),
+    *(option(f"learning_rate_te{number} text_encoder_lr{number}", f"optimizer.lr_by_component.{name}", "float",
+             needs=("train_t5xxl" if name == "t5" else "train_text_encoder", (True,)))
       for number, name in enumerate(_ENCODERS, 1)),
-    option("num_last_block_to_freeze", "train.freeze", "int", off=(None, 0)),
+    *unbuilt("num_last_block_to_freeze", "freezing the last blocks by number; train.freeze takes patterns", "int",
+             off=(None, 0)),
     option("save_clip", "checkpoint.include", "flag", off=(None, False)),
     option("save_t5xxl", "checkpoint.include", "flag", off=(None, False)),
 )  # fmt: skip
@@ -74,7 +88,7 @@ _NETWORK = (
     *encoder_options(_ENCODERS, ("clip_l", "clip_g"), "t5"),
     *rank_rules({f"{name}_dim": name for name in CLASSES}),
     option("network_args.emb_dims", kind="literal", convert=outer_ranks(tuple(EMBEDDER_KINDS))),
-    option("network_args.train_block_indices", kind="text", convert=block_choice("blocks")),
+    block_choice("network_args.train_block_indices", "blocks"),
 )
 
 _SD_SCRIPTS = (
@@ -102,14 +116,14 @@ _SIMPLETUNER = (
             option("peft_lora_preset", "network.preset", "text", default="x_attn",
                    needs=("peft_lora_target_modules", (None,)),
                    note="attention of the image is what that program adapts unless it is told otherwise"),
-            option("validation_guidance", "sample.cfg", "float"),
+            option("validation_guidance", "sample.cfg", "float", default=7.5, default_with=PREVIEWS),
             option("pretrained_t5_model_name_or_path", "model.text_encoders.t5.path", "text"),
             option("t5_padding", "text_encoder.zero_padding", "text", values={"zero": True}, off=(None, "unmodified")),
             option("sd3_clip_uncond_behaviour", kind="text", convert=_empty(("clip_l", "clip_g"))),
             option("sd3_t5_uncond_behaviour", kind="text", convert=_empty(("t5",))),
             option("tokenizer_max_length", "text_encoder.max_tokens.t5", "int"),
-            *(option(f"text_encoder_{number}_precision", f"quantize.text_encoder.{name}", "text",
-                     off=(None, "", "no_change")) for number, name in enumerate(_ENCODERS, 1)),
+            *(low_bits(f"text_encoder_{number}_precision", f"quantize.text_encoder.{name}")
+              for number, name in enumerate(_ENCODERS, 1)),
         ),
     ),
 )  # fmt: skip
