@@ -223,7 +223,8 @@ class DataConfig(Section):
     """What to train on."""
 
     include: str | None = None
-    """A file that holds this section in the same format; keys beside ``include`` win over the file's."""
+    """A file that holds this section in the same format; keys beside ``include`` win over the file's. Files of other
+    programs are translated by ``tuner config import``."""
     defaults: DefaultsConfig | None = None
     """Settings for all sets and sources that do not say otherwise."""
     sets: tuple[SetConfig, ...] = Field(min_length=1)
