@@ -69,6 +69,11 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last: has no effect without checkpoint.every"),
         ({"noise": {"timesteps": "uniform", "sigmoid_scale": 2}}, "sigmoid_scale is not used by timesteps 'uniform'"),
+        ({"sample": {"adapter_strength": 0.5}}, "sample.adapter_strength: has no effect without sample.prompts"),
+        (
+            {"train": {"mode": "full", "steps": 5}, "sample": {"prompts": ["x"], "adapter_strength": 0.5}},
+            "sample.adapter_strength: has no effect with train.mode 'full'",
+        ),
         ({"sample": {"negative": "blurry"}}, "sample.negative: has no effect without sample.prompts"),
         (
             {"checkpoint": {"metadata": {"embed": False, "title": "x"}}},

@@ -19,6 +19,10 @@ from tuner.core.config.run import RunConfig
 from tuner.core.config.speed import compile_problems
 from tuner.core.errors import UsageError
 
+_OF_PICTURES = (
+    "every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters", "adapter_strength"
+)  # fmt: skip
+
 
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
@@ -160,7 +164,7 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
     sample = config.sample
     if sample.enabled and not sample.prompts:
         # The other keys are filled in from the model in a resolved configuration.
-        for key in ("every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters"):
+        for key in _OF_PICTURES:
             if key in changed_keys(sample):
                 yield ("sample", key), "has no effect without sample.prompts", "add prompts"
     metadata = config.checkpoint.metadata
@@ -221,6 +225,8 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
         yield Unused(("network", key), "has no effect with train.mode 'full'", fix)
     if config.precision.adapter != "fp32":
         yield Unused(("precision", "adapter"), "has no effect with train.mode 'full'", fix)
+    if config.sample.adapter_strength != 1:
+        yield Unused(("sample", "adapter_strength"), "has no effect with train.mode 'full'", fix)
     if config.checkpoint.format is not None and "format" in changed_keys(config.checkpoint):
         yield Unused(
             ("checkpoint", "format"), "has no effect: whole models keep the layout that they had", "take it out"

@@ -119,6 +119,8 @@ class SampleConfig(Section):
     cfg_rescale: Share = 0.0
     """Bring the contrast of guided predictions back towards that without guidance: 0 not at all, 1 fully. Against the
     burnt look of strong ``cfg``."""
+    adapter_strength: Annotated[float, AfterValidator(not_zero)] = 1.0
+    """Factor on what the adapter that trains changes, in pictures alone. Files and the training do not know of it."""
     adapters: tuple[SampleAdapter, ...] = ()
     """Further adapters, in all pictures, those of the base model too. Their changes of the base add up with that of the
     adapter that trains."""

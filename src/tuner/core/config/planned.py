@@ -64,7 +64,6 @@ PLANNED: Mapping[str, str] = {
     "checkpoint.min_free_gb": "a low-disk guard",
     "checkpoint.rolling": "a second series of checkpoints",
     "checkpoint.start_at": "starting at a step of one's choice",
-    "sample.adapter_strength": "adapter strength in samples",
     "sample.cfg_start": "guidance from a later step on",
     "sample.command": "an external program for samples",
     "sample.preview_every": "previews while sampling",

@@ -36,6 +36,11 @@ class Like:
     def ema(self) -> bool:
         return self.settings.get("weights") == "ema"
 
+    @property
+    def strength(self) -> float:
+        """Of the adapter that was training, in a run's picture."""
+        return float(self.settings.get("adapter_strength", 1.0))
+
     def adapters(self, files: Iterable[Path]) -> list[tuple[Path, float]]:
         """The adapters that the picture names, found by their bytes among ``files``, at its strengths.
 

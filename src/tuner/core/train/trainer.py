@@ -251,6 +251,7 @@ class Trainer:
             kernel=self.config.attention.sample_backend,
             extra=extra.acting,
             extra_told=extra.told,
+            strength=self.config.sample.adapter_strength,
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:
