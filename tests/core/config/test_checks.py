@@ -64,6 +64,15 @@ def a_set(**settings: Any) -> dict[str, Any]:
             {"network": {"type": "loha", "rules": [{"match": "x", "block_size": 4}]}},
             "network.rules[0].block_size: has no effect with network.type 'loha', only with 'oft', 'boft'",
         ),
+        (
+            {"network": {"init_norm": 1e-3}},
+            "network.init_norm: has no effect with network.type 'lora', only with 'lokr'",
+        ),
+        ({"network": {"type": "lokr", "init_norm": 1e-3}}, "network.init_norm: needs whole matrices"),
+        (
+            {"network": {"type": "lokr", "full_matrix": True, "init_norm": 1e-3, "init_from": "x"}},
+            "network.init_norm: has no effect: every value comes from network.init_from",
+        ),
         ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),

@@ -52,7 +52,6 @@ PLANNED: Mapping[str, str] = {
     "loss.soft_min_snr": "the soft form of min-SNR",
     # network and optimizer
     "network.controlnet": "control networks",
-    "network.init_norm": "other initialisations",
     "network.lycoris": "LyCORIS adapters",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
