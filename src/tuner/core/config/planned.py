@@ -52,7 +52,6 @@ PLANNED: Mapping[str, str] = {
     "loss.soft_min_snr": "the soft form of min-SNR",
     # network and optimizer
     "network.controlnet": "control networks",
-    "network.lycoris": "LyCORIS adapters",
     "network.perturbation": "weight perturbation",
     # training, arithmetic, memory
     "memory.group_offload": "grouped offload",
@@ -98,6 +97,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "size, and neither streamed nor recomputed blocks",
     "sample.compile": "samples run through the blocks that train; compile.enabled compiles them for both",
     "quantize.on": "weights are quantized one at a time on the device where they stay",
+    "network.lycoris": "its settings are keys of network, such as type and factor; tuner config import translates them",
     "network.conv_rank": "trained blocks have no 3x3 convolutions",
     "sample.watermark": "it belongs to another model family",
 }

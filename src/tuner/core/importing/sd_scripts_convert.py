@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal
+from tuner.core.importing import lycoris
 
 NETWORK = "script.network"
 """Pseudo option: whether the script trains an adapter."""
@@ -46,6 +47,10 @@ def network_only(key: str) -> Convert:
 def rank(value: Any, given: Given) -> Settings:
     if not given.get(NETWORK) or given.get("dim_from_weights"):
         return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
+    if lycoris.in_command_line(given):
+        return lycoris.rank(given.get("network_args.algo"), value)
+    if _rotates(given):
+        return Settings({"network.block_count": value}, "the number of blocks there", changed=True)
     return Settings({"network.rank": value})
 
 
@@ -56,6 +61,12 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
         return Refused("not_applicable", "network_weights decides")
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
+    if _rotates(given):
+        return Settings({"network.constraint": float(value)}, "the limit on rotations there, 1 unless it is given")
+    if lycoris.in_command_line(given):
+        made = lycoris.alpha(given.get("network_args.algo"), given.get("network_dim"), float(value))
+        if not made.keys:
+            return made
     note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"
     return Settings({"network.alpha": float(value)}, "" if "network_alpha" in given else note)
 
@@ -71,15 +82,21 @@ _NETWORKS = {
 
 def network_module(value: Any, given: Given) -> Settings | Refused:
     module = str(value)
-    if module.startswith("lycoris"):
-        return Settings({"network.lycoris": {"module": module}})
+    if lycoris.in_command_line(given):
+        kind = lycoris.kind(given.get("network_args.algo"), decomposed=bool(given.get("network_args.dora_wd")))
+        return kind if isinstance(kind, Refused) else Settings({"network.type": kind})
     name = module.rpartition(".")[2].partition("_")[0]
     if name not in _NETWORKS:
         return Settings({"network.type": module})
-    kind = _NETWORKS[name]
-    if isinstance(kind, Refused):
-        return kind
-    return Settings({"network.type": kind} if kind else {}, "an adapter is what trains by default")
+    own = _NETWORKS[name]
+    if isinstance(own, Refused):
+        return own
+    return Settings({"network.type": own} if own else {}, "an adapter is what trains by default")
+
+
+def _rotates(given: Given) -> bool:
+    """Whether the module is that of OFT, whose two numbers mean something else."""
+    return str(given.get("network_module", "")).startswith("networks.oft")
 
 
 def loraplus(value: Any, given: Given) -> Settings:

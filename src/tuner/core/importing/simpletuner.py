@@ -8,6 +8,7 @@ from typing import Any
 
 from tuner.core.config.foreign import ignored, option
 from tuner.core.errors import UsageError
+from tuner.core.importing import lycoris
 from tuner.core.importing.apply import Table, Translation, translate
 from tuner.core.importing.families import Choice, choices, choose, of_model, schema_of
 from tuner.core.importing.finish import finish
@@ -78,6 +79,7 @@ def _import(given: list[Given], home: Path, catalog: Catalog, model: str | None,
     for key, value in choice.family.settings.items():
         into.put(key, value)
     rows = {row.option.lstrip("-"): row for row in into.rows}
+    _adapter(into, values, rows.get("lycoris_config"), home, base)
     _backends(into, values, rows.get(_BACKENDS), home, base)
     _prompts(into, values, rows, home, base)
     return finish(TOOL, into, schema_of(catalog, choice))
@@ -100,6 +102,21 @@ def _located(name: str, home: Path, base: Path) -> Path | None:
     """A file that the configuration names: where that program would look, else beside the configuration."""
     found = (Path(base, name), home / Path(name).name)
     return next((each for each in found if each.is_file()), None)
+
+
+def _adapter(into: Translation, values: Mapping[str, Any], row: Row | None, home: Path, base: Path) -> None:
+    """``network`` from the file that describes an adapter of LyCORIS."""
+    if row is None or values.get("lora_type") != "lycoris":
+        return
+    path = _located(str(values["lycoris_config"]), home, base)
+    if path is None:
+        row.status, row.note = "missing", "the file is not there: set network.type and its keys"
+        return
+    document = read_document(path)
+    if not isinstance(document.value, dict):
+        raise UsageError("a LyCORIS file is an object", where=str(path))
+    given = [Given(name, value, document.where((name,)), f"lycoris {name}") for name, value in document.value.items()]
+    translate(into, given, Table(lycoris.FILE))
 
 
 def _backends(into: Translation, values: Mapping[str, Any], row: Row | None, home: Path, base: Path) -> None:

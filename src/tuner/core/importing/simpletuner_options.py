@@ -129,8 +129,8 @@ GENERAL = (
         "threshold_mode", "use_backbone_features", "warmup_steps")), _VIDEO),
     # network
     option("lora_type", kind="text", values={"standard": Settings({}, "LoRA, as here"),
-                                             "lycoris": Settings({"network.lycoris": {}})}),
-    option("lycoris_config", "network.lycoris.config", "text", needs=("lora_type", ("lycoris",))),
+                                             "lycoris": Settings({}, "what lycoris_config says")}),
+    option("lycoris_config", kind="text", needs=("lora_type", ("lycoris",)), note="its keys are rows of their own"),
     option("init_lokr_norm", "network.init_norm", "float", needs=("lora_type", ("lycoris",))),
     option("lora_rank", kind="int", convert=to.lora_only("network.rank")),
     option("lora_alpha", kind="float", convert=to.lora_only("network.alpha")),

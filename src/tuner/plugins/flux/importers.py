@@ -79,6 +79,17 @@ _SHARED: tuple[ForeignOption, ...] = (
 
 _RANKS = {f"{name}_dim": name for name in CLASSES}
 
+
+def _rotated(value: Any, given: Given) -> Settings | Refused:
+    """Which linears an OFT rotates: those of attention in the double blocks, or all of the blocks."""
+    if not str(given.get("network_module", "")).startswith("networks.oft"):
+        return Refused("not_applicable", "only networks.oft_flux reads it")
+    if value:
+        return Settings({}, "all linears of the blocks, as here")
+    note = "attention of the double blocks there, unless enable_all_linear is given"
+    return Settings({"network.targets": ["img_attn", "txt_attn"]}, note)
+
+
 _NETWORK: tuple[ForeignOption, ...] = (
     *encoder_options(("clip_l", "t5"), ("clip_l",), "t5"),
     *rank_rules(_RANKS),
@@ -86,8 +97,7 @@ _NETWORK: tuple[ForeignOption, ...] = (
     option("network_args.train_blocks", kind="text", convert=_train_blocks),
     option("network_args.train_double_block_indices", kind="text", convert=block_choice("double")),
     option("network_args.train_single_block_indices", kind="text", convert=block_choice("single")),
-    option("network_args.enable_all_linear", kind="flag", off=(None, False), note="adapters of another type",
-           refused="not_built"),
+    option("network_args.enable_all_linear", kind="flag", convert=_rotated, default=False),
     *unbuilt("network_args.network_reg_dims network_args.network_reg_lrs network_args.network_reg_alphas",
              "patterns on the names of sd-scripts files; write network.rules with the names of the modules here"),
 )  # fmt: skip
