@@ -77,6 +77,10 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last: has no effect without checkpoint.every"),
+        (
+            {"checkpoint": {"dir": "x", "every": 5, "rolling": {"every": {"steps": 5}}}},
+            "checkpoint.rolling: has no effect: checkpoint.every is due whenever this is",
+        ),
         ({"noise": {"timesteps": "uniform", "sigmoid_scale": 2}}, "sigmoid_scale is not used by timesteps 'uniform'"),
         ({"sample": {"adapter_strength": 0.5}}, "sample.adapter_strength: has no effect without sample.prompts"),
         (

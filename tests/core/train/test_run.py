@@ -161,6 +161,21 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(make_config, tmp_p
     assert all(step % 2 == 0 for step in resumes) and resumes[-1] <= reached
 
 
+def test_a_run_goes_on_from_its_rolling_checkpoint_and_keeps_the_lasting_ones(make_config, tmp_path):
+    section = {"every": 4, "rolling": {"every": 1, "keep": 2}, "on_interrupt": "stop"}
+    train(make_config(checkpoint={**section, "dir": str(tmp_path / "whole/run")}))
+    config = make_config(checkpoint={**section, "dir": str(tmp_path / "parts/run")})
+    stop_after(config, 6)
+    folder = tmp_path / "parts/run"
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step-000004", "step-000005", "step-000006"]
+    train(config, resume="auto")
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step-000004", "step-000005", "step-000006", "step-000007"]
+    assert [event["step"] for event in read_events(folder / "events.jsonl") if event["kind"] == "resume"] == [6]
+    assert adapter(folder) == adapter(tmp_path / "whole/run")
+
+
 def losses_now(folder: Path) -> dict[int, float]:
     return losses(folder) if (folder / "events.jsonl").exists() else {}
 

@@ -175,6 +175,10 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
+    rolling = config.checkpoint.rolling
+    if rolling is not None and rolling.every == config.checkpoint.every:
+        fix = "make it more frequent, or take it out"
+        yield ("checkpoint", "rolling"), "has no effect: checkpoint.every is due whenever this is", fix
 
 
 def _ema(config: RunConfig) -> Iterator[Problem]:

@@ -39,6 +39,15 @@ class MetadataConfig(Section):
     """Free text."""
 
 
+class RollingConfig(Section):
+    """A second series of checkpoints, of which only the newest stay: to lose little when the machine stops."""
+
+    every: Every
+    """When. Where a checkpoint of ``checkpoint.every`` is due as well, that is the one that is written."""
+    keep: Count = 1
+    """Keep so many of this series."""
+
+
 class CheckpointConfig(Section):
     """What is saved, and where."""
 
@@ -50,6 +59,8 @@ class CheckpointConfig(Section):
     """When to save besides the end of the run. Left out: only at the end."""
     keep_last: Count | None = None
     """Keep so many checkpoints; older ones are removed. Left out: all."""
+    rolling: RollingConfig | None = None
+    """Further checkpoints, more often, that replace each other. Left out: none."""
     state: Literal["none", "every", "last"] = "last"
     """Which checkpoints keep what is needed to resume."""
     format: str | None = None

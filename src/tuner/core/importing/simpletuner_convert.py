@@ -201,7 +201,7 @@ def resume(value: Any, given: Given) -> Settings | Refused:
 
 
 def rolling(value: Any, given: Given) -> Settings:
-    return Settings({"checkpoint.rolling": {"every": int(value)}} if int(value) > 0 else {})
+    return Settings({"checkpoint.rolling.every": int(value)} if int(value) > 0 else {})
 
 
 def text_trained(value: Any, given: Given) -> Settings | Refused:

@@ -39,10 +39,14 @@ class Length:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chores:
-    """What happens beside the updates, in the order it happens when several are due: saving comes first."""
+    """What happens beside the updates, in the order it happens when several are due: saving comes first.
 
-    save: Callable[[Position], None]
+    save: takes the position, and whether the checkpoint is one of the rolling series.
+    """
+
+    save: Callable[[Position, bool], None]
     save_due: Due
+    roll_due: Due
     validate: Callable[[int], None]
     validate_due: Due
     preview: Callable[[int], None]
@@ -104,8 +108,9 @@ class Loop:
         here = self._rolled(position)
         epochs_done = here.epoch if here.batch == 0 else None
         last = step == self.length.steps
-        if self.chores.save_due(step, epochs_done=epochs_done) and not last:
-            self.chores.save(here)
+        kept = self.chores.save_due(step, epochs_done=epochs_done)
+        if (self.chores.roll_due(step, epochs_done=epochs_done) or kept) and not last:
+            self.chores.save(here, not kept)
         if self.chores.validate_due(step, epochs_done=epochs_done) and not last:
             self.chores.validate(step)
         if self.chores.preview_due(step, epochs_done=epochs_done) and not last:
