@@ -27,7 +27,6 @@ PLANNED: Mapping[str, str] = {
     "model.token_routing": "token routing",
     "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
-    "latents.tiling": "tiled encoding and decoding",
     # data
     "data.conditioning": "conditioning images",
     "data.storage": "remote storage",

@@ -91,7 +91,8 @@ GENERAL = (
     option("aws_max_pool_connections", "data.storage", "int", off=(None, 128)),
     option("conditioning_multidataset_sampling", "data.conditioning.sampling"),
     option("vae_dtype", "precision.vae", "text", off=(None, "default", "")),
-    option("vae_enable_tiling", "latents.tiling", "flag", off=(None, False)),
+    option("vae_enable_tiling", "latents.tiling", "flag", values={True: 512}, off=(None, False), changed=True,
+           note="the edge of tiles here; the autoencoder's own choice there"),
     option("vae_enable_slicing", "latents.slicing", "flag", off=(None, False)),
     # noise and loss
     option("flow_schedule_shift", kind="float", convert=to.density, default=3.0),
