@@ -33,6 +33,10 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"loss": {"mask": {"enabled": True}}}, "loss.mask.enabled: no source has a mask"),
         ({"loss": {"mask": {"floor": 0.1}}}, "loss.mask.floor: has no effect without masks"),
         ({"validate": {"max_batches": 3}}, "validate.max_batches: has no effect: nothing is held out"),
+        (
+            {"validate": {"split": 0.5, "pool": False}},
+            "validate.pool: has no effect: images of one source are held out",
+        ),
         (a_set(crop={"style": "random"}), "changes at every visit, so latents cannot be cached"),
         (source(augment={"color": True}), "changes at every visit, so latents cannot be cached"),
         (source(captions={"from": "fixed"}), "'fixed' needs captions.fixed"),

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -281,6 +282,29 @@ def test_validation_leaves_the_training_as_it_is(make_config, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
 
 
+def test_held_out_images_may_be_measured_by_source(make_config, tmp_path, pictures):
+    other = tmp_path / "cats"
+    shutil.copytree(pictures, other)
+    for path in other.glob("*.png"):
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_180).save(path)
+    found = {}
+    for pool in (True, False):
+        validate = {"split": 0.4, "every": None, "pool": pool}
+        config = make_config(checkpoint__dir=str(tmp_path / f"{pool}"), validate=validate, train__steps=3)
+        config["data"]["sets"][0]["sources"].append({"id": "cats", "path": str(other), "role": "validation"})
+        train(config)
+        [found[pool]] = [e for e in read_events(tmp_path / f"{pool}/events.jsonl") if e["kind"] == "validation"]
+    apart = found[False]["by_source"]
+    assert found[True]["by_source"] == [] and found[True]["delta"] == found[False]["delta"]
+    assert sorted(each["source"] for each in apart) == ["cats", "dogs"]
+    assert sum(each["images"] for each in apart) == found[False]["images"]
+    mean = sum(each["images"] * each["delta"] for each in apart) / found[False]["images"]
+    assert mean == pytest.approx(found[False]["delta"])
+    assert all(each["low"] <= each["delta"] <= each["high"] for each in apart)
+    assert "<td>cats</td>" in (tmp_path / "False/report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, stratified):
     for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):
@@ -300,8 +324,6 @@ def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, strati
 
 
 def test_a_mask_of_zeros_gives_zero_loss_and_a_mask_of_ones_changes_nothing(make_config, tmp_path, pictures):
-    from PIL import Image
-
     for name, level in (("ones", 255), ("zeros", 0)):
         folder = tmp_path / name
         folder.mkdir()

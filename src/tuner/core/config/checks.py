@@ -92,6 +92,9 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     for key in sorted(changed_keys(config.validation) - {"seed", "split"}):
         if not held_out:
             yield ("validate", key), "has no effect: nothing is held out", "set validate.split, or a source's role"
+    measured = {"validation", "train"} if config.validation.split > 0 else {"validation"}
+    if not config.validation.pool and [source.role in measured for source in sources].count(True) == 1:
+        yield ("validate", "pool"), "has no effect: images of one source are held out", "take it out"
 
 
 def _cache(config: RunConfig) -> Iterator[Problem]:

@@ -153,6 +153,9 @@ class ValidateConfig(Section):
     """Use so many batches. Left out: all."""
     timesteps: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field((200, 400, 600, 800), min_length=1)
     """Every image is measured at each of these timesteps."""
+    pool: bool = True
+    """One result over all held-out images. Off: one for each source as well, to tell what is learned from what is
+    forgotten."""
     weights: Literal["train", "ema", "both"] = "train"
     """Measure the weights as they train, their average, or both."""
 

@@ -64,7 +64,6 @@ PLANNED: Mapping[str, str] = {
     "sample.command": "an external program for samples",
     "sample.preview_every": "previews while sampling",
     "sample.skip_layers": "skip-layer guidance",
-    "validate.pool": "validation sets of their own",
     "log.args": "arguments of trackers",
     "log.config": "settings in trackers",
     "log.images": "pictures in trackers",

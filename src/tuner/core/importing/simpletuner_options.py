@@ -274,7 +274,8 @@ GENERAL = (
     option("eval_steps_interval", "validate.every.steps", "int", off=(None, 0)),
     option("eval_epoch_interval", "validate.every.epochs", off=(None, 0)),
     *ignored("num_eval_images eval_timesteps eval_dataset_id eval_loss_disable", _EVAL),
-    option("eval_dataset_pooling", "validate.pool", "flag", off=(None, False)),
+    option("eval_dataset_pooling", "validate.pool", "flag", default=False,
+           note="eval data sets are told apart there unless it is on"),
     option("evaluation_type", "evaluate.clip", "text", off=(None, "none")),
     option("pretrained_evaluation_model_name_or_path", "evaluate.model", "text", needs=("evaluation_type", ("clip",))),
     # logging, publishing, launching

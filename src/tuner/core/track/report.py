@@ -167,7 +167,10 @@ def _validation(record: RunRecord, kind: str) -> str:
              event.get("high"), event.get("shuffled_delta")] for event in events]  # fmt: skip
     columns = ["step", "base", "adapted", "difference", "low", "high", "other caption"]
     numbers = details("Numbers", table(columns, rows, scroll=True))
-    return f'{verdict}<div class="charts">{over_time}{by_level}</div>{numbers}'
+    sources = [[each["source"], each["images"], each["delta"], each["low"], each["high"]]
+               for each in last.get("by_source") or []]  # fmt: skip
+    by_source = table(["source", "images", "difference", "low", "high"], sources) if sources else ""
+    return f'{verdict}{by_source}<div class="charts">{over_time}{by_level}</div>{numbers}'
 
 
 def _samples(record: RunRecord) -> str:

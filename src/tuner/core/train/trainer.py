@@ -324,11 +324,17 @@ class Trainer:
             fields = asdict(result)
             fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
             self.events.emit(name, **fields)
-            self.trackers.log(step, {f"{name}/delta": result.delta, f"{name}/adapted": result.adapted})
+            numbers = {f"{name}/delta": result.delta, f"{name}/adapted": result.adapted}
+            numbers |= {f"{name}/delta/{each.source}": each.delta for each in result.by_source}
+            self.trackers.log(step, numbers)
             log.info(
                 "%s at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
                 name, step, result.delta, result.low, result.high, result.images,
             )  # fmt: skip
+            for each in result.by_source:
+                log.info(
+                    "  %s: %+.4f [%+.4f, %+.4f], %d images", each.source, each.delta, each.low, each.high, each.images
+                )
 
     def _looks(self, which: str, step: int | None = None) -> list[Look]:
         """The kinds of weights that ``which`` names. Before the first step they are the same, so one is enough."""
