@@ -305,6 +305,23 @@ def test_held_out_images_may_be_measured_by_source(make_config, tmp_path, pictur
     assert "<td>cats</td>" in (tmp_path / "False/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("changes", [{"train__accumulate": 3}, {"optimizer__fuse": "block", "train__clip_grad": None}])
+def test_every_step_says_its_loss_by_source_and_by_noise_level(make_config, tmp_path, pictures, changes):
+    config = make_config(train__steps=6, data__sets__0__batch_size=4, **changes)
+    sets = config["data"]["sets"][0]
+    sets |= {"resolution_mode": "fixed", "buckets": {"enabled": False}}
+    sets["sources"].append({"id": "cats", "path": str(pictures)})
+    train(config)
+    steps = [event for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "step"]
+    assert {name for event in steps for name in event["by_source"]} == {"cats", "dogs"}
+    assert {name for event in steps for name in event["by_timestep"]} <= {"0-250", "250-500", "500-750", "750-1000"}
+    for event in steps:
+        for parts in (event["by_source"], event["by_timestep"]):
+            assert min(parts.values()) <= event["loss"] * 1.0001 and event["loss"] <= max(parts.values()) * 1.0001
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Loss by source" in page and "Loss by timestep" in page
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, stratified):
     for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):

@@ -138,6 +138,9 @@ class Loop:
         if result.norms is not None:
             metrics |= {f"adapter_norm_{name}": value for name, value in asdict(result.norms).items()}
         extra = {"memory_bytes": memory} if memory else {}
-        self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
-        self.chores.on_step(position.step, {**metrics, **{f"lr/{name}": rate for name, rate in rates.items()}}, group)
+        self.events.emit(
+            "step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **asdict(result.parts), **extra
+        )
+        named = {f"lr/{name}": rate for name, rate in rates.items()} | result.parts.named()
+        self.chores.on_step(position.step, {**metrics, **named}, group)
         progress.advance(1, loss=average, images_per_second=metrics["images_per_second"], **extra)
