@@ -80,6 +80,11 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
+        ({"log": {"run": "x"}}, "log.run: has no effect without wandb in log.to"),
+        ({"log": {"to": ["tensorboard"], "project": "x"}}, "log.project: has no effect without wandb in log.to"),
+        ({"log": {"config": False}}, "log.config: has no effect without tensorboard or wandb in log.to"),
+        ({"log": {"args": {"wandb": {"entity": "us"}}}}, "log.args.wandb: has no effect without wandb in log.to"),
+        ({"log": {"to": ["tensorboard"], "args": {"tensorboard": {}}}}, "log.args.tensorboard: has no effect: only"),
         ({"checkpoint": {"keep_last": 3}}, "checkpoint.keep_last: has no effect without checkpoint.every"),
         (
             {"checkpoint": {"dir": "x", "every": 5, "rolling": {"every": {"steps": 5}}}},

@@ -176,12 +176,28 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
             yield ("checkpoint", "metadata", key), "has no effect while metadata.embed is off", "take one of both out"
     if config.log.dir is not None and not config.log.to:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
+    yield from _trackers(config)
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
     rolling = config.checkpoint.rolling
     if rolling is not None and rolling.every == config.checkpoint.every:
         fix = "make it more frequent, or take it out"
         yield ("checkpoint", "rolling"), "has no effect: checkpoint.every is due whenever this is", fix
+
+
+def _trackers(config: RunConfig) -> Iterator[Problem]:
+    """Keys that only some trackers read."""
+    log = config.log
+    readers = {"config": {"tensorboard", "wandb"}, "project": {"wandb"}, "run": {"wandb"}}
+    for key, names in readers.items():
+        if key in changed_keys(log) and not names & set(log.to):
+            listed = " or ".join(sorted(names))
+            yield ("log", key), f"has no effect without {listed} in log.to", "add it, or take this out"
+    for name in log.args:
+        if name != "wandb":
+            yield ("log", "args", name), "has no effect: only 'wandb' takes arguments", "take it out"
+        elif name not in log.to:
+            yield ("log", "args", name), "has no effect without wandb in log.to", "add it, or take this out"
 
 
 def _ema(config: RunConfig) -> Iterator[Problem]:

@@ -164,9 +164,17 @@ class LogConfig(Section):
     """What is recorded besides the event log, which is always written."""
 
     to: tuple[str, ...] = ()
-    """Further places for the numbers: ``tensorboard``, or the name of an installed logger plugin."""
+    """Further places for the numbers: ``tensorboard``, ``wandb``, or the name of an installed logger plugin."""
     dir: str | None = None
     """Folder for trackers. Left out: inside the run folder."""
+    config: bool = True
+    """Tell ``tensorboard`` and ``wandb`` the settings as well, without folders."""
+    project: str | None = None
+    """Project at ``wandb``. Left out: ``tuner``."""
+    run: str | None = None
+    """Name of the run at ``wandb``. Left out: the name of the run folder."""
+    args: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by tracker: ``{"wandb": {"entity": "us", "tags": ["style"]}}`` for its ``init``."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Messages shown."""
     plain: bool | None = None

@@ -64,11 +64,7 @@ PLANNED: Mapping[str, str] = {
     "sample.command": "an external program for samples",
     "sample.preview_every": "previews while sampling",
     "sample.skip_layers": "skip-layer guidance",
-    "log.args": "arguments of trackers",
-    "log.config": "settings in trackers",
     "log.images": "pictures in trackers",
-    "log.project": "names in trackers",
-    "log.run": "names in trackers",
 }
 
 NOT_APPLICABLE: Mapping[str, str] = {
@@ -101,7 +97,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
 
 PLANNED_VALUES: Mapping[str, Mapping[str, str]] = {
     "checkpoint.format": dict.fromkeys(("ckpt", "pt", "pickle"), ""),
-    "log.to.*": dict.fromkeys(("wandb", "comet"), "this tracker"),
+    "log.to.*": {"comet": "this tracker"},
     "network.type": dict.fromkeys(("controlnet", "singlora"), "other adapter types"),
     "noise.timesteps": {"list": "timesteps from a list"},
     "precision.compute": {"fp16": "fp16 with loss scaling"},
