@@ -216,7 +216,8 @@ def _request(arguments: argparse.Namespace, raw: RawConfig, source: RunSource | 
         "arithmetic": None if source is None else source.arithmetic,
         "out": None if arguments.out is None else Path(arguments.out),
     }
-    trained = [(own.file, 1.0)] if own is not None and not own.whole else []
+    strength = (raw.get("sample") or {}).get("adapter_strength", 1.0) if like is None else like.strength
+    trained = [(own.file, strength)] if own is not None and not own.whole else []
     if like is None:
         return Request(adapters=[*trained, *given], **shared)
     known: Iterable[Path] = ()

@@ -96,6 +96,33 @@ def test_a_fresh_adapter_changes_no_bit_and_goes_again(name: str) -> None:
     assert not any("adapter" in module.__dict__ for module in models.denoiser.modules())
 
 
+@pytest.mark.parametrize("method", [None, "int8"])
+def test_a_lokr_may_start_off_the_base_with_the_statistics_of_its_weight(method: str | None) -> None:
+    plain, models = toy_models(), toy_models()
+    # Of the size of a real weight, so that a sample's mean and deviation are those that were asked for.
+    for each in (plain, models):
+        assert each.denoiser is not None
+        each.denoiser.head = wide = nn.Linear(128, 128, bias=False)
+        wide.weight.data = 0.2 + 0.5 * torch.randn(128, 128, generator=torch.Generator().manual_seed(4))
+        wide.requires_grad_(False)
+    assert models.denoiser is not None and plain.denoiser is not None
+    if method:
+        quantize_linear(models.denoiser.head, method)
+    _, network = build("lokr of full factors", models, targets=["head"], init_norm=0.01, factor=4)
+    tensors = network_tensors(network)
+    first, second = tensors["denoiser:head.lokr_w1"], tensors["denoiser:head.lokr_w2"]
+    assert bool((first == 1).all()) and second.shape == (32, 32)
+    assert float(second.mean()) == pytest.approx(0.002, abs=4e-4)
+    assert float(second.std()) == pytest.approx(0.005, rel=0.1)
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(5))
+    with adapter_strength(network, 0.0):
+        base = models.denoiser.head(x)
+    assert method or torch.equal(base, plain.denoiser.head(x))
+    with torch.no_grad():
+        moved = models.denoiser.head(x) - base
+    assert 0 < float(moved.norm() / base.norm()) < 0.1
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("name", KINDS)
 def test_the_adapted_model_equals_the_merged_one(name: str, strength: float) -> None:

@@ -50,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "ema": {"enabled": True, "decay": 0.5}, "sample": {"prompts": [PROMPT], "weights": "ema"},
         "precision": {"compute": "bf16"},
     },
+    "an adapter at half its strength": {"sample": {"prompts": [PROMPT], "adapter_strength": 0.5}},
     "a whole model": {"train__mode": "full", "network": {}, "optimizer__lr": 1e-3},
 }  # fmt: skip
 
@@ -285,6 +286,24 @@ def test_further_adapters_act_in_the_pictures_of_a_run_and_in_nothing_else(make_
     assert settings is not None and settings["extra"][0]["strength"] == 0.5
     [again] = run(tmp_path / "extra", "--like", tmp_path / "extra/samples/step-000002/000.png")
     assert torch.equal(again, drawn["extra"][-1])
+
+
+def test_the_strength_in_pictures_changes_them_and_neither_the_base_nor_the_file(make_config, tmp_path):
+    files, drawn = [], {}
+    for strength in (1.0, 0.25, -1.0):
+        out = tmp_path / f"at{strength}"
+        section = {"prompts": [PROMPT], "adapter_strength": strength}
+        with recorded() as drawn[strength]:
+            train(make_config(checkpoint__dir=str(out), checkpoint__name="x", sample=section, **TWO_STEPS))
+        files.append((out / "x.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    bases, trained = zip(*drawn.values(), strict=True)
+    assert all(torch.equal(base, bases[0]) for base in bases)
+    far = [float((picture - bases[0]).abs().max()) for picture in trained]
+    assert far[0] > 2 * far[1] > 0
+    assert not torch.equal(trained[0], trained[2])
+    settings = read_settings(tmp_path / "at0.25/samples/step-000002/000.png")
+    assert settings is not None and settings["adapter_strength"] == 0.25
 
 
 def test_a_further_adapter_cannot_change_texts_that_are_encoded_once(make_config, adapter):

@@ -167,7 +167,9 @@ def trained_encoders(
     cached_rest: the script leaves its encoder alone when encodings are cached.
     """
     cached = given.get("cache_text_encoder_outputs") or given.get("cache_text_encoder_outputs_to_disk")
-    if given.get("network_train_unet_only") or (cached_rest and cached):
+    # Its module for rotations knows no text encoders.
+    alone = given.get("network_train_unet_only") or str(given.get("network_module", "")).startswith("networks.oft")
+    if alone or (cached_rest and cached):
         return ()
     return (*clips, *((t5,) if t5 and given.get("network_args.train_t5xxl") else ()))
 

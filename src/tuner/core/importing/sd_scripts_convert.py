@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal, rotates
+from tuner.core.importing import lycoris
 
 NETWORK = "script.network"
 """Pseudo option: whether the script trains an adapter."""
@@ -63,6 +64,8 @@ def rank(value: Any, given: Given) -> Settings:
         return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
     if rotates(given):
         return Settings({"network.block_count": value}, "the number of blocks of every weight")
+    if lycoris.in_command_line(given):
+        return lycoris.rank(given.get("network_args.algo"), value)
     return Settings({"network.rank": value})
 
 
@@ -76,6 +79,10 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
         return Settings({"network.constraint": float(value) if "network_alpha" in given else 1e-3}, note)
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
+    if lycoris.in_command_line(given):
+        made = lycoris.alpha(given.get("network_args.algo"), given.get("network_dim"), float(value))
+        if not made.keys:
+            return made
     note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"
     return Settings({"network.alpha": float(value)}, "" if "network_alpha" in given else note)
 
@@ -91,15 +98,16 @@ _NETWORKS = {
 
 def network_module(value: Any, given: Given) -> Settings | Refused:
     module = str(value)
-    if module.startswith("lycoris"):
-        return Settings({"network.lycoris": {"module": module}})
+    if lycoris.in_command_line(given):
+        kind = lycoris.kind(given.get("network_args.algo"), decomposed=bool(given.get("network_args.dora_wd")))
+        return kind if isinstance(kind, Refused) else Settings({"network.type": kind})
     name = module.rpartition(".")[2].partition("_")[0]
     if name not in _NETWORKS:
         return Settings({"network.type": module})
-    kind = _NETWORKS[name]
-    if isinstance(kind, Refused):
-        return kind
-    return Settings({"network.type": kind} if kind else {}, "an adapter is what trains by default")
+    own = _NETWORKS[name]
+    if isinstance(own, Refused):
+        return own
+    return Settings({"network.type": own} if own else {}, "an adapter is what trains by default")
 
 
 def loraplus(value: Any, given: Given) -> Settings:

@@ -6,6 +6,7 @@ Options of data sets are in ``sd_scripts_data``, those of one model in its plugi
 from __future__ import annotations
 
 from tuner.core.config.foreign import Refused, Settings, ignored, option, unbuilt
+from tuner.core.importing import lycoris
 from tuner.core.importing import sd_scripts_convert as to
 
 _ON_OFF = {True: "block", False: "off"}
@@ -43,8 +44,7 @@ GENERAL = (
     option("network_args.loraplus_text_encoder_lr_ratio", "optimizer.loraplus.text_encoder", "float"),
     option("network_args.ggpo_sigma", "network.perturbation.sigma", "float"),
     option("network_args.ggpo_beta", "network.perturbation.beta", "float"),
-    option("network_args.algo", "network.lycoris.algo", "text"),
-    option("network_args.factor", "network.factor", "int"),
+    *lycoris.COMMAND_LINE,
     option("network_args.verbose", refused="not_applicable", note="every run lists its modules"),
     *ignored("network_args.conv_dim network_args.conv_alpha network_args.conv_lora_dim",
              "trained blocks have no 3x3 convolutions"),

@@ -63,4 +63,5 @@ def _checkpoints(config: RunConfig, work: Work) -> int:
         due = [work.updates] if every.steps is None else [max(steps_of(every.steps, work.updates), 1)]
         due += [] if every.epochs is None else [every.epochs * per_epoch]
         count = max(-(-work.updates // min(due)), 1)
-    return min(count, config.checkpoint.keep_last or count)
+    rolling = config.checkpoint.rolling
+    return min(count, config.checkpoint.keep_last or count) + (0 if rolling is None else rolling.keep)

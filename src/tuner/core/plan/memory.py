@@ -210,7 +210,7 @@ def _latents(config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work)
     if config.cache.latents == "off":
         return Phase(name="latents", device=0, host=0)
     weights = part_bytes(config, facts, costs, "vae")
-    pixels = max(shape.width * shape.height for shape in work.shapes)
+    pixels = max(at_once(config, shape.width, shape.height) for shape in work.shapes)
     together = 1 if (config.latents.posterior or facts.posterior) == "sample" else config.cache.vae_batch_size
     working = costs.parts["vae"].work * BYTES[dtype_of(config, facts, "vae")] * pixels * together
     return Phase(name="latents", device=weights + working, host=weights, parts={"weights": weights, "at work": working})
@@ -248,8 +248,14 @@ def picture_bytes(config: RunConfig, facts: ModelFacts, costs: CostRules, size: 
     width, height = size
     image = Shape(width=width, height=height, batch=1).tokens(costs.token)
     running = max(block.levels["block"].work.of(image, costs.text_rows) for block in costs.blocks) / 2
-    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * width * height
+    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * at_once(config, width, height)
     return max(running * BYTES[config.precision.compute], part_bytes(config, facts, costs, "vae") + decoder)
+
+
+def at_once(config: RunConfig, width: int, height: int) -> int:
+    """Pixels that the autoencoder works on together."""
+    tile = config.latents.tiling
+    return width * height if tile is None else min(width, tile) * min(height, tile)
 
 
 def _saving(step: Phase, trained: Trained) -> Phase:

@@ -52,6 +52,11 @@ class Like:
         name: str | None = self.settings.get("model", {}).get("file")
         return name
 
+    @property
+    def strength(self) -> float:
+        """Of the adapter that was training, in a run's picture."""
+        return float(self.settings.get("adapter_strength", 1.0))
+
     def adapters(self, offered: Sequence[Path], others: Iterable[Path]) -> list[tuple[Path, float]]:
         """The adapters that the picture names, found by their bytes, at its strengths.
 

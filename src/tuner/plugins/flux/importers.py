@@ -151,6 +151,7 @@ _SHARED: tuple[ForeignOption, ...] = (
 
 _RANKS = {f"{name}_dim": name for name in CLASSES}
 
+
 _NETWORK: tuple[ForeignOption, ...] = (
     *encoder_options(
         ("clip_l", "t5"), ("clip_l",), "t5", absent=lambda given: ("clip_l",) if _chroma(given) else ()
