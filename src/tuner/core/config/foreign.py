@@ -151,6 +151,16 @@ def low_bits(names: str, key: str) -> ForeignOption:
     return option(names, kind="text", convert=convert, off=(None, "no_change", ""))
 
 
+def usual_preset(name: str, note: str) -> ForeignOption:
+    """The modules that a standard LoRA adapts unless they are chosen. Adapters of LyCORIS choose in their own file."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        return Settings() if given.get("peft_lora_target_modules") else Settings({"network.preset": value}, note)
+
+    needs = ("lora_type", (None, "standard"))
+    return option("peft_lora_preset", kind="text", convert=convert, default=name, needs=needs)
+
+
 # --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from tuner.core.config.foreign import (
     preview_options,
     repositories,
     split_pairs,
+    usual_preset,
 )
 
 _NO_SHIFT = "it does nothing for this model there, although it is accepted"
@@ -158,9 +159,7 @@ _SIMPLETUNER = (
                 "preview-3": "CalamitousFelicitousness/Anima-Preview-3-sdnext-diffusers",
                 "preview-2": "CalamitousFelicitousness/Anima-Preview-2-sdnext-diffusers",
                 "preview": "CalamitousFelicitousness/Anima-sdnext-diffusers"}, "preview-3"),
-            option("peft_lora_preset", "network.preset", "text", default="attention",
-                   needs=("peft_lora_target_modules", (None,)),
-                   note="attention is what that program adapts unless it is told otherwise"),
+            usual_preset("attention", "attention is what that program adapts unless it is told otherwise"),
             option("validation_guidance", "sample.cfg", "float", default=7.5, default_with=PREVIEWS),
             low_bits("text_encoder_1_precision", "quantize.text_encoder.qwen3"),
         ),
