@@ -240,7 +240,7 @@ def test_streamed_blocks_draw_the_same_and_are_chosen_when_memory_is_short(
     assert blocks_to_stream(opened.config, opened.facts, [(64, 64)], 1e12, adapters=10**12) == 4
 
 
-def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
+def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path, capsys):
     with recorded() as before:
         train(make_config(sample={"prompts": [PROMPT], "every": 1}, checkpoint__every=1, **TWO_STEPS))
     _, first, second = before
@@ -250,6 +250,14 @@ def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
     run(tmp_path / "out", "--like", "last/000.png", "--out", "again")
     assert Path("again/000.png").read_bytes() == Path("last/000.png").read_bytes()
     assert torch.equal(run(tmp_path / "out")[0], second)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    preview = tmp_path / "moved/samples/step-000001/000.png"
+    assert torch.equal(run(tmp_path / "moved", "--like", preview)[0], first)
+    assert "differ" not in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "out")
+    train(make_config(checkpoint__dir=str(tmp_path / "other"), checkpoint__every=1, **TWO_STEPS))
+    run(tmp_path / "other", "--like", tmp_path / "out/samples/step-000001/000.png")
+    assert "made by the run out, this is other: the picture will differ" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no weights of step 3") as caught:
         sample_error(tmp_path / "out", "--step", "3")
     assert "1, 2" in str(caught.value.why)
@@ -282,6 +290,7 @@ def test_further_adapters_act_in_the_pictures_of_a_run_and_in_nothing_else(make_
     assert all(not torch.equal(one, other) for one, other in zip(*drawn.values(), strict=True))
     assert torch.equal(run(tmp_path / "extra")[0], drawn["extra"][-1])
     settings = read_settings(tmp_path / "extra/samples/step-000002/000.png")
+    assert settings is not None and settings["run"] == "x"
     assert settings is not None and settings["extra"][0]["strength"] == 0.5
     [again] = run(tmp_path / "extra", "--like", tmp_path / "extra/samples/step-000002/000.png")
     assert torch.equal(again, drawn["extra"][-1])
@@ -341,6 +350,7 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         ([], "what should be drawn"),
         (["--prompt", "x", "--adapter-strengths", "0,1"], "no adapter whose strength could change"),
         (["--prompt", "x", "--prompts", "y.txt"], "do not go together"),
+        (["--prompt", "x", "--set", "log=5"], "log: expected an object"),
         (["--prompt", "x", "--step", "3"], "--step needs the folder of a run"),
         (["--prompt", "x", "--step", "0"], "--step needs the folder of a run"),
         (["--prompt", "x", "--seed", "18446744073709551616"], "seed 18446744073709551616 is too large"),

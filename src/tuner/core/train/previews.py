@@ -174,7 +174,8 @@ class Previewer:
 
     def _settings(self, prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
         weights = {"weights": suffix.removeprefix("_")} if suffix else {}
-        return {"step": step, **weights, **asdict(prompt), **({"extra": self.extra_told} if self.extra_told else {})}
+        extra = {"extra": self.extra_told} if self.extra_told else {}
+        return {"run": self.folder.name, "step": step, **weights, **asdict(prompt), **extra}
 
 
 def _title(step: int, suffix: str) -> str:

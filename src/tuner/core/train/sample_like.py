@@ -43,6 +43,11 @@ class Like:
         return self.settings.get("step")
 
     @property
+    def run(self) -> str | None:
+        """Name of the run that drew it."""
+        return self.settings.get("run")
+
+    @property
     def ema(self) -> bool:
         return self.settings.get("weights") == "ema"
 
