@@ -377,7 +377,7 @@ def test_what_cannot_be_drawn_is_told_before_anything_is_loaded(bare, monkeypatc
     assert re.search(message, str(caught.value))
 
 
-def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
+def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path, monkeypatch):
     small = ["--prompt", "x --s 1", "--size", "64x64", "--cfg", "1"]
     run(bare, *small)
     run(bare, *small)
@@ -387,6 +387,18 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
     with pytest.raises(UsageError, match="pictures in this folder already"):
         sample_error(bare, *small, "--out", "samples/001")
     Image.new("RGB", (8, 8)).save("foreign.png")
+    bytes_of = Path("foreign.png").read_bytes()
+    original = sample.draw_latents
+
+    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+        Path("foreign.png").rename("samples/late/000.png")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="another program has written"):
+        patch.setattr(sample, "draw_latents", draw)
+        sample_error(bare, *small, "--out", "samples/late")
+    Path("samples/late/000.png").rename("foreign.png")
+    assert Path("foreign.png").read_bytes() == bytes_of
     with pytest.raises(UsageError, match="does not say how it was made"):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
