@@ -333,6 +333,15 @@ def test_an_adapter_of_another_family_is_named_as_such(bare, tmp_path):
         sample_error(bare, "--prompt", "x", "--adapter", path)
 
 
+def test_an_adapter_of_a_training_that_went_wrong_is_refused(bare, adapter, tmp_path):
+    path = adapter()
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with pytest.raises(UsageError, match="values that are not finite"):
+        sample_error(bare, "--prompt", "x", "--adapter", tmp_path / "broken.safetensors")
+
+
 def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, adapter, six_blocks, monkeypatch):
     later = {"network": {"rank": 2, "blocks": {"blocks": ["4-5"]}}, "model": six_blocks}
     partly = {"network": {"rank": 2}, "model": six_blocks}
@@ -437,7 +446,7 @@ def test_what_is_finished_before_a_break_is_written(bare, monkeypatch, capsys, e
 def test_a_picture_that_is_no_number_anywhere_is_black_and_told(bare, monkeypatch, capsys):
     monkeypatch.setattr(sample, "draw_latents", lambda *args, **kwargs: torch.full((1, 16, 8, 8), torch.nan))
     assert main(["sample", str(bare), "--prompt", "x", "--size", "64x64"]) == 0
-    assert "samples/001/000.png: the model gave values that are no numbers" in capsys.readouterr().err
+    assert "samples/001/000.png: values that are not finite are black" in capsys.readouterr().err
     with Image.open("samples/001/000.png") as image:
         assert image.getextrema() == ((0, 0),) * 3
 
