@@ -93,8 +93,8 @@ def _warn_of_differences(source: RunSource, raw: RawConfig, like: Like | None) -
     quantize = _section(raw, "quantize")
     if source.split and (quantize.get("denoiser") or quantize.get("text_encoder")):
         warn("network.init of this run quantized other weights than these: its own pictures differ by that rounding")
-    if like is not None and like.run not in (None, source.folder.name):
-        warn(f"{like.path} was made by the run {like.run}, this is {source.folder.name}: the picture will differ")
+    if like is not None and like.run not in (None, source.folder.path.resolve()):
+        warn(f"{like.path} was made by another run, in {like.run}: the picture will differ")
 
 
 def _section(raw: RawConfig, name: str) -> Mapping[str, Any]:

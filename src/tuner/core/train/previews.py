@@ -174,8 +174,7 @@ class Previewer:
 
     def _settings(self, prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
         weights = {"weights": suffix.removeprefix("_")} if suffix else {}
-        extra = {"extra": self.extra_told} if self.extra_told else {}
-        return {"run": self.folder.name, "step": step, **weights, **asdict(prompt), **extra}
+        return {"step": step, **weights, **asdict(prompt), **({"extra": self.extra_told} if self.extra_told else {})}
 
 
 def _title(step: int, suffix: str) -> str:

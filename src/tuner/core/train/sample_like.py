@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
+from tuner.core.train.folder import CONFIG
 from tuner.core.train.pictures import read_settings
 from tuner.core.train.prompts import Prompt
 
@@ -43,9 +44,10 @@ class Like:
         return self.settings.get("step")
 
     @property
-    def run(self) -> str | None:
-        """Name of the run that drew it."""
-        return self.settings.get("run")
+    def run(self) -> Path | None:
+        """The folder of the run that drew it while it trained, if the picture is still in its place."""
+        folder = self.path.resolve().parent.parent.parent
+        return folder if self.step and (folder / CONFIG).is_file() else None
 
     @property
     def ema(self) -> bool:
