@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +77,30 @@ def run(arguments: argparse.Namespace) -> int:
     from tuner.core.train.logs import set_up_logging
     from tuner.core.train.sample import sample
 
-    section = raw.get("log")
     # A run's log file is its own.
-    set_up_logging({"log": {key: section[key] for key in ("level",) if key in section}} if section else {})
-    quantize = raw.get("quantize") or {}
-    if source is not None and source.split and (quantize.get("denoiser") or quantize.get("text_encoder")):
-        warn("network.init of this run quantized other weights than these: its own pictures differ by that rounding")
+    log = _section(raw, "log")
+    set_up_logging({"log": {"level": log["level"]} if "level" in log else {}})
+    if source is not None:
+        _warn_of_differences(source, raw, like)
     request = _request(arguments, raw, source, like)
     drawn = sample(raw, request, console=Console(stderr=True) if arguments.json else None)
     _tell(drawn, as_json=arguments.json)
     return 0
+
+
+def _warn_of_differences(source: RunSource, raw: RawConfig, like: Like | None) -> None:
+    """Say what makes other pictures than those of the run."""
+    quantize = _section(raw, "quantize")
+    if source.split and (quantize.get("denoiser") or quantize.get("text_encoder")):
+        warn("network.init of this run quantized other weights than these: its own pictures differ by that rounding")
+    if like is not None and like.run not in (None, source.folder.path.resolve()):
+        warn(f"{like.path} was made by another run, in {like.run}: the picture will differ")
+
+
+def _section(raw: RawConfig, name: str) -> Mapping[str, Any]:
+    """A section of a configuration that nobody has checked yet."""
+    found = raw.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

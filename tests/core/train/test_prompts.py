@@ -129,7 +129,7 @@ def test_what_has_no_effect_on_a_picture_is_said(caplog):
     assert "96x512 instead of 100x512" in caplog.text
     caplog.clear()
     resolve_prompts(SampleConfig(prompts=("a cat",), negative="fur", cfg=1.0), FACTS)
-    assert "sample.negative has no effect" in caplog.text
+    assert "(sample.negative) has no effect" in caplog.text
 
 
 def test_embedded_guidance_is_a_fraction_wherever_it_was_written(tmp_path):

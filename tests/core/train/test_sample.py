@@ -241,7 +241,7 @@ def test_streamed_blocks_draw_the_same_and_are_chosen_when_memory_is_short(
     assert blocks_to_stream(opened.config, opened.facts, [(64, 64)], 1e12, adapters=10**12) == 4
 
 
-def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
+def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path, capsys):
     with recorded() as before:
         train(make_config(sample={"prompts": [PROMPT], "every": 1}, checkpoint__every=1, **TWO_STEPS))
     _, first, second = before
@@ -251,6 +251,14 @@ def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
     run(tmp_path / "out", "--like", "last/000.png", "--out", "again")
     assert Path("again/000.png").read_bytes() == Path("last/000.png").read_bytes()
     assert torch.equal(run(tmp_path / "out")[0], second)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    preview = tmp_path / "moved/samples/step-000001/000.png"
+    assert torch.equal(run(tmp_path / "moved", "--like", preview)[0], first)
+    assert "differ" not in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "out")
+    train(make_config(checkpoint__dir=str(tmp_path / "other"), checkpoint__every=1, **TWO_STEPS))
+    run(tmp_path / "other", "--like", tmp_path / "out/samples/step-000001/000.png")
+    assert f"made by another run, in {tmp_path / 'out'}: the picture will differ" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no weights of step 3") as caught:
         sample_error(tmp_path / "out", "--step", "3")
     assert "1, 2" in str(caught.value.why)
@@ -343,6 +351,15 @@ def test_an_adapter_of_another_family_is_named_as_such(bare, tmp_path):
         sample_error(bare, "--prompt", "x", "--adapter", path)
 
 
+def test_an_adapter_of_a_training_that_went_wrong_is_refused(bare, adapter, tmp_path):
+    path = adapter()
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with pytest.raises(UsageError, match="values that are not finite"):
+        sample_error(bare, "--prompt", "x", "--adapter", tmp_path / "broken.safetensors")
+
+
 def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, adapter, six_blocks, monkeypatch):
     later = {"network": {"rank": 2, "blocks": {"blocks": ["4-5"]}}, "model": six_blocks}
     partly = {"network": {"rank": 2}, "model": six_blocks}
@@ -360,6 +377,7 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         ([], "what should be drawn"),
         (["--prompt", "x", "--adapter-strengths", "0,1"], "no adapter whose strength could change"),
         (["--prompt", "x", "--prompts", "y.txt"], "do not go together"),
+        (["--prompt", "x", "--set", "log=5"], "log: expected an object"),
         (["--prompt", "x", "--step", "3"], "--step needs the folder of a run"),
         (["--prompt", "x", "--step", "0"], "--step needs the folder of a run"),
         (["--prompt", "x", "--seed", "18446744073709551616"], "seed 18446744073709551616 is too large"),
@@ -386,7 +404,7 @@ def test_what_cannot_be_drawn_is_told_before_anything_is_loaded(bare, monkeypatc
     assert re.search(message, str(caught.value))
 
 
-def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
+def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path, monkeypatch):
     small = ["--prompt", "x --s 1", "--size", "64x64", "--cfg", "1"]
     run(bare, *small)
     run(bare, *small)
@@ -396,6 +414,18 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
     with pytest.raises(UsageError, match="pictures in this folder already"):
         sample_error(bare, *small, "--out", "samples/001")
     Image.new("RGB", (8, 8)).save("foreign.png")
+    bytes_of = Path("foreign.png").read_bytes()
+    original = sample.draw_latents
+
+    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+        Path("foreign.png").rename("samples/late/000.png")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="another program has written"):
+        patch.setattr(sample, "draw_latents", draw)
+        sample_error(bare, *small, "--out", "samples/late")
+    Path("samples/late/000.png").rename("foreign.png")
+    assert Path("foreign.png").read_bytes() == bytes_of
     with pytest.raises(UsageError, match="does not say how it was made"):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
@@ -434,7 +464,7 @@ def test_what_is_finished_before_a_break_is_written(bare, monkeypatch, capsys, e
 def test_a_picture_that_is_no_number_anywhere_is_black_and_told(bare, monkeypatch, capsys):
     monkeypatch.setattr(sample, "draw_latents", lambda *args, **kwargs: torch.full((1, 16, 8, 8), torch.nan))
     assert main(["sample", str(bare), "--prompt", "x", "--size", "64x64"]) == 0
-    assert "samples/001/000.png: the model gave values that are no numbers" in capsys.readouterr().err
+    assert "samples/001/000.png: values that are not finite are black" in capsys.readouterr().err
     with Image.open("samples/001/000.png") as image:
         assert image.getextrema() == ((0, 0),) * 3
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def read_fitting(path: Path, strength: float, facts: ModelFacts, *, where: str) -> Addition:
     """Read an adapter file for the model that ``facts`` describe. where: what errors call it.
 
-    UsageError: a file of another model, keys that map nowhere, a component that the model does not load, or modules
-    that it does not have, as far as its plugin lists them.
+    UsageError: a file of another model, keys that map nowhere, a component that the model does not load, modules that
+    it does not have, as far as its plugin lists them, or values that are not finite.
     """
     try:
         addition = read_addition(path, strength, key_maps(facts), where=where)
@@ -61,6 +61,14 @@ def read_fitting(path: Path, strength: float, facts: ModelFacts, *, where: str) 
         if kind_of(parts_of(addition.tensors, *each)) != NormLayer.kind
     ]
     check_places(stored, modules, f"{path}, {where}")
+    broken = [name for name, value in addition.tensors.items() if not bool(torch.isfinite(value.float()).all())]
+    if broken:
+        raise UsageError(
+            "the adapter holds values that are not finite",
+            where=f"{path}, {where}",
+            why=f"its training went wrong: {broken[0]}" + (f" and {len(broken) - 1} more" if broken[1:] else ""),
+            fix="use an earlier checkpoint",
+        )
     return addition
 
 

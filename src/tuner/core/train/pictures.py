@@ -36,7 +36,7 @@ def write_png(path: Path, pixels: Tensor, settings: dict[str, Any]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     if not bool(torch.isfinite(pixels).all()):
-        log.warning("%s: the model gave values that are no numbers, which are black; use another precision", path)
+        log.warning("%s: values that are not finite are black; try another precision", path)
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(settings, ensure_ascii=False))
     with atomic_path(path) as temporary:

@@ -56,7 +56,7 @@ def resolve_prompts(sample: SampleConfig, facts: ModelFacts) -> list[Prompt]:
             log.warning("--n of the prompt %r has no effect: its guidance is not above 1 (--l)", prompts[-1].text)
     without = bool(prompts) and all(prompt.cfg <= 1 for prompt in prompts)
     if sample.negative and without:
-        log.warning("sample.negative has no effect: no picture has guidance above 1 (sample.cfg)")
+        log.warning("the negative prompt (sample.negative) has no effect: no picture has guidance above 1 (sample.cfg)")
     if sample.cfg_rescale and without:
         raise UsageError(
             "sample.cfg_rescale has no effect",

@@ -358,6 +358,13 @@ class Artist:
         models = load_components(self.run, ("vae",), self.device)
         with self.stage("decoding", len(latents), "pictures") as progress:
             for path, value, each in zip(files, latents, settings, strict=False):
+                if path.exists():
+                    raise UsageError(
+                        "another program has written into this folder meanwhile",
+                        where=str(path),
+                        why="nothing is written over",
+                        fix="name another folder (--out)",
+                    )
                 write_png(path, self.run.model.decode_latents(models, value.to(self.device))[0], dict(each))
                 progress.advance()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
+from tuner.core.train.folder import CONFIG
 from tuner.core.train.pictures import read_settings
 from tuner.core.train.prompts import Prompt
 
@@ -41,6 +42,12 @@ class Like:
     def step(self) -> int | None:
         """Of a run's picture; 0 is its base model."""
         return self.settings.get("step")
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that drew it while it trained, if the picture is still in its place."""
+        folder = self.path.resolve().parent.parent.parent
+        return folder if self.step and (folder / CONFIG).is_file() else None
 
     @property
     def ema(self) -> bool:
