@@ -88,8 +88,9 @@ def _convert_base(arguments: argparse.Namespace, names: ModelNames) -> int:
             fix=f"use one of: {', '.join(LAYOUTS)}",
         )
     if arguments.parts and layout != "all-in-one":
-        why = f"{layout} takes what SOURCE holds"
-        raise UsageError("--with is for --to all-in-one", why=why, fix="leave out --with")
+        raise UsageError(
+            "--with is for --to all-in-one", why=f"{layout} takes what SOURCE holds", fix="leave out --with"
+        )
     files = open_files(maps, [arguments.source, *arguments.parts], "SOURCE")
     new = new_folder if layout == "diffusers" else new_file
     target = new(arguments.target, overwrite=arguments.overwrite, sources=sources_of(files))
