@@ -103,8 +103,10 @@ def _stacked(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
 def _total(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for strength, parts in given:
-        # A product beside a dense change becomes dense, too.
-        whole = {"diff": as_dense(parts)} if "down" in parts else parts
+        # A product beside a dense change becomes dense, too, in the shape of the weight.
+        whole = parts
+        if "down" in parts:
+            whole = {"diff": as_dense(parts).reshape(-1, *parts["down"].shape[1:])}
         for part in (part for part in SUMMED if part in whole):
             value = strength * whole[part].float()
             if part in found and found[part].shape != value.shape:
