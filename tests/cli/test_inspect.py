@@ -281,3 +281,16 @@ def test_alphas_that_a_program_does_not_take_count_as_not_read(told, tmp_path):
     plain = {name: value for name, value in golden("anima/lora_comfyui.safetensors").items() if "alpha" not in name}
     save_file(plain, tmp_path / "plain.safetensors")
     assert set(told(tmp_path / "plain.safetensors")["unread"]) == {"kohya-ss/sd-scripts"}
+
+
+def test_half_a_module_and_an_adapter_of_no_known_family_are_told(told, tmp_path, capsys):
+    tensors = golden(LORA)
+    lost = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_file({name: value for name, value in tensors.items() if name != lost}, tmp_path / "half.safetensors")
+    module = lost.removesuffix(".lora_up.weight")
+    assert told(tmp_path / "half.safetensors")["problems"] == [f"{module} is not complete: it lacks up"]
+    assert told(golden_path(LORA))["problems"] == []
+    foreign = {f"lora_unet_down_blocks_0_conv.{part}.weight": torch.ones(2, 2) for part in ("lora_down", "lora_up")}
+    save_file(foreign, tmp_path / "foreign.safetensors")
+    assert main(["inspect", str(tmp_path / "foreign.safetensors")]) == 0
+    assert "no installed model knows these names" in capsys.readouterr().out

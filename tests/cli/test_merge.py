@@ -311,3 +311,21 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(out, monkeypatch, capsys):
     assert main(["merge", path(LORA), "--base", path(BASE), "--model", "flux", "--out", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []
+
+
+def test_convolutions_add_up_whatever_form_their_change_has(out, tmp_path):
+    key, kernel = "x_embedder.proj.weight", (16, 2, 2)
+    base = golden("sd3/sd3m_weights_f16.safetensors")[key].float()
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, *kernel, generator=generator), torch.randn(128, 3, 1, 1, generator=generator)
+    diff = torch.randn(128, *kernel, generator=generator)
+    name = "lora_unet_x_embedder_proj"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    save_file({f"{name}.diff": diff}, tmp_path / "b.safetensors")
+    files = [str(tmp_path / f"{which}.safetensors") for which in "ab"]
+    product = torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
+    for given, wanted in ((files, product + diff), ([files[0], files[0]], 2 * product)):
+        merge(out, *given, "--overwrite", model="sd3")
+        words = (str(out), "--base", path("sd3/sd3m_weights_f16.safetensors"), "--dtype", "fp32", "--overwrite")
+        merged = load_file(merge(tmp_path / "model.safetensors", *words, model="sd3"))
+        torch.testing.assert_close(merged[key], base + wanted, rtol=0, atol=1e-5)

@@ -163,7 +163,7 @@ def _show(found: Inspection, known: Hashes | None) -> None:
             out(f"and {len(rows) - SHOWN} more combinations; --json has all")
     for problem in found.problems:
         out(problem)
-    if found.what == "unknown":
+    if found.what == "unknown" or (found.what == "adapter" and found.family is None):
         out("\nno installed model knows these names, for example:")
         _list(found.unmapped)
     elif found.unmapped:

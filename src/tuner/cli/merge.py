@@ -28,7 +28,6 @@ from tuner.cli.files import (
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from tuner.core.adapters.combining import Layer
     from tuner.core.adapters.merging import Addition
 
 
@@ -147,7 +146,7 @@ def _into_base(
 def _into_one(
     arguments: argparse.Namespace, names: ModelNames, chosen: list[Addition], target: Path, metadata: dict[str, str]
 ) -> int:
-    from tuner.core.adapters.combining import kept_share, ranks_of, resized, summed
+    from tuner.core.adapters.combining import Resized, kept_share, ranks_of, sum_resized, summed
     from tuner.core.adapters.files import read_adapter, save_adapter
     from tuner.core.adapters.formats import format_by_name
     from tuner.core.adapters.low_rank import Wanted
@@ -158,11 +157,11 @@ def _into_one(
         wanted = Wanted(rank=arguments.rank, energy=arguments.energy)
     name = arguments.format or read_adapter(chosen[0].path, names.adapters).format
     fmt = format_by_name(names.adapters, name, where="--format")
-    tensors = summed(chosen)
-    layers: list[Layer] = []
-    others: list[str] = []
-    if wanted is not None:
-        tensors, layers, others = resized(tensors, fmt, wanted, dense=True)
+    if wanted is None:
+        found = Resized(tensors=summed(chosen), layers=[], others=[])
+    else:
+        found = sum_resized(chosen, fmt, wanted)
+    tensors, layers = found.tensors, found.layers
     ranks = ranks_of(tensors, fmt)
     metadata = {**metadata, **network_metadata(ranks)}
     with writing(target):
@@ -170,9 +169,11 @@ def _into_one(
     kept = kept_share(layers) if layers else 1.0
     told = {"path": str(target), "format": fmt.name, "modules": len(ranks), "max_rank": max(ranks), "kept": kept}
     if arguments.json:
-        out_json({**told, "kept_as_they_are": others})
+        out_json({**told, "kept_as_they_are": found.others})
         return 0
     out(f"{target}: {len(ranks)} modules ({fmt.name}), rank up to {max(ranks)}, {kept:.2%} of the sum kept")
-    if others:
-        out(f"{len(others)} modules have no rank and stay as they are")
+    if wanted is None and 0 in ranks:
+        out(f"{ranks.count(0)} modules are whole matrices or norms; --rank and --energy make matrices small")
+    if found.others:
+        out(f"{len(found.others)} modules have no rank and stay as they are")
     return 0

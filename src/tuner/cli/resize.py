@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[source])
     read = read_adapter(source, names.adapters)
     fmt = format_by_name(names.adapters, read.format)
-    tensors, layers, others = resized(read.tensors, fmt, wanted)
+    found = resized(read.tensors, fmt, wanted)
+    layers, others = found.layers, found.others
     # Rank and alpha are in the tensors now; a reader that took the old ones would scale wrongly.
     metadata = {key: value for key, value in read.metadata.items() if key != PEFT_METADATA}
     ranks = {layer.rank for layer in layers}
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     own = {value.dtype for name, value in read.tensors.items() if name.endswith((".down", ".up"))}
     dtype = own.pop() if len(own) == 1 and arguments.dtype is None else dtype_by_name(arguments.dtype or "fp32")
     with writing(target):
-        save_adapter(tensors, fmt, target, metadata, dtype)
+        save_adapter(found.tensors, fmt, target, metadata, dtype)
     kept = kept_share(layers)
     before, after = source.stat().st_size, target.stat().st_size
     if arguments.json:

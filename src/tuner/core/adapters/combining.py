@@ -9,7 +9,7 @@ so that the rank is the sum of the ranks, and alpha equals it. Cutting a rank wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tuner.core.adapters.formats import joined_modules, modules_of, parts_of, sp
 from tuner.core.adapters.kinds import rank_of
 from tuner.core.adapters.low_rank import Wanted, factors_of, factors_of_product
 from tuner.core.adapters.products import as_dense, as_product
+from tuner.core.adapters.spelling import module_name
 from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
@@ -54,13 +55,19 @@ def ranks_of(tensors: Mapping[str, Tensor], fmt: KeyFormat) -> list[int]:
     return [rank_of(parts) or 0 for _, parts in joined_modules(tensors, fmt).values()]
 
 
-def summed(additions: Sequence[Addition]) -> dict[str, Tensor]:
+def places_of(additions: Sequence[Addition]) -> list[tuple[str, str]]:
+    """(component, path) of every module that one of the adapters changes."""
+    return list(dict.fromkeys(place for addition in additions for place in modules_of(addition.tensors)))
+
+
+def summed(additions: Sequence[Addition], places: Iterable[tuple[str, str]] | None = None) -> dict[str, Tensor]:
     """Internal tensors of one adapter that does what ``additions`` do together, in float32.
 
-    UsageError: a kind whose strength cannot be put into its tensors, or different kinds for one module.
+    places: (component, path) of the modules, all when left out. UsageError: a kind whose strength cannot be put into
+    its tensors, or different kinds for one module.
     """
-    places = dict.fromkeys(place for addition in additions for place in modules_of(addition.tensors))
     found: dict[str, Tensor] = {}
+    places = places_of(additions) if places is None else places
     for component, path in places:
         name = f"{component}:{path}"
         given = [(addition, parts) for addition in additions if (parts := parts_of(addition.tensors, component, path))]
@@ -96,8 +103,10 @@ def _stacked(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
 def _total(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for strength, parts in given:
-        # A product beside a dense change becomes dense, too.
-        whole = {"diff": as_dense(parts)} if "down" in parts else parts
+        # A product beside a dense change becomes dense, too, in the shape of the weight.
+        whole = parts
+        if "down" in parts:
+            whole = {"diff": as_dense(parts).reshape(-1, *parts["down"].shape[1:])}
         for part in (part for part in SUMMED if part in whole):
             value = strength * whole[part].float()
             if part in found and found[part].shape != value.shape:
@@ -107,19 +116,48 @@ def _total(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> di
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resized:
+    """tensors: internal, with other ranks. layers: what was kept of each module. others: those that have no rank."""
+
+    tensors: dict[str, Tensor]
+    layers: list[Layer]
+    others: list[str]
+
+
 @torch.no_grad()
-def resized(
-    tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted, *, dense: bool = False
-) -> tuple[dict[str, Tensor], list[Layer], list[str]]:
-    """Internal tensors with other ranks, what was kept of each module of ``fmt``, and modules that have no rank.
+def resized(tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted) -> Resized:
+    """An adapter with other ranks, module by module of ``fmt``.
 
     The linears that the format joins share one down, as in a file that was trained so. An adapter with lengths (DoRA)
-    keeps them. Factors become float32; alpha becomes the rank. dense: whether changes of whole matrices become products
-    too. UsageError when no module has two matrices.
+    keeps them. Factors become float32; alpha becomes the rank. UsageError when no module has two matrices.
     """
-    found: dict[str, Tensor] = {}
-    layers: list[Layer] = []
-    others: list[str] = []
+    found = Resized(tensors={}, layers=[], others=[])
+    _cut_into(found, tensors, fmt, wanted, dense=False)
+    if not found.layers:
+        raise UsageError(
+            "this adapter has no ranks to change",
+            why=f"it has {len(found.others)} modules, none of them with two matrices (lora, dora)",
+        )
+    return found
+
+
+@torch.no_grad()
+def sum_resized(additions: Sequence[Addition], fmt: KeyFormat, wanted: Wanted) -> Resized:
+    """What `summed` gives, cut to a rank; changes of whole matrices become products, too.
+
+    One module of ``fmt`` is summed at a time: sums of whole matrices are never in memory together.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for component, path in places_of(additions):
+        groups.setdefault(module_name(fmt, component, path), []).append((component, path))
+    found = Resized(tensors={}, layers=[], others=[])
+    for places in groups.values():
+        _cut_into(found, summed(additions, places), fmt, wanted, dense=True)
+    return found
+
+
+def _cut_into(found: Resized, tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted, *, dense: bool) -> None:
     for name, (place, parts) in joined_modules(tensors, fmt).items():
         if not all(map(all_finite, parts.values())):
             raise UsageError(f"{name} is not finite", why="its training went wrong, or the file was damaged")
@@ -133,20 +171,14 @@ def resized(
             cut = factors_of(diff.flatten(1), wanted)
             old_rank, kernel = min(diff.flatten(1).shape), diff.shape[1:]
         else:
-            others.append(name)
-            found |= split_module(place, parts, name)
+            found.others.append(name)
+            found.tensors.update(split_module(place, parts, name))
             continue
-        layers.append(Layer(name=name, rank=cut.rank, old_rank=old_rank, kept=cut.kept, norm=cut.norm))
+        found.layers.append(Layer(name=name, rank=cut.rank, old_rank=old_rank, kept=cut.kept, norm=cut.norm))
         changed = {
             "down": cut.down.reshape(cut.rank, *kernel),
             "up": cut.up.reshape(-1, cut.rank, *(1,) * (len(kernel) - 1)),
             "alpha": torch.tensor(float(cut.rank)),
         }
         rest = {part: value for part, value in parts.items() if part != "diff"}
-        found |= split_module(place, {**rest, **changed}, name)
-    if not layers:
-        raise UsageError(
-            "this adapter has no ranks to change",
-            why=f"it has {len(others)} modules, none of them with two matrices (lora, dora)",
-        )
-    return found, layers, others
+        found.tensors.update(split_module(place, {**rest, **changed}, name))

@@ -23,6 +23,13 @@ RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Parts whose first axis is the rank of their module."""
 ELSEWHERE = frozenset({"weight", "alpha"})
 """Parts that alone do not make a file an adapter: checkpoints have names that end so."""
+TOGETHER = (
+    frozenset({"down", "up"}),
+    frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+    frozenset({"lokr_w1_a", "lokr_w1_b"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b"}),
+)
+"""Parts of a module of which none works without the others."""
 CHUNK = 1 << 22
 READ_KINDS = {"ComfyUI": COMFYUI_KINDS}
 """Programs that read the same kinds under every name that they know, with alphas or without."""
@@ -156,7 +163,7 @@ def _adapter(
             best = (known, family, family.adapters.formats[number], places, paths)
     if best is None or not best[0]:
         rows = _rows(header, keys, {})
-        return replace(base, what="adapter", modules=rows, unmapped=tuple(header))
+        return replace(base, what="adapter", modules=rows, unmapped=tuple(header), problems=_incomplete(keys))
     _, family, fmt, places, paths = best
     rows = _rows(header, keys, places)
     lost = tuple(key for key, part in keys.items() if part is None or part.name not in places)
@@ -175,6 +182,7 @@ def _adapter(
         parts=inside,
         unmapped=lost,
         unread=_unread(rows, family.adapters, paths),
+        problems=_incomplete(keys),
     )
 
 
@@ -202,6 +210,21 @@ def _rows(
             )
         )
     return tuple(rows)
+
+
+def _incomplete(keys: Mapping[str, Key | None]) -> list[str]:
+    """One line for every module that has some of the matrices that only work together."""
+    found: dict[str, set[str]] = {}
+    for part in keys.values():
+        if part is not None:
+            found.setdefault(part.name, set()).add(part.part)
+    lacking = {
+        name: missing
+        for name, parts in found.items()
+        for together in TOGETHER
+        if (missing := sorted(together - parts)) and together & parts
+    }
+    return [f"{name} is not complete: it lacks {', '.join(missing)}" for name, missing in lacking.items()]
 
 
 def _unread(rows: Sequence[ModuleRow], maps: KeyMaps, paths: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
