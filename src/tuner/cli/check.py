@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import heading, out, out_json, table, warn
@@ -27,10 +28,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
     """Print what the check found; problems are raised."""
+    from rich.console import Console
+
+    from tuner.core.track.progress import Progress
     from tuner.core.train.check import check
 
+    console = Console(stderr=True)
     try:
-        found = check(raw, resuming=resuming)
+        # Not as lines in a log: there the problems alone are of interest.
+        with Progress("pictures", None, "files", console=console) if console.is_terminal else nullcontext() as progress:
+
+            def tick(done: int, total: int) -> None:
+                if progress is not None:
+                    progress.total = total
+                    progress.advance(done)
+
+            found = check(raw, resuming=resuming, on_progress=tick)
     except UsageError as problem:
         if as_json:
             out_json({"ok": False, "problems": [_fields(each) for each in problem.parts or (problem,)]})

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from tuner.cli.console import error, out, warn
+from tuner.cli.console import error, never_fail_to_write, out, warn
 from tuner.core.errors import UsageError
 
 COMMANDS = {
@@ -37,6 +37,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    never_fail_to_write()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
