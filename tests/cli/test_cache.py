@@ -204,3 +204,9 @@ def test_what_the_run_itself_needs_is_never_pruned(
 def test_wrong_use_is_told(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", *words]) == 2
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("info",), ("verify",), ("prune",)])
+def test_the_next_command_is_the_one_that_was_meant(words: tuple[str, ...], capsys: Any) -> None:
+    assert main(["cache", *words]) == 2
+    assert f"fix: tuner cache {words[0]} config.json" in capsys.readouterr().err

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     words: list[str] = arguments.what
     if words and words[0] in ACTIONS:
         _refuse_unused(arguments, words)
+        arguments.command = f"cache {words[0]}"
         return {"info": _info, "verify": _verify, "prune": _prune}[words[0]](arguments, words[1:])
     for name in ("dir", "yes"):
         if getattr(arguments, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough.
         sys.stderr.close()
         return 0
+    except OSError as problem:
+        # A folder that cannot be written, a full disk: what the user's machine refused, not what the program got wrong.
+        if problem.filename is None and problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = "a file is in the way of a folder" if isinstance(problem, FileExistsError) else problem.strerror
+        error(str(UsageError("this file or folder cannot be used", where=problem.filename, why=why)))
+        return UsageError.exit_code
 
 
 def _run(name: str, arguments: list[str]) -> int:

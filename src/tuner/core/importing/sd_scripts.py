@@ -139,6 +139,8 @@ def _unfilled(result: Imported) -> list[str]:
 def _file_options(document: Document) -> list[Given]:
     """Options of a ``--config_file``; its tables have no meaning and are flattened."""
     found = []
+    if not isinstance(document.value, dict):
+        raise UsageError("neither options nor a data set: it is no table", where=document.name)
     for key, value in document.value.items():
         if isinstance(value, dict):
             found += [Given(name, inner, document.where((key, name)), f"{key}.{name}") for name, inner in value.items()]

@@ -133,9 +133,12 @@ class DataImport:
         drafts: list[SetDraft] = []
         for number, entry in enumerate(root["datasets"]):
             place: JsonPath = ("datasets", number)
+            subsets = (entry.get("subsets") or []) if isinstance(entry, dict) else None
+            if not isinstance(subsets, list) or not all(isinstance(each, dict) for each in subsets):
+                raise UsageError("a data set is a table with a list of subsets, which are tables",
+                                 where=document.where(place))  # fmt: skip
             rest = {key: value for key, value in entry.items() if key != "subsets"}
             level = self._level(document, place, rest, DATASET)
-            subsets = entry.get("subsets") or []
             kinds = {"metadata_file" in each for each in subsets if "conditioning_data_dir" not in each}
             if not subsets or len(kinds) > 1:
                 why = "it has no subsets" if not subsets else "subsets with and without metadata_file cannot be mixed"
