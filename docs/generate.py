@@ -338,10 +338,12 @@ def sd_scripts_page() -> str:
 
 def simpletuner_page() -> str:
     """Every option of SimpleTuner that an import knows."""
+    from tuner.core.importing.lycoris import FILE
     from tuner.core.importing.simpletuner_data import FIXED
     from tuner.core.importing.simpletuner_options import ENV_NAMES, GENERAL
 
     parts = [NOTE, "# Options of SimpleTuner\n", IMPORT_INTRO, "## Of every model\n", *_option_table(GENERAL)]
+    parts += ["## Of the file that lycoris_config names\n", *_option_table(FILE)]
     parts += ["## Of a data backend\n", "| Key | Note |\n|---|---|"]
     for name, known in FIXED.items():
         note = known if isinstance(known, str) else getattr(known, "why", "") or getattr(known, "note", "")

@@ -62,7 +62,7 @@ def test_contradicting_settings_and_files_that_do_not_fit_are_told_together(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project.folder / "weights.safetensors").write_bytes(b"\x00" * 4)
-    message = refusal(capsys, project.config(log={"dir": "x"}, optimizer={"name": "adamv"}))
+    message = refusal(capsys, project.config(log={"dir": "x"}, optimizer={"name": "adamww"}))
     for expected in ("3 problems", "log.dir: has no effect", "weights.safetensors", "did you mean 'adamw'?"):
         assert expected in message
 

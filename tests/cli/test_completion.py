@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,11 +26,12 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 def offered(text: str, *lines: str, folder: Path) -> list[list[str]]:
     """What bash offers at the end of each line."""
     tries = "\n".join(
-        f'COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}; COMPREPLY=(); _tuner 2>/dev/null; echo "${{COMPREPLY[*]}}"'
+        f"COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; COMPREPLY=(); _tuner 2>/dev/null;"
+        "(IFS=';'; echo \"${COMPREPLY[*]}\")"
         for line in lines
     )
     done = subprocess.run([BASH, "-c", f"{text}\n{tries}"], capture_output=True, text=True, check=True, cwd=folder)
-    return [line.split() for line in done.stdout.split("\n")[:-1]]
+    return [line.split(";") if line else [] for line in done.stdout.split("\n")[:-1]]
 
 
 def test_bash_offers_commands_options_models_presets_keys_and_values(
@@ -55,8 +57,18 @@ def test_bash_offers_commands_options_models_presets_keys_and_values(
         "tuner cache ver": ["verify"],
         "tuner plan --device 409": ["4090"],
         "tuner train --resume x --set train.seed=": [],
+        "tuner plan --device=409": ["4090"],
+        "tuner train --set=network.rank_": ["network.rank_dropout="],
     }
     assert dict(zip(lines, offered(text, *lines, folder=tmp_path), strict=True)) == lines
+
+
+def test_names_with_blanks_stay_whole_in_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my config.json").touch()
+    tries = ("tuner check my", "tuner report my", "tuner check my\\ c")
+    found = [sorted(each) for each in offered(script("bash", capsys), *tries, folder=tmp_path)]
+    assert found == [["my config.json", "my run"], ["my run"], ["my config.json"]]
 
 
 def test_every_command_option_and_key_is_in_the_script_of_every_shell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.tiny_parts import clip_shapes, random_tensors, t5_shapes, vae_shapes
 from tests.helpers import golden, golden_path
 from tuner.cli.main import main
+from tuner.core.files import safetensors_header
 
 DEV = "flux/dev_bfl.safetensors"
 
@@ -82,6 +83,12 @@ def test_separate_files_become_one_that_is_a_whole_model(tmp_path, capsys):
     assert main(["inspect", str(file), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert set(told["parts"]) == {"denoiser", *parts} and not told["unmapped"]
+    folder = convert(file, tmp_path / "folder", "diffusers", model="sd3")
+    assert "components that this layout does not hold: vae" in capsys.readouterr().out
+    for name, subfolder in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5", "text_encoder_3")):
+        same(load_file(folder / subfolder / "model.safetensors"), parts[name])
+    back = convert(folder, tmp_path / "back.safetensors", "all-in-one", model="sd3")
+    same(load_file(back), {name: value for name, value in wanted.items() if "first_stage_model" not in name})
 
 
 def test_a_dtype_changes_every_tensor(tmp_path):
@@ -153,3 +160,97 @@ def test_tensors_without_a_place_are_not_dropped(tmp_path, capsys):
     words = ["convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "one.safetensors"), "--to", "single"]
     assert main([*words, "--model", "flux"]) == 2
     assert "one of them is denoiser:odd.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_no_source_is_replaced(tmp_path, capsys, overwrite):
+    adapter, folder = tmp_path / "lora.safetensors", tmp_path / "model"
+    adapter.write_bytes(golden_path("flux/lora_sdscripts.safetensors").read_bytes())
+    convert(golden_path(DEV), folder, "diffusers", model="flux")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    for words in ([adapter, adapter, "--to", "diffusers"], [folder, folder, "--to", "diffusers", "--dtype", "bf16"]):
+        assert main(["convert", *map(str, words), *overwrite, "--model", "flux"]) == 2
+        assert "would replace" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_an_existing_folder_is_filled_only_when_it_is_empty(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    convert(golden_path(DEV), tmp_path / "empty", "diffusers", model="flux")
+    words = ["convert", str(golden_path(DEV)), str(tmp_path / "empty"), "--to", "diffusers", "--model", "flux"]
+    assert main(words) == 2
+    assert "the folder is not empty" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_values_beyond_a_number_format_are_refused(tmp_path, capsys, dtype):
+    source = golden(DEV)
+    source["double_blocks.0.img_mlp.0.weight"] *= 1e6
+    save_file(source, tmp_path / "wide.safetensors")
+    words = ["convert", str(tmp_path / "wide.safetensors"), str(tmp_path / "n.safetensors"), "--to", "single"]
+    assert main([*words, "--dtype", dtype, "--model", "flux"]) == 2
+    assert "double_blocks.0.img_mlp.0.weight has values that float" in capsys.readouterr().err
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_what_makes_steps_and_biases_is_not_in_eight_bits(tmp_path):
+    words = ("--dtype", "fp8", "--to", "single", "--model", "anima")
+    source, file = golden_path("anima/e2e_weights.safetensors"), tmp_path / "small.safetensors"
+    assert main(["convert", str(source), str(file), *words]) == 0
+    found = load_file(file)
+    assert found["net.blocks.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert found["net.llm_adapter.blocks.0.mlp.0.weight"].dtype == torch.float8_e4m3fn
+    assert found["net.t_embedder.1.linear_1.weight"].dtype == torch.float32
+
+
+def test_encoders_beside_a_scaled_denoiser_stay_as_they_are(tmp_path):
+    encoder = random_tensors(t5_shapes(width=24), torch.Generator().manual_seed(0))
+    save_file(encoder, tmp_path / "t5.safetensors")
+    words = ["--with", str(tmp_path / "t5.safetensors"), "--dtype"]
+    base = golden_path("sd3/sd35m_weights_f16.safetensors")
+    scaled = load_file(convert(base, tmp_path / "s.safetensors", "all-in-one", *words, "fp8-scaled", model="sd3"))
+    plain = load_file(convert(base, tmp_path / "p.safetensors", "all-in-one", *words, "fp8", model="sd3"))
+    start = "text_encoders.t5xxl.transformer."
+    assert all(torch.equal(scaled[start + name], value) for name, value in encoder.items())
+    assert scaled["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"].dtype == torch.float8_e4m3fn
+    layer = f"{start}encoder.block.0.layer.0.SelfAttention"
+    assert plain[f"{layer}.q.weight"].dtype == torch.float8_e4m3fn
+    assert plain[f"{layer}.relative_attention_bias.weight"].dtype == torch.float32
+
+
+def test_what_the_file_says_about_the_model_goes_with_it(tmp_path):
+    told = {"modelspec.author": "ada", "modelspec.hash_sha256": "0x1", "format": "pt"}
+    save_file(golden(DEV), tmp_path / "named.safetensors", told)
+    folder = convert(tmp_path / "named.safetensors", tmp_path / "folder", "diffusers", model="flux")
+    back = convert(folder, tmp_path / "back.safetensors", "single", model="flux")
+    for file in (folder / "transformer" / "diffusion_pytorch_model.safetensors", back):
+        assert safetensors_header(file).metadata == {"format": "pt", "modelspec.author": "ada"}
+
+
+@pytest.mark.parametrize("formats", [{torch.uint16}, {torch.float8_e4m3fn, torch.float32}], ids=["unknown", "mixed"])
+def test_a_number_format_that_cannot_be_converted_is_told(tmp_path, capsys, formats):
+    source = golden("flux/dev_diffusers.safetensors")
+    for name, dtype in zip(("to_q", "to_k"), sorted(formats, key=str), strict=False):
+        key = f"transformer_blocks.0.attn.{name}.weight"
+        source[key] = source[key].to(dtype)
+    save_file(source, tmp_path / "odd.safetensors")
+    words = ["convert", str(tmp_path / "odd.safetensors"), str(tmp_path / "n.safetensors"), "--to", "single"]
+    assert main([*words, "--model", "flux"]) == 2
+    assert "number format that cannot be converted" in capsys.readouterr().err
+
+
+def test_tensors_stand_in_the_order_of_their_source(tmp_path):
+    """Sets of names would order them anew in every process."""
+    source = golden_path("anima/e2e_weights.safetensors")
+    file = convert(source, tmp_path / "one.safetensors", "single", model="anima")
+    assert list(safetensors_header(file)) == [name for name in safetensors_header(source) if "pos_embedder" not in name]
+
+
+def test_a_file_that_is_not_the_named_component_is_refused(tmp_path, capsys):
+    encoder = random_tensors(t5_shapes(width=24), torch.Generator().manual_seed(0))
+    save_file(encoder, tmp_path / "t5.safetensors")
+    words = ["--to", "all-in-one", "--with", f"clip_l={tmp_path / 't5.safetensors'}", "--model", "sd3"]
+    base = str(golden_path("sd3/sd35m_weights_f16.safetensors"))
+    assert main(["convert", base, str(tmp_path / "all.safetensors"), *words]) == 2
+    assert "holds no clip_l of this model" in capsys.readouterr().err

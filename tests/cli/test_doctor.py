@@ -85,12 +85,13 @@ def test_what_is_redacted() -> None:
         "api_key": "x1", "token": "t", "max_tokens": {"t5": 512}, "prompts": ["a", "b"], "enabled": True,
         "path": "/srv/data/hero.safetensors", "url": "https://jane:pw@host.example/x",
         "note": "read /srv/data/a.png with hf_0123456789abcdefghij",
-        "steps": 4, "captions": {"prefix": "me", "from": "file"},
+        "steps": 4, "captions": {"prefix": "me", "from": "file"}, "/srv/data/b.png": 1,
     }  # fmt: skip
     assert redacted(value) == {
         "api_key": REMOVED, "token": REMOVED, "max_tokens": {"t5": 512}, "prompts": REMOVED, "enabled": True,
         "path": "…/hero.safetensors", "url": "https://host.example/x",
         "note": f"read …/a.png with {REMOVED}", "steps": 4, "captions": {"prefix": REMOVED, "from": "file"},
+        "…/b.png": 1,
     }  # fmt: skip
 
 
@@ -99,6 +100,55 @@ def test_a_package_that_works_and_one_that_is_not_there_are_no_faults() -> None:
     assert "No module named 'nothing_here'" in str(import_error("nothing_here"))
     assert asks_for_other_torch("safetensors") is None
     assert all(package.fits for package in packages())
+
+
+def test_what_the_system_does_not_tell_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    class Cuda:
+        def get_device_name(self, index: int) -> str:
+            return "Card"
+
+        def get_device_capability(self, index: int) -> tuple[int, int]:
+            return 9, 0
+
+        def mem_get_info(self, index: int) -> tuple[int, int]:
+            raise RuntimeError("CUDA error: device is busy\nand more")
+
+        def is_available(self) -> bool:
+            return True
+
+        def device_count(self) -> int:
+            return 1
+
+    monkeypatch.setattr("shutil.disk_usage", refuse)
+    monkeypatch.setattr("torch.cuda", Cuda())
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["disks"] == []
+    assert any("Card cannot be used: CUDA error: device is busy" in fault["what"] for fault in found["faults"])
+    assert main(["doctor"]) == 1
+    assert "device is busy" in capsys.readouterr().err
+
+
+def test_a_torch_that_breaks_the_process_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(machine.sys.modules, "torch")
+    monkeypatch.setattr(machine, "import_error", lambda module: f"importing {module} ends the process with -6")
+    assert main(["doctor", "--json"]) == 1
+    (fault,) = [each for each in json.loads(capsys.readouterr().out)["faults"] if each["serious"]]
+    assert fault["what"] == "torch cannot be imported: importing torch ends the process with -6"
+
+
+def test_records_of_a_run_that_are_damaged_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.resolved.json").write_text("{ half", encoding="utf-8")
+    main(["doctor", "--bundle", "x.zip", "--run", str(tmp_path)])
+    with zipfile.ZipFile("x.zip") as archive:
+        assert "not readable" in json.loads(archive.read("run/config.resolved.json"))
 
 
 def test_a_run_folder_is_needed_for_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,3 +198,28 @@ def test_number_format_and_metadata_are_kept(tmp_path, capsys):
     assert {value.dtype for name, value in read.tensors.items() if name.endswith(".up")} == {torch.float16}
     assert read.metadata["ss_training_comment"] == "mine"
     assert read.metadata["ss_network_dim"] == "1"
+
+
+def test_every_module_is_listed_even_when_nothing_was_lost(tmp_path, capsys):
+    out = str(tmp_path / "same.safetensors")
+    words = ["resize", str(golden_path(LORA)), "--energy", "1", "--model", "flux", "--out", out]
+    assert main([*words, "--layers"]) == 0
+    assert capsys.readouterr().out.count("lora_unet_") == 26
+
+
+@pytest.mark.parametrize("tool", ["extract", "resize"])
+def test_values_that_are_no_numbers_are_named(tmp_path, capsys, tool):
+    source = golden(FAMILIES["flux"] if tool == "extract" else LORA)
+    name = next(name for name in source if name.endswith("img_attn.proj.weight" if tool == "extract" else "up.weight"))
+    save_file(source | {name: source[name] * float("nan")}, tmp_path / "broken.safetensors")
+    given = [str(golden_path(FAMILIES["flux"]))] if tool == "extract" else []
+    words = [tool, *given, str(tmp_path / "broken.safetensors"), "--rank", "2", "--model", "flux"]
+    assert main([*words, "--out", str(tmp_path / "new.safetensors")]) == 2
+    assert "lora_unet_double_blocks_0_img_attn_proj is not finite" in capsys.readouterr().err
+
+
+def test_a_pattern_that_is_none_is_told(tmp_path, capsys):
+    file = str(golden_path(FAMILIES["flux"]))
+    words = ["extract", file, file, "--rank", "2", "--only", "(", "--model", "flux"]
+    assert main([*words, "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert "'(' is no regular expression" in capsys.readouterr().err

@@ -174,9 +174,11 @@ def test_looking_needs_no_torch():
 
 METADATA = {
     "format": "pt",
-    "lora_adapter_metadata": "{}",
+    "lora_adapter_metadata": '{"transformer.r": 4, "transformer.base_model_name_or_path": "ada/secret-model"}',
     "modelspec.title": "Hero",
     "modelspec.implementation": "https://example.org/model",
+    "modelspec.date": "2026-01-02T03:04:05",
+    "modelspec.merged_from": "ada:0.5, client:1",
     "ss_network_dim": "8",
     "ss_network_args": '{"file": "/home/ada/targets.txt"}',
     "ss_learning_rate": "1e-4",
@@ -209,6 +211,7 @@ def test_a_stripped_copy_has_the_same_tensors_and_only_what_may_stay(tmp_path, c
     assert source.read_bytes() == before
     with safe_open(copy, "pt") as file:
         assert set(file.metadata()) == KEPT[level]
+        assert json.loads(file.metadata()["lora_adapter_metadata"]) == {"transformer.r": 4}
     first, second = load_file(source), load_file(copy)
     assert list(first) == list(second)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -220,6 +223,7 @@ def test_a_stripped_copy_has_the_same_tensors_and_only_what_may_stay(tmp_path, c
     [
         (("--strip", "all"), "--strip and --out belong together"),
         (("--overwrite",), "--overwrite is for the copy that --strip writes"),
+        (("--strip", "all", "--out", "x", "--hashes"), "--hashes is for looking"),
     ],
 )
 def test_options_of_the_copy_belong_together(capsys, words, message):
@@ -232,3 +236,48 @@ def test_a_file_is_never_stripped_in_place(tmp_path, capsys):
     save_file(golden(LORA), source, METADATA)
     assert main(["inspect", str(source), "--strip", "all", "--out", str(source), "--overwrite"]) == 2
     assert "would replace the file it is made of" in capsys.readouterr().err
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path, capsys):
+    assert main(["inspect", str(golden_path("flux/dev_bfl.safetensors")), "--modules"]) == 2
+    assert "--modules is for adapters" in capsys.readouterr().err
+    save_file(golden(LORA), tmp_path / "a.safetensors")
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(golden(LORA), "a.safetensors")}))
+    assert main(["inspect", str(index), "--hashes"]) == 2
+    assert "name one of its shards" in capsys.readouterr().err
+    assert main(["inspect", str(index), "--json"]) == 0
+
+
+def test_a_number_format_that_is_not_known_is_copied(tmp_path):
+    header = b'{"__metadata__":{"ss_tag":"me"},"a":{"dtype":"F4_NEW","shape":[8],"data_offsets":[0,4]}}'
+    source, copy = tmp_path / "new.safetensors", tmp_path / "clean.safetensors"
+    source.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    assert main(["inspect", str(source), "--strip", "all", "--out", str(copy)]) == 0
+    assert b"F4_NEW" in copy.read_bytes() and copy.read_bytes().endswith(b"1234") and b"me" not in copy.read_bytes()
+
+
+def test_a_change_of_weights_alone_is_an_adapter(told, tmp_path, capsys):
+    name = "diffusion_model.blocks.0.self_attn.q_proj"
+    save_file({f"{name}.diff": torch.ones(4, 4)}, tmp_path / "full.safetensors")
+    found = told(tmp_path / "full.safetensors")
+    assert (found["what"], found["family"], found["modules"][0]["kind"]) == ("adapter", "anima", "full")
+    save_file({"act.alpha": torch.ones(4), "act.weight": torch.ones(4)}, tmp_path / "other.safetensors")
+    assert told(tmp_path / "other.safetensors")["what"] == "unknown"
+
+
+def test_a_program_is_credited_with_every_kind_that_it_reads(told, tmp_path):
+    """A LoKr of a joint matrix, as LyCORIS trains it under sd-scripts."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{name}.lokr_w1": torch.ones(12, 4), f"{name}.lokr_w2": torch.ones(12, 12)}, tmp_path / "a.safetensors")
+    found = told(tmp_path / "a.safetensors")
+    assert (found["family"], found["modules"][0]["kind"], len(found["modules"][0]["paths"])) == ("flux", "lokr", 3)
+    assert set(found["unread"]) == {"kohya-ss/sd-scripts", "diffusers"}
+
+
+def test_alphas_that_a_program_does_not_take_count_as_not_read(told, tmp_path):
+    found = told(golden_path("anima/lora_comfyui.safetensors"))
+    assert len(found["unread"]["diffusers"]) == len(found["modules"])
+    plain = {name: value for name, value in golden("anima/lora_comfyui.safetensors").items() if "alpha" not in name}
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert set(told(tmp_path / "plain.safetensors")["unread"]) == {"kohya-ss/sd-scripts"}

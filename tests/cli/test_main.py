@@ -50,6 +50,14 @@ def test_help_lists_every_command_and_model() -> None:
     assert "models: " in done.stdout
 
 
+def test_a_command_works_with_nobody_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for closed, arguments, code in (("stdout", ["--version"], 0), ("stderr", ["trian"], 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, closed, None)
+            assert main(arguments) == code
+            getattr(sys, closed).close()
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -153,6 +161,23 @@ def test_a_resolved_configuration_is_printed_and_stays_as_it_is(
 def test_output_is_plain_where_there_is_no_terminal(project: Project) -> None:
     done = run("trian")
     assert "\x1b" not in done.stderr
+
+
+def test_a_closed_output_is_no_fault() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m tuner explain train.seed >&-", shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_current_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["doctor"]) == 2
+    assert "the current folder is not there any more" in capsys.readouterr().err
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,9 @@ def test_the_sum_cut_to_a_rank_is_the_best_of_that_rank(out, capsys):
         ((path(LORA), "--concat", "--rank", "4"), "--concat keeps every rank"),
         ((path(LORA), "--strength", "half"), "cannot read the strength 'half'"),
         ((path(LORA), "--strength", ".*=0"), "nothing is left to merge"),
+        ((f"{path(LORA)}:0",), "nothing is left to merge"),
+        ((f"{path(LORA)}:nan",), "a strength must be finite, not nan"),
+        ((path(LORA), "--strength", ".*=inf"), "a strength must be finite, not inf"),
     ],
 )
 def test_options_that_cannot_act_are_refused(words, message, out, capsys):
@@ -213,13 +216,98 @@ def test_a_source_is_never_replaced(tmp_path, capsys):
     assert copy.read_bytes() == golden_path(BASE).read_bytes()
 
 
+def lycoris(file: Path, module: str, parts: dict[str, torch.Tensor]) -> str:
+    """An adapter of one module of the denoiser, as LyCORIS names it."""
+    save_adapter(
+        {f"denoiser:{module}.{part}": value for part, value in parts.items()}, format_by_name(MAPS, "lycoris"), file, {}
+    )
+    return str(file)
+
+
 def test_kinds_that_do_not_add_up_say_so(out, tmp_path, capsys):
-    fmt = format_by_name(MAPS, "lycoris")
-    parts = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(24, 24), "alpha": torch.tensor(1.0)}
-    lokr = tmp_path / "lokr.safetensors"
-    name = "denoiser:transformer_blocks.0.attn.to_q"
-    save_adapter({f"{name}.{part}": value for part, value in parts.items()}, fmt, lokr, {})
-    assert main(["merge", str(lokr), "--model", "flux", "--out", str(out)]) == 2
+    parts = {"down": torch.ones(1, 48), "up": torch.ones(48, 1), "dora_scale": torch.ones(48, 1)}
+    dora = lycoris(tmp_path / "dora.safetensors", "transformer_blocks.0.attn.to_q", {**parts, "alpha": torch.ones(())})
+    assert main(["merge", dora, "--model", "flux", "--out", str(out)]) == 2
     assert "merge them into a checkpoint with --base" in capsys.readouterr().err
-    merge(out, str(lokr), "--base", path(BASE))
-    assert safetensors_header(out).metadata["modelspec.merged_from"] == "lokr:1"
+    merge(out, dora, "--base", path(BASE))
+    assert safetensors_header(out).metadata["modelspec.merged_from"] == "dora:1"
+
+
+def changes(rank: int) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Kind to parts of one module [48, 48] and what they add to its weight, written down a second time."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    alpha = torch.tensor(1.5)
+    a, b, c, d = drawn(48, rank), drawn(rank, 48), drawn(48, rank), drawn(rank, 48)
+    w1, w2, x, y = drawn(4, 4), drawn(12, 12), drawn(12, rank), drawn(rank, 12)
+    diff = drawn(48, 48)
+    loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": alpha}
+    return {
+        "lora": ({"down": b, "up": a, "alpha": alpha}, a @ b * (1.5 / rank)),
+        "loha": (loha, (a @ b) * (c @ d) * (1.5 / rank)),
+        "lokr": ({"lokr_w1": w1, "lokr_w2": w2, "alpha": alpha}, torch.kron(w1, w2)),
+        "thin lokr": (
+            {"lokr_w1": w1, "lokr_w2_a": x, "lokr_w2_b": y, "alpha": alpha},
+            torch.kron(w1, x @ y) * (1.5 / rank),
+        ),
+        "full": ({"diff": diff}, diff),
+    }
+
+
+@pytest.mark.parametrize("second", ["lora", "loha", "lokr", "thin lokr", "full"])
+@pytest.mark.parametrize("first", ["lora", "loha", "full"])
+def test_kinds_that_do_not_look_at_the_weight_add_up_exactly(out, tmp_path, first, second):
+    module = "transformer_blocks.0.attn.to_q"
+    (one, change), (two, other) = changes(2)[first], changes(3)[second]
+    merge(
+        out,
+        f"{lycoris(tmp_path / 'a.safetensors', module, one)}:0.7",
+        f"{lycoris(tmp_path / 'b.safetensors', module, two)}:-1.3",
+    )
+    merged = load_file(
+        merge(tmp_path / "model.safetensors", str(out), "--base", path("flux/dev_diffusers.safetensors"))
+    )
+    wanted = golden("flux/dev_diffusers.safetensors")[f"{module}.weight"] + 0.7 * change - 1.3 * other
+    torch.testing.assert_close(merged[f"{module}.weight"], wanted, rtol=0, atol=1e-5)
+
+
+def test_a_sum_that_is_dense_is_cut_to_a_rank_too(out, tmp_path, capsys):
+    module = "transformer_blocks.0.attn.to_q"
+    parts, change = changes(2)["full"]
+    merge(out, lycoris(tmp_path / "a.safetensors", module, parts), "--rank", "3", "--json")
+    assert json.loads(capsys.readouterr().out)["max_rank"] == 3
+    u, s, vh = torch.linalg.svd(change)
+    read = read_adapter(out, MAPS)
+    torch.testing.assert_close(
+        delta_weight(read.tensors, f"denoiser:{module}"), (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-4
+    )
+
+
+def test_an_adapter_with_values_that_are_no_numbers_goes_nowhere(out, tmp_path, capsys):
+    tensors = golden(LORA)
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_file(tensors | {name: tensors[name] * float("nan")}, tmp_path / "broken.safetensors")
+    for words in ((), ("--base", path(BASE)), ("--rank", "2")):
+        assert main(["merge", str(tmp_path / "broken.safetensors"), *words, "--model", "flux", "--out", str(out)]) == 2
+        assert "is not finite" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for target, message in ((tmp_path / "file" / "new", "cannot be written"), (tmp_path, "this is a folder")):
+        assert main(["merge", path(LORA), "--model", "flux", "--overwrite", "--out", str(target)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(out, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tuner.core.adapters.streams.write_values", full)
+    assert main(["merge", path(LORA), "--base", path(BASE), "--model", "flux", "--out", str(out)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []

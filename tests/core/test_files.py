@@ -88,8 +88,10 @@ def test_another_file_under_a_safetensors_name_is_told_apart(tmp_path: Path, con
         '{"a": {"dtype": "F32", "shape": [2]}}',
         '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         '{"__metadata__": 3}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        "[" * 100_000,
     ],
-    ids=["list", "broken", "no offsets", "wrong length", "metadata"],
+    ids=["list", "broken", "no offsets", "wrong length", "metadata", "in front of the data", "nested too deep"],
 )
 def test_a_malformed_header_is_refused(tmp_path: Path, header: str) -> None:
     path = tmp_path / "bad.safetensors"
@@ -118,6 +120,16 @@ def test_an_index_with_a_missing_tensor_or_a_foreign_path_is_refused(tmp_path: P
     assert "missing: b" in str(caught.value)
     index.write_text(json.dumps({"weight_map": {"a": "../m-1.safetensors"}}))
     with pytest.raises(UsageError, match="outside"):
+        weight_header(index)
+
+
+@pytest.mark.parametrize(
+    "names", ['{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', "[1]", "{}", "{", "[" * 100_000]
+)
+def test_a_malformed_index_is_refused(tmp_path: Path, names: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(names)
+    with pytest.raises(UsageError, match="not a shard index"):
         weight_header(index)
 
 

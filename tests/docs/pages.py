@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
+
+from tests.fixtures.tiny_anima import make_tiny_anima
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -47,3 +52,16 @@ def blocks_of(path: Path) -> list[Block]:
 def blocks(language: str) -> list[Block]:
     """Every block of a language in the README and the documentation."""
     return [block for path in PAGES for block in blocks_of(path) if block.language == language]
+
+
+def make_tutorial_folder(folder: Path, size: int, captions: Sequence[str]) -> None:
+    """Tiny files under the names that the pages use, and a square picture for each caption."""
+    make_tiny_anima(folder)
+    (folder / "qwen3").rename(folder / "Qwen3-0.6B")
+    (folder / "t5").rename(folder / "Qwen3-0.6B" / "t5_tokenizer")
+    (folder / "vae.safetensors").rename(folder / "qwen_image_vae.safetensors")
+    images = folder / "images" / "hero"
+    images.mkdir(parents=True)
+    for number, caption in enumerate(captions):
+        Image.effect_noise((size, size), 60 + 40 * number).convert("RGB").save(images / f"{number:03}.png")
+        (images / f"{number:03}.txt").write_text(caption, encoding="utf-8")

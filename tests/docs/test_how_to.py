@@ -9,28 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors import safe_open
 
 import tuner
-from tests.docs.pages import ROOT, blocks_of
-from tests.fixtures.tiny_anima import make_tiny_anima
+from tests.docs.pages import ROOT, blocks_of, make_tutorial_folder
 from tuner.cli.main import main
+from tuner.core.train.prompt_files import read_prompt_file
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the tutorial: tiny files under the names that the pages use, and two steps of training."""
     folder = tmp_path / "work"
-    make_tiny_anima(folder)
-    (folder / "qwen3").rename(folder / "Qwen3-0.6B")
-    (folder / "t5").rename(folder / "Qwen3-0.6B" / "t5_tokenizer")
-    (folder / "vae.safetensors").rename(folder / "qwen_image_vae.safetensors")
-    images = folder / "images" / "hero"
-    images.mkdir(parents=True)
-    for number in range(2):
-        Image.effect_noise((64, 64), 60 + 40 * number).convert("RGB").save(images / f"{number}.png")
-        (images / f"{number}.txt").write_text(f"a red dog {number}", encoding="utf-8")
+    make_tutorial_folder(folder, 64, ["a red dog 0", "a red dog 1"])
     (folder / "config.json").write_text(json.dumps(config()), encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user-cache"))
@@ -95,6 +86,18 @@ def test_every_command_of_the_page_about_pictures_draws_some(project: Path) -> N
     first = (drawn[0] / "000.png").read_bytes()
     assert (drawn[7] / "000.png").read_bytes() == first
     assert (drawn[1] / "000.png").read_bytes() != first
+
+
+def test_the_prompt_files_of_the_page_hold_the_same_prompts(project: Path) -> None:
+    read = {}
+    for block in blocks_of(ROOT / "docs" / "how-to" / "sample-pictures.md"):
+        if block.title:
+            Path(block.title).write_text(block.text, encoding="utf-8")
+            read[block.title] = read_prompt_file(Path(block.title))
+    assert set(read) == {"prompts.txt", "prompts.toml", "prompts.json"}
+    assert {tuple(each["prompt"] for each in entries) for entries in read.values()} == {
+        ("a red dog on grass", "a red dog in snow")
+    }
 
 
 def test_the_extension_of_the_page_keeps_its_diary(

@@ -6,10 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from tests.docs.pages import ROOT, blocks_of
-from tests.fixtures.tiny_anima import make_tiny_anima
+from tests.docs.pages import ROOT, blocks_of, make_tutorial_folder
 from tuner.cli.main import main
 from tuner.core.config.jsonc import parse
 from tuner.core.wizard.questions import Interview
@@ -20,15 +18,7 @@ PAGE = ROOT / "docs" / "tutorials" / "wizard.md"
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "work"
-    make_tiny_anima(folder)
-    (folder / "qwen3").rename(folder / "Qwen3-0.6B")
-    (folder / "t5").rename(folder / "Qwen3-0.6B" / "t5_tokenizer")
-    (folder / "vae.safetensors").rename(folder / "qwen_image_vae.safetensors")
-    images = folder / "images" / "hero"
-    images.mkdir(parents=True)
-    for number in range(2):
-        Image.effect_noise((1024, 1024), 60 + 40 * number).convert("RGB").save(images / f"00{number}.png")
-        (images / f"00{number}.txt").write_text("1girl, hero, red scarf", encoding="utf-8")
+    make_tutorial_folder(folder, 1024, ["1girl, hero, red scarf"] * 2)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "user-cache"))
     return folder

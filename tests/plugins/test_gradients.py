@@ -35,7 +35,7 @@ def test_norms_and_time_embedders_train_beside_frozen_modulation(family: str, tm
     network = {"targets": [".*(time_text_embed|t_embedder).*"], "train_norms": True}
     run = bench.open(network=network, memory={"checkpointing": "block"})
     models, trained = bench.adapted(run)
-    prepare_blocks(models, trained, run.config, run.facts, torch.device("cpu"))
+    prepare_blocks(models, trained.module, run.config, run.facts, torch.device("cpu"))
     shake(trained, seed=1)
     batch = bench.batch()
     noise = Rng(2, "noise").normal(batch.latents.shape)

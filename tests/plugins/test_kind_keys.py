@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.formats import decode_adapter, encode_adapter, parts_of
+from tuner.core.adapters.deltas import merged_weight
+from tuner.core.adapters.formats import decode_adapter, encode_adapter, modules_of, parts_of
+from tuner.core.adapters.kinds import checked_parts
 from tuner.core.errors import UsageError
 from tuner.core.types import KeyMaps
 
@@ -190,3 +192,46 @@ def test_joint_matrices_hold_no_kind_without_a_joint_form(kind: str) -> None:
             assert kind not in fmt.kinds
             with pytest.raises(UsageError, match=r"cannot (hold|be stored)"):
                 encode_adapter(network(kind, QKV), fmt)
+
+
+@pytest.mark.parametrize(
+    ("module", "paths"),
+    [("double_blocks_0_img_attn_qkv", QKV), ("single_blocks_0_linear1", LINEAR1)],
+    ids=["three parts", "one of them wider"],
+)
+@pytest.mark.parametrize("kind", ["loha", "lokr", "full lokr", "odd lokr", "oft", "ia3", "ia3 on inputs"])
+def test_adapters_of_a_joint_matrix_act_on_its_projections(kind: str, module: str, paths: dict[str, int]) -> None:
+    """LyCORIS under sd-scripts trains one adapter of any kind for the whole joint matrix."""
+    rows = sum(paths.values()) * WIDTH
+    found = parts("lokr" if "lokr" in kind else kind.split()[0], rows, constraint=0.01)
+    if kind == "full lokr":
+        found = {"lokr_w1": torch.randn(sum(paths.values()), 2), "lokr_w2": torch.randn(WIDTH, 2)}
+    if kind == "odd lokr":
+        found = {"lokr_w1": torch.randn(2, 2), "lokr_w2_a": torch.randn(rows // 2, 1), "lokr_w2_b": torch.randn(1, 2)}
+    if kind == "oft":
+        found["oft_blocks"] = torch.randn(rows // 2, 2, 2)
+    if kind == "ia3 on inputs":
+        found = {"weight": torch.randn(WIDTH), "on_input": torch.tensor(1.0)}
+    weight = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
+    wanted = merged_weight(weight, checked_parts(found, module))
+
+    known = maps("flux")
+    stored = {f"lora_unet_{module}.{part}": value for part, value in found.items()}
+    read, _ = decode_adapter(stored, known.formats, known.paths(tuple(stored)))
+    split = torch.split(weight, [count * WIDTH for count in paths.values()])
+    merged = [merged_weight(part, parts_of(read, "denoiser", path)) for path, part in zip(paths, split, strict=True)]
+    torch.testing.assert_close(torch.cat(merged), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_kronecker_product_follows_halves_that_stand_in_the_other_order(rows: int, factor: int) -> None:
+    found = {"lokr_w1": torch.randn(factor, 2), "lokr_w2": torch.randn(rows * WIDTH // factor, WIDTH // 2)}
+    known, module = maps("sd3"), "joint_blocks_0_context_block_adaLN_modulation_1"
+    stored = {f"lora_unet_{module}.{part}": value for part, value in found.items()}
+    read, _ = decode_adapter(stored, known.formats, known.paths(tuple(stored)))
+    [(component, path)] = modules_of(read)
+    change = merged_weight(torch.zeros(rows * WIDTH, WIDTH), parts_of(read, component, path))
+    wanted = torch.kron(found["lokr_w1"], found["lokr_w2"])
+    # Six vectors are in the same order in both layouts, two are not.
+    torch.testing.assert_close(change, torch.cat(wanted.chunk(2)[::-1]) if rows == 2 else wanted)

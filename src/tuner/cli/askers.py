@@ -26,10 +26,16 @@ def open_asker(answers: Path | None, *, quiet: bool = False) -> Asker:
         from tuner.core.wizard.answers import FileAsker, read_answers
 
         return FileAsker(read_answers(answers), str(answers), _nothing if quiet else out)
+    if sys.stdin is None:
+        raise _nobody("standard input is closed")
     full = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if full and importlib.util.find_spec("questionary") is not None:
         return QuestionaryAsker()
     return LineAsker()
+
+
+def _nobody(why: str, question: str | None = None) -> UsageError:
+    return UsageError("the answers ended", where=question, why=why, fix="tuner configure --answers FILE")
 
 
 def _nothing(text: str) -> None:
@@ -79,8 +85,7 @@ class LineAsker:
         try:
             return self.console.input(f"{hint}> ", markup=False).strip()
         except EOFError as error:
-            raise UsageError("the answers ended", where=question.id, why="there is no terminal to ask at",
-                             fix="tuner configure --answers FILE") from error  # fmt: skip
+            raise _nobody("there is nobody to ask, or Ctrl-D was typed", question.id) from error
 
     def _raw(self, question: Question[Any], answer: str) -> Raw | None:
         """What was meant: an option by its number or value, yes or no; None for nothing where something is needed."""
@@ -106,13 +111,19 @@ class QuestionaryAsker:
         self.lines = LineAsker()
 
     def put(self, question: Question[Any]) -> Raw:
-        import questionary
-
         if question.help:
             self.lines._print(f"  {question.help}", style="dim")
+        try:
+            return self._ask(question)
+        except EOFError as error:
+            raise _nobody("Ctrl-D was typed", question.id) from error
+
+    def _ask(self, question: Question[Any]) -> Raw:
+        import questionary
+
         if question.kind == "confirm":
-            chosen = questionary.confirm(question.text, default=question.default is not False).unsafe_ask()
-            return bool(chosen)
+            # Where somebody has to say yes, the Enter key alone does not.
+            return bool(questionary.confirm(question.text, default=question.default is True).unsafe_ask())
         if question.kind == "several":
             choices = [questionary.Choice(option.title, option.value) for option in question.options]
             return tuple(questionary.checkbox(question.text, choices=choices).unsafe_ask())
@@ -122,7 +133,9 @@ class QuestionaryAsker:
                 return str(answer)
         default = question.default if isinstance(question.default, str) else ""
         ask = questionary.path if question.kind == "place" else questionary.text
-        return str(ask(question.text, default=default if default != NOTHING else "").unsafe_ask()) or default
+        shown = "" if default == NOTHING else default
+        # What was suggested stands on the line: who deletes it does not mean it.
+        return str(ask(question.text, default=shown).unsafe_ask()) or (NOTHING if default == NOTHING else "")
 
     def insists(self, name: str) -> bool:
         return False

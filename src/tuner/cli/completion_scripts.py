@@ -59,12 +59,17 @@ def _bash(words: Words) -> Iterator[str]:
 _tuner_add() {
     COMPREPLY+=($(compgen -W "$1" -- "$cur"))
 }
+_tuner_paths() {
+    local IFS=$'\n'
+    COMPREPLY+=($(compgen "$1" -- "$cur"))
+    compopt -o filenames 2>/dev/null
+}
 _tuner_offer() {
     local kind
     for kind in $1; do
         case "$kind" in
-            @FILES@) COMPREPLY+=($(compgen -f -- "$cur")); compopt -o filenames 2>/dev/null ;;
-            @FOLDERS@) COMPREPLY+=($(compgen -d -- "$cur")); compopt -o filenames 2>/dev/null ;;
+            @FILES@) _tuner_paths -f ;;
+            @FOLDERS@) _tuner_paths -d ;;
             @SETS@)
                 compopt -o nospace 2>/dev/null
                 if [[ "$cur" == *=* ]]; then
@@ -84,11 +89,15 @@ _tuner_offer() {
 _tuner() {
     local line="${COMP_LINE:0:COMP_POINT}" cur previous place kinds
     local -a parts
-    read -ra parts <<< "$line"
-    [[ "$line" == *[[:space:]] ]] && parts+=("")
+    # Without -r, so that a blank in a name may be written with a backslash.
+    read -a parts <<< "$line"
+    [[ "$line" == *[!\\][[:space:]] ]] && parts+=("")
     local count=${#parts[@]}
     cur="${parts[count-1]}" previous="${parts[count-2]}" place="${parts[1]}"
     COMPREPLY=()
+    if [[ "$cur" == --*=* ]]; then
+        previous="${cur%%=*}" cur="${cur#*=}"
+    fi
     if ((count == 2)); then
         _tuner_add "$(_tuner_list commands) --help --version"
     else
@@ -160,7 +169,12 @@ _tuner() {
         fi
         place="$place ${words[3]}"
     fi
-    kinds="$(_tuner_after "$place" "${words[CURRENT-1]}")"
+    local previous="${words[CURRENT-1]}"
+    if [[ "$PREFIX" == --*=* ]]; then
+        previous="${PREFIX%%=*}"
+        compset -P 1 '*='
+    fi
+    kinds="$(_tuner_after "$place" "$previous")"
     if [[ "$kinds" != none ]]; then
         _tuner_offer "$kinds"
     elif [[ "$PREFIX" == -* ]]; then
@@ -210,7 +224,7 @@ def _fish(words: Words) -> Iterator[str]:
         yield f"    echo {key}="
     yield "end"
     yield "function __tuner_sets"
-    yield "    set -l current (commandline -ct)"
+    yield "    set -l current (string replace -r '^--[^=]*=' '' -- (commandline -ct))"
     yield "    if not string match -q '*=*' -- $current"
     yield "        __tuner_keys"
     yield "        return"

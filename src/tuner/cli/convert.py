@@ -2,7 +2,7 @@
 
 For an adapter FORMAT is one of the model's adapter formats, as `tuner plugins show NAME` lists them. For a model it is
 single (one file, the denoiser under its original names), all-in-one (one file with text encoders and autoencoder too)
-or diffusers (a folder with the denoiser under diffusers' names)."""
+or diffusers (a folder with the denoiser under diffusers' names, and the text encoders of SOURCE)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import argparse
 from pathlib import Path
 
 from tuner.cli.console import out, out_json, warn
-from tuner.cli.files import ModelNames, add_model_argument, model_names, new_file, shown_progress
+from tuner.cli.files import (
+    ModelNames,
+    add_model_argument,
+    model_names,
+    new_file,
+    new_folder,
+    shown_progress,
+    sources_of,
+    writing,
+)
 from tuner.core.errors import UsageError
 
 
@@ -54,8 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _convert_adapter(arguments: argparse.Namespace, names: ModelNames) -> int:
     from tuner.core.adapters.convert import convert_adapter
 
-    source, target = Path(arguments.source), Path(arguments.target)
-    done = convert_adapter(source, target, arguments.to, names.adapters, overwrite=arguments.overwrite)
+    source = Path(arguments.source)
+    target = new_file(arguments.target, overwrite=arguments.overwrite, sources=[source])
+    with writing(target):
+        done = convert_adapter(source, target, arguments.to, names.adapters, overwrite=arguments.overwrite)
     if arguments.json:
         out_json({"from": done.source_format, "to": done.format, "modules": done.modules, "path": str(done.path)})
     else:
@@ -77,11 +88,13 @@ def _convert_base(arguments: argparse.Namespace, names: ModelNames) -> int:
             fix=f"use one of: {', '.join(LAYOUTS)}",
         )
     if arguments.parts and layout != "all-in-one":
-        raise UsageError("--with is for --to all-in-one", why=f"{layout} holds the denoiser", fix="leave out --with")
+        raise UsageError(
+            "--with is for --to all-in-one", why=f"{layout} takes what SOURCE holds", fix="leave out --with"
+        )
     files = open_files(maps, [arguments.source, *arguments.parts], "SOURCE")
-    sources = [path for file in files for path in file.header.files]
-    target = new_file(arguments.target, overwrite=arguments.overwrite, sources=sources)
-    with shown_progress("converting", "tensors") as progress:
+    new = new_folder if layout == "diffusers" else new_file
+    target = new(arguments.target, overwrite=arguments.overwrite, sources=sources_of(files))
+    with shown_progress("converting", "tensors") as progress, writing(target):
         done = convert_base(files, maps, layout, target, arguments.dtype, progress=progress)
     if arguments.json:
         written = [{"path": str(path), "tensors": count} for path, count in done.files.items()]

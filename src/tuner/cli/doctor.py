@@ -65,6 +65,8 @@ def _show(found: Diagnosis) -> None:
         out(f"  {name}: {byte_size(value) if name == 'memory' and value else value}")
     heading("devices")
     for device in found.torch["devices"]:
+        if device["error"]:
+            continue  # it is told with the faults
         capability = ".".join(map(str, device["capability"]))
         out(f"  {device['name']}: {byte_size(device['free'])} of {byte_size(device['memory'])} free, {capability}")
     if not found.torch["devices"]:

@@ -60,6 +60,8 @@ def _keys(words: list[str], keys: Keys, *, as_json: bool) -> int:
 
 
 def _show(info: KeyInfo) -> None:
+    from tuner.core.explain.costs import WHERE
+
     heading(info.path)
     if info.refused:
         words = "is planned and not built yet; it is for" if info.refused == "planned" else "does not apply here"
@@ -91,12 +93,17 @@ def _show(info: KeyInfo) -> None:
         wrapped(f"conflict: {given}{keys}{conflict.problem}{fix}")
     if info.needed_by:
         wrapped(f"needed by: {', '.join(info.needed_by)}")
+    for cost in info.measured:
+        wrapped(f"measured cost: {cost}")
+    if info.measured:
+        wrapped(f"measured on {WHERE}")
     for key, kind, default, text in info.inner:
         out(f"\n  {key}: {kind}, {default if default == 'required' else f'default {default}'}")
         wrapped(text, 4)
 
 
 def _values(arguments: argparse.Namespace, keys: Keys, words: list[str]) -> int:
+    from tuner.core.explain.costs import WHERE
     from tuner.core.explain.values import explain_config
 
     explained = explain_config(load(arguments, keys.catalog), keys, _only(words, keys))
@@ -111,8 +118,12 @@ def _values(arguments: argparse.Namespace, keys: Keys, words: list[str]) -> int:
         default = f"; default {value.default}" if value.changed and value.default else ""
         out(f"  {value.key} = {value.text}   [{value.origin}{default}]")
         wrapped(value.meaning, 6)
+        for cost in value.measured:
+            wrapped(f"measured cost: {cost}", 6)
         for problem in value.problems:
             error(str(problem))
+    if any(value.measured for value in values):
+        out(f"costs were measured on {WHERE}")
     _tell(explained)
     return 2 if explained.problems else 0
 

@@ -17,6 +17,8 @@ from tuner.cli.files import (
     network_metadata,
     new_file,
     shown_progress,
+    sources_of,
+    writing,
 )
 from tuner.core.errors import UsageError
 
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     fmt = format_by_name(names.adapters, arguments.format, where="--format")
     maps = names.require_weights()
     files = [open_files(maps, [text], where) for text, where in ((arguments.base, "BASE"), (arguments.tuned, "TUNED"))]
-    sources = [path for some in files for file in some for path in file.header.files]
+    sources = [path for some in files for path in sources_of(some)]
     target = new_file(arguments.out, overwrite=arguments.overwrite, sources=sources)
     base, tuned = (Parameters(some) for some in files)
     with shown_progress("extracting", "matrix") as progress:
@@ -78,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         **network_metadata(ranks),
         "ss_training_comment": f"extracted from two checkpoints, {found.kept:.4f} of the squared norm kept",
     }
-    save_adapter(found.tensors, fmt, target, metadata, dtype_by_name(arguments.dtype))
+    with writing(target):
+        save_adapter(found.tensors, fmt, target, metadata, dtype_by_name(arguments.dtype))
     if arguments.json:
         out_json(
             {
@@ -96,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         out(f"{found.unchanged} modules are equal in both checkpoints")
     if found.rest:
         more = f" and {len(found.rest) - 3} more" if len(found.rest) > 3 else ""
-        out(f"left out, because a LoRA cannot hold them: {', '.join(found.rest[:3])}{more}")
+        why = "--only leaves out, or a LoRA cannot hold" if arguments.only else "a LoRA cannot hold"
+        out(f"changed, but {why}: {', '.join(found.rest[:3])}{more}")
     show_layers(found.layers)
     return 0
 
@@ -108,12 +112,14 @@ def layers_as_json(layers: list[Layer]) -> list[dict[str, object]]:
     ]
 
 
-def show_layers(layers: list[Layer], count: int = LISTED) -> None:
-    """The modules that lost most, in a table."""
-    worst = sorted(layers, key=lambda layer: layer.kept)[:count]
-    if worst[0].kept > 1 - 1e-6:
+def show_layers(layers: list[Layer], *, everything: bool = False) -> None:
+    """The modules that lost most, in a table; or all of them, these first."""
+    worst = sorted(layers, key=lambda layer: layer.kept)
+    if not everything:
+        worst = [layer for layer in worst[:LISTED] if layer.kept <= 1 - 1e-6]
+    if not worst:
         return
-    out("\nmodules that lost most:")
+    out("\nall modules:" if everything else "\nmodules that lost most:")
     table(
         ("module", "rank", "of", "kept"),
         [(layer.name, layer.rank, layer.old_rank, f"{layer.kept:.2%}") for layer in worst],

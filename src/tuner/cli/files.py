@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from tuner.core.types import KeyMaps, WeightMaps
+    from tuner.core.types import KeyMaps, StoredFile, WeightMaps
 
 ADAPTER_DTYPES = ("fp32", "bf16", "fp16")
 
@@ -75,14 +76,56 @@ def network_metadata(ranks: list[int]) -> dict[str, str]:
     return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
 
 
-def new_file(text: str, *, overwrite: bool, sources: list[Path]) -> Path:
-    """The file to write. UsageError when it exists, or is one of those that are read."""
+def new_file(text: str, *, overwrite: bool, sources: Iterable[Path]) -> Path:
+    """The file to write. UsageError when it exists, is one of those that are read, or cannot be written."""
     path = Path(text)
     if any(path.exists() and source.exists() and path.samefile(source) for source in sources):
         raise UsageError("the result would replace the file it is made of", where=text, fix="choose another name")
+    if path.is_dir():
+        raise UsageError("a file is to be written here, this is a folder", where=text, fix="name a file in it")
     if path.exists() and not overwrite:
         raise UsageError("the file exists", where=text, fix="choose another name, or add --overwrite")
+    _check_writable(path.parent, text)
     return path
+
+
+def sources_of(files: Iterable[StoredFile]) -> list[Path]:
+    """Everything on disk that makes ``files``: their shards, and the index of these."""
+    return [path for file in files for path in (file.header.path, *file.header.files)]
+
+
+def new_folder(text: str, *, overwrite: bool, sources: Iterable[Path]) -> Path:
+    """The folder to write files into. UsageError when it has any, when one of them is read, or it cannot be written."""
+    path = Path(text)
+    if any(source.resolve().is_relative_to(path.resolve()) for source in sources):
+        raise UsageError("the result would replace what it is made of", where=text, fix="choose another folder")
+    if path.exists() and not path.is_dir():
+        raise UsageError("a folder is to be written here, this is a file", where=text, fix="choose another name")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError("the folder is not empty", where=text, fix="choose another name, or add --overwrite")
+    _check_writable(path, text)
+    return path
+
+
+def _check_writable(folder: Path, where: str) -> None:
+    """Try it before hours of work, in the nearest folder that exists."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    with writing(where), tempfile.TemporaryFile(dir=there):
+        pass
+
+
+@contextmanager
+def writing(where: Path | str) -> Iterator[None]:
+    """UsageError instead of what the system says when the result cannot be written, for example on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "the result cannot be written",
+            where=str(where),
+            why=error.strerror or str(error),
+            fix="choose another place",
+        ) from error
 
 
 @contextmanager

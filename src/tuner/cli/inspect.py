@@ -7,15 +7,15 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.cli.console import heading, out, out_json, table, warn
-from tuner.cli.files import new_file
+from tuner.cli.files import new_file, writing
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.core.adapters.inspecting import Family, Hashes, Inspection
+    from tuner.core.files import WeightHeader
 
 HASHED_BYTES = 1_000_000_000
 """Larger files are hashed on demand: it takes seconds per gigabyte."""
@@ -56,14 +56,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--strip and --out belong together", fix="--strip private --out clean.safetensors")
     if arguments.overwrite and arguments.out is None:
         raise UsageError("--overwrite is for the copy that --strip writes")
+    for option, given in (
+        ("--modules", arguments.modules), ("--metadata", arguments.metadata), ("--hashes", arguments.hashes)
+    ):  # fmt: skip
+        if given and arguments.strip is not None:
+            raise UsageError(f"{option} is for looking, --strip writes a copy", fix=f"leave out {option}")
     from tuner.core.adapters.inspecting import hashes, inspect
     from tuner.core.files import weight_header
 
     header = weight_header(arguments.file)
     if arguments.strip is not None:
-        return _strip(arguments)
+        return _strip(arguments, header)
     found = inspect(header, families())
     single = header.path.suffix != ".json"
+    if arguments.hashes and not single:
+        raise UsageError("--hashes is for one file", where=str(header.path), fix="name one of its shards")
+    if arguments.modules and found.what != "adapter":
+        raise UsageError(
+            "--modules is for adapters", where=str(header.path), why=f"this is a file of kind {found.what}"
+        )
     known = hashes(header) if single and (arguments.hashes or found.size <= HASHED_BYTES) else None
     if arguments.json:
         out_json(_as_json(found, known))
@@ -97,17 +108,18 @@ def families() -> list[Family]:
     return found
 
 
-def _strip(arguments: argparse.Namespace) -> int:
+def _strip(arguments: argparse.Namespace, header: WeightHeader) -> int:
     from tuner.core.adapters.stripping import strip
-    from tuner.core.files import safetensors_header
 
-    source = Path(arguments.file)
-    target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[source])
-    removed = strip(safetensors_header(source), target, arguments.strip)
+    if header.path.suffix == ".json":
+        raise UsageError("--strip is for one file", where=str(header.path), fix="name one of its shards")
+    target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[header.path])
+    with writing(target):
+        removed = strip(header, target, arguments.strip)
     if arguments.json:
         out_json({"path": str(target), "removed": removed})
     else:
-        out(f"{target}: the same tensors, {len(removed)} metadata removed")
+        out(f"{target}: the same tensors, {len(removed)} metadata removed or cut")
         for key in removed:
             out(f"  {key}")
     return 0

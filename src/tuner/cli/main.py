@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from tuner.cli.console import error, never_fail_to_write, out, warn
 from tuner.core.errors import UsageError
@@ -25,7 +27,7 @@ COMMANDS = {
     "merge": "put adapters into a checkpoint, or several adapters into one",
     "extract": "make a LoRA of the difference between two checkpoints",
     "resize": "give an adapter other ranks",
-    "convert": "rewrite an adapter file in another format",
+    "convert": "rewrite an adapter in another format, or a model in another layout",
     "config": "print the schema or a configuration with every default, or import another trainer's",
     "explain": "what a key means, or where every value of a configuration comes from",
     "doctor": "look at this environment: versions, devices, plugins, common faults; a bundle for bug reports",
@@ -38,6 +40,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     never_fail_to_write()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -65,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UsageError.exit_code
 
 
+def _open_closed_streams() -> None:
+    """What is written to a stream that the shell has closed (``>&-``) goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+
+
 def _run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         from difflib import get_close_matches
@@ -72,6 +82,10 @@ def _run(name: str, arguments: list[str]) -> int:
         guess = get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean 'tuner {guess[0]}'?" if guess else "tuner --help lists the commands"
         raise UsageError(f"there is no command {name!r}", fix=fix)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is not there any more", fix="go to another one with cd") from None
     parser = command_parser(name)
     code: int = importlib.import_module(f"tuner.cli.{name}").run(parser.parse_args(arguments))
     return code

@@ -7,6 +7,7 @@ the ranks, or cut to --rank or --energy."""
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from tuner.cli.files import (
     network_metadata,
     new_file,
     shown_progress,
+    sources_of,
+    writing,
 )
 from tuner.core.errors import UsageError
 
@@ -68,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[path for path, _ in given])
     additions = [read_addition(path, strength, names.adapters, where="ADAPTER") for path, strength in given]
     chosen = with_strengths(additions, dict(_factor(text) for text in arguments.strength))
+    chosen = [addition for addition in chosen if addition.strength]
     if not chosen:
         raise UsageError("nothing is left to merge", where="--strength", why="every module has the strength 0")
     record = ", ".join(f"{path.stem}:{strength:g}" for path, strength in given)
@@ -93,22 +97,29 @@ def _check(arguments: argparse.Namespace) -> None:
 def split_strength(text: str) -> tuple[Path, float]:
     """``file.safetensors:0.8`` as path and strength; a colon that no number follows belongs to the name."""
     name, colon, number = text.rpartition(":")
-    if colon and name:
-        try:
-            return Path(name), float(number)
-        except ValueError:
-            pass
-    return Path(text), 1.0
+    strength = _number(number) if colon and name else None
+    return (Path(text), 1.0) if strength is None else (Path(name), _finite(strength, text))
 
 
 def _factor(text: str) -> tuple[str, float]:
-    pattern, equals, number = text.rpartition("=")
+    pattern, _, number = text.rpartition("=")
+    factor = _number(number) if pattern else None
+    if factor is None:
+        raise UsageError(f"cannot read the strength {text!r}", where="--strength", fix=r"write blocks\.[0-9]\..*=0.5")
+    return pattern, _finite(factor, text)
+
+
+def _number(text: str) -> float | None:
     try:
-        if equals:
-            return pattern, float(number)
+        return float(text)
     except ValueError:
-        pass
-    raise UsageError(f"cannot read the strength {text!r}", where="--strength", fix=r"write blocks\.[0-9]\..*=0.5")
+        return None
+
+
+def _finite(strength: float, text: str) -> float:
+    if not math.isfinite(strength):
+        raise UsageError(f"a strength must be finite, not {strength:g}", where=text, fix="write 0.8, for example")
+    return strength
 
 
 def _into_base(
@@ -120,11 +131,11 @@ def _into_base(
     from tuner.core.compute.dtypes import dtype_by_name
 
     files = open_files(names.require_weights(), arguments.base, "--base")
-    sources = [path for file in files for path in file.header.files]
+    sources = [*sources_of(files), *(addition.path for addition in chosen)]
     for file in files:
         new_file(str(file_beside(target, file)), overwrite=arguments.overwrite, sources=sources)
     dtype = None if arguments.dtype is None else dtype_by_name(arguments.dtype)
-    with shown_progress("merging", "tensors") as progress:
+    with shown_progress("merging", "tensors") as progress, writing(target):
         written = bake(files, chosen, target, metadata, dtype, progress=progress)
     if arguments.json:
         out_json([{"path": str(each.path), "changed": each.changed, "tensors": each.tensors} for each in written])
@@ -149,15 +160,19 @@ def _into_one(
     fmt = format_by_name(names.adapters, name, where="--format")
     tensors = summed(chosen)
     layers: list[Layer] = []
+    others: list[str] = []
     if wanted is not None:
-        tensors, layers, _ = resized(tensors, fmt, wanted)
+        tensors, layers, others = resized(tensors, fmt, wanted, dense=True)
     ranks = ranks_of(tensors, fmt)
     metadata = {**metadata, **network_metadata(ranks)}
-    save_adapter(tensors, fmt, target, metadata, dtype_by_name(arguments.dtype or "fp32"))
+    with writing(target):
+        save_adapter(tensors, fmt, target, metadata, dtype_by_name(arguments.dtype or "fp32"))
     kept = kept_share(layers) if layers else 1.0
     told = {"path": str(target), "format": fmt.name, "modules": len(ranks), "max_rank": max(ranks), "kept": kept}
     if arguments.json:
-        out_json(told)
-    else:
-        out(f"{target}: {len(ranks)} modules ({fmt.name}), rank up to {max(ranks)}, {kept:.2%} of the sum kept")
+        out_json({**told, "kept_as_they_are": others})
+        return 0
+    out(f"{target}: {len(ranks)} modules ({fmt.name}), rank up to {max(ranks)}, {kept:.2%} of the sum kept")
+    if others:
+        out(f"{len(others)} modules have no rank and stay as they are")
     return 0

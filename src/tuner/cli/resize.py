@@ -14,6 +14,7 @@ from tuner.cli.files import (
     add_size_arguments,
     model_names,
     new_file,
+    writing,
 )
 
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
             metadata[key] = str(ranks.copy().pop()) if len(ranks) == 1 else "Dynamic"
     own = {value.dtype for name, value in read.tensors.items() if name.endswith((".down", ".up"))}
     dtype = own.pop() if len(own) == 1 and arguments.dtype is None else dtype_by_name(arguments.dtype or "fp32")
-    save_adapter(tensors, fmt, target, metadata, dtype)
+    with writing(target):
+        save_adapter(tensors, fmt, target, metadata, dtype)
     kept = kept_share(layers)
     before, after = source.stat().st_size, target.stat().st_size
     if arguments.json:
@@ -61,5 +63,5 @@ def run(arguments: argparse.Namespace) -> int:
     out(f"{byte_size(before)} before, {byte_size(after)} now")
     if others:
         out(f"{len(others)} modules have no rank and stay as they are")
-    show_layers(layers, len(layers) if arguments.layers else 5)
+    show_layers(layers, everything=arguments.layers)
     return 0

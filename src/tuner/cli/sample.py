@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.cli.console import out, out_json
+from tuner.cli.console import out, out_json, warn
 from tuner.cli.settings import add_config_arguments, load
 from tuner.core.errors import UsageError
 
@@ -53,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter-strengths",
         type=numbers,
         metavar=STRENGTHS,
-        help="a column for each, such as 0,0.5,1: factors on the strengths of the adapters",
+        help="a column for each, such as 0,0.5,1: factors on the strengths of the adapters; =-1,0,1 when the first is "
+        "negative",
     )
     parser.add_argument("--seed", type=seeds, metavar=SEEDS, help="a picture for each, such as 1,2,3")
     for option, (_, kind, metavar, text) in SETTINGS.items():
@@ -76,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     section = raw.get("log")
     # A run's log file is its own.
     set_up_logging({"log": {key: section[key] for key in ("level",) if key in section}} if section else {})
+    quantize = raw.get("quantize") or {}
+    if source is not None and source.split and (quantize.get("denoiser") or quantize.get("text_encoder")):
+        warn("network.init of this run quantized other weights than these: its own pictures differ by that rounding")
     request = _request(arguments, raw, source, like)
     drawn = sample(raw, request, console=Console(stderr=True) if arguments.json else None)
     _tell(drawn, as_json=arguments.json)
@@ -91,17 +98,23 @@ def adapter(text: str) -> tuple[Path, float]:
     if not colon or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(path), float(strength)
+        found = float(strength)
     except ValueError:
         # Colons stand in paths too.
         return Path(text), 1.0
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{strength!r} is no strength")
+    return Path(path), found
 
 
 def numbers(text: str) -> list[float]:
     try:
-        return [float(each) for each in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,0.5,1") from error
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,0.5,1")
+    return found
 
 
 def seeds(text: str) -> list[int]:
@@ -122,11 +135,14 @@ def _like(arguments: argparse.Namespace) -> Like | None:
     if arguments.like is None:
         return None
     named = ("prompt", "prompts", "step", "ema", *SETTINGS)
-    given = [name for name in named if getattr(arguments, name) not in (None, [], False)]
+    given = [f"--{name.replace('_', '-')}" for name in named if _is_given(getattr(arguments, name))]
+    keys = [text.partition("=")[0].strip() for text in arguments.sets]
+    given += [f"--set {key}" for key in keys if re.fullmatch(r"sample(\.(?!adapters\b).*)?", key)]
+    given += [f"the strength of --adapter {path}" for path, strength in arguments.adapter if strength != 1.0]
     if given:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} has no effect with --like",
-            why="the picture decides it; seeds and strengths may differ",
+            f"{given[0]} has no effect with --like",
+            why="the picture decides it; --seed and --adapter-strengths may differ",
             fix="take one of the two out",
         )
     from tuner.core.train.sample_like import read_like
@@ -134,10 +150,20 @@ def _like(arguments: argparse.Namespace) -> Like | None:
     return read_like(Path(arguments.like))
 
 
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False and value != []
+
+
 def _source(arguments: argparse.Namespace, like: Like | None) -> RunSource | None:
+    if arguments.config is not None and Path(arguments.config).suffix == ".safetensors":
+        raise UsageError(
+            "this is a file of weights, a configuration is wanted here",
+            where=arguments.config,
+            fix="give an adapter as --adapter FILE; a base model as --model NAME --set model.path=FILE",
+        )
     if arguments.config is None or not Path(arguments.config).is_dir():
         for name in ("step", "ema"):
-            if getattr(arguments, name):
+            if _is_given(getattr(arguments, name)):
                 raise UsageError(f"--{name} needs the folder of a run", fix="name it in the place of CONFIG")
         if like is not None and like.step is not None:
             raise UsageError(
@@ -148,8 +174,9 @@ def _source(arguments: argparse.Namespace, like: Like | None) -> RunSource | Non
         raise UsageError("--preset has no effect on a run, which has its configuration", fix="take it out")
     from tuner.core.train.sample_source import open_source
 
-    step, ema = (arguments.step, arguments.ema) if like is None else (like.step or None, like.ema)
-    return open_source(Path(arguments.config), step=step, ema=ema)
+    if like is None:
+        return open_source(Path(arguments.config), step=arguments.step, ema=arguments.ema)
+    return open_source(Path(arguments.config), step=like.step or None, ema=like.ema, named=like.file)
 
 
 def _document(arguments: argparse.Namespace, source: RunSource | None, like: Like | None) -> RawConfig:
@@ -189,17 +216,17 @@ def _request(arguments: argparse.Namespace, raw: RawConfig, source: RunSource | 
         "arithmetic": None if source is None else source.arithmetic,
         "out": None if arguments.out is None else Path(arguments.out),
     }
-    trained = [(own.file, 1.0)] if own is not None and not own.whole else []
+    strength = (raw.get("sample") or {}).get("adapter_strength", 1.0) if like is None else like.strength
+    trained = [(own.file, strength)] if own is not None and not own.whole else []
     if like is None:
         return Request(adapters=[*trained, *given], **shared)
-    files = [path for path, _ in given]
-    files += [Path(each["path"]) for each in (raw.get("sample") or {}).get("adapters") or ()]
+    known: Iterable[Path] = ()
     if source is not None:
         from tuner.core.train.sample_source import files_of
 
-        files += files_of(source.folder.path)
-    found = like.adapters(files)
-    return Request(adapters=[*(trained if like.step is not None else []), *found], like=like, **shared)
+        known = files_of(source.folder.path)
+    offered = [path for path, _ in given]
+    return Request(adapters=trained if like.step is not None else (), like=like, offered=offered, known=known, **shared)
 
 
 def _tell(drawn: Drawn, *, as_json: bool) -> None:

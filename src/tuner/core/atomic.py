@@ -16,10 +16,11 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block succeeds it is fsynced and renamed over ``path``.
 
-    When the block raises, the temporary file is removed and ``path`` is as before. OSErrors pass through.
+    mode: permissions of the finished file, those of any new file when left out. When the block raises, the temporary
+    file is removed and ``path`` is as before. OSErrors pass through.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -30,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # mkstemp makes private files; a finished one gets the mode that open() would have given it.
         # File systems without modes, such as those of memory sticks, refuse; there the file is public anyway.
         with suppress(PermissionError):
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~_umask() if mode is None else mode)
         sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
@@ -43,8 +44,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 

@@ -17,7 +17,7 @@ from tuner.core.errors import NotHereError, UsageError
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -76,7 +76,7 @@ def safetensors_header(path: Path | str) -> WeightHeader:
     text, data_start, size = _read_header_text(path)
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_safetensors(path, f"its header is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise _not_safetensors(path, "its header is not a JSON object")
@@ -128,10 +128,14 @@ def sharded_header(index: Path) -> WeightHeader:
     """The joined header of all shards that an index file names."""
     try:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError as error:
+        raise NotHereError("no such file", where=str(index), fix="check the path") from error
     except OSError as error:
         raise UsageError("cannot read the shard index", where=str(index), why=error.strerror) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError("this is not a shard index", where=str(index), why="it has no weight_map") from error
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        raise UsageError("this is not a shard index", where=str(index), why="its weight_map does not name files")
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for shard in sorted(set(names.values())):
@@ -188,6 +192,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     except (KeyError, TypeError, ValueError) as error:
         raise _not_safetensors(path, f"its entry for {name} is not a tensor description") from error
     item = DTYPE_BYTES.get(info.dtype)
+    if not data_start <= start <= stop:
+        raise _not_safetensors(path, f"the byte range of {name} lies outside its data")
     if item is not None and stop - start != item * math.prod(info.shape):
         raise _not_safetensors(path, f"the byte range of {name} does not fit its shape")
     return info

@@ -120,7 +120,7 @@ def broken(**changes: Tensor | None) -> dict[str, Tensor]:
         (broken(lora_model_blocks_9_q__alpha=torch.ones(())), "1 of 43 keys.*\n    lora_model_blocks_9_q.alpha"),
         (broken(something=torch.ones(1)), "\n    something"),
         (broken(lora_model_head__hada_w1_a=torch.ones(1)), "hada_w1_a does not belong to a lora"),
-        (broken(lora_model_head__dora_scale=torch.ones(1)), "1 lengths for 8 rows"),
+        (broken(lora_model_head__dora_scale=torch.ones(1)), "lengths of shape \\[1\\] for 8 rows"),
         (broken(lora_model_head__lora_up__weight=None), "lacks denoiser:head.up"),
         (broken(lora_model_head__lora_up__weight=torch.ones(6, 5)), "do not fit"),
         (broken(lora_model_head__alpha=torch.ones(2)), "not a number"),

@@ -19,6 +19,7 @@ from tuner.core.adapters.divisors import butterfly_sizes, two_factors
 from tuner.core.adapters.export import verify_export
 from tuner.core.adapters.files import read_adapter, save_adapter
 from tuner.core.adapters.formats import modules_of, parts_of
+from tuner.core.adapters.kinds import checked_parts
 from tuner.core.adapters.lora import detach, inject_lora
 from tuner.core.adapters.network import adapter_rng, adapter_strength, load_network_tensors, network_tensors
 from tuner.core.compute.quantized import quantize_linear
@@ -93,6 +94,33 @@ def test_a_fresh_adapter_changes_no_bit_and_goes_again(name: str) -> None:
     detach(network)
     assert torch.equal(run(models), run(plain))
     assert not any("adapter" in module.__dict__ for module in models.denoiser.modules())
+
+
+@pytest.mark.parametrize("method", [None, "int8"])
+def test_a_lokr_may_start_off_the_base_with_the_statistics_of_its_weight(method: str | None) -> None:
+    plain, models = toy_models(), toy_models()
+    # Of the size of a real weight, so that a sample's mean and deviation are those that were asked for.
+    for each in (plain, models):
+        assert each.denoiser is not None
+        each.denoiser.head = wide = nn.Linear(128, 128, bias=False)
+        wide.weight.data = 0.2 + 0.5 * torch.randn(128, 128, generator=torch.Generator().manual_seed(4))
+        wide.requires_grad_(False)
+    assert models.denoiser is not None and plain.denoiser is not None
+    if method:
+        quantize_linear(models.denoiser.head, method)
+    _, network = build("lokr of full factors", models, targets=["head"], init_norm=0.01, factor=4)
+    tensors = network_tensors(network)
+    first, second = tensors["denoiser:head.lokr_w1"], tensors["denoiser:head.lokr_w2"]
+    assert bool((first == 1).all()) and second.shape == (32, 32)
+    assert float(second.mean()) == pytest.approx(0.002, abs=4e-4)
+    assert float(second.std()) == pytest.approx(0.005, rel=0.1)
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(5))
+    with adapter_strength(network, 0.0):
+        base = models.denoiser.head(x)
+    assert method or torch.equal(base, plain.denoiser.head(x))
+    with torch.no_grad():
+        moved = models.denoiser.head(x) - base
+    assert 0 < float(moved.norm() / base.norm()) < 0.1
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -381,3 +409,11 @@ def test_in_bfloat16_the_frozen_weights_stay_and_the_start_is_neutral(name: str)
     out.float().square().sum().backward()
     assert all(value.grad.dtype == torch.float32 for value in network.module.parameters())
     torch.testing.assert_close(out, merged(network, plain)(x), rtol=0.1, atol=0.1)
+
+
+def test_lengths_of_columns_are_not_taken_for_those_of_rows() -> None:
+    square = {"down": torch.ones(2, 8), "up": torch.ones(8, 2)}
+    for shape in ((8,), (8, 1), (8, 1, 1, 1)):
+        assert checked_parts({**square, "dora_scale": torch.ones(shape)}, "a")["dora_scale"].shape == (8, 1)
+    with pytest.raises(UsageError, match=r"shape \[1, 8\] for 8 rows"):
+        checked_parts({**square, "dora_scale": torch.ones(1, 8)}, "a")

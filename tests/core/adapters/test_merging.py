@@ -46,6 +46,21 @@ def test_several_adapters_are_rounded_once(tmp_path):
     assert torch.equal(models.denoiser.blocks[0].q.weight, exact.denoiser.blocks[0].q.weight.to(torch.bfloat16))
 
 
+def test_every_adapter_acts_on_the_weight_as_it_was(tmp_path):
+    names = ("lora", "dora", "oft", "full")
+    some = [addition(tmp_path / f"{name}.safetensors", name, 0.7) for name in names]
+
+    def weight(additions):
+        models = toy_models()
+        merge_into(models.denoiser, "denoiser", additions)
+        return models.denoiser.blocks[0].q.weight.detach()
+
+    base = toy_models().denoiser.blocks[0].q.weight.detach()
+    wanted = base + sum(weight([each]) - base for each in some)
+    for order in (some, some[::-1]):
+        torch.testing.assert_close(weight(order), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_module_that_is_not_there_is_named(tmp_path):
     found = addition(tmp_path / "a.safetensors", "lora", 1.0)
     models = toy_models()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.fixtures.runs import counted
 from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, eject, inject
 from tuner.core.compute.modulation_cache import cache_modulations, modulations
 from tuner.core.memory.checkpointing import apply_checkpointing
@@ -70,24 +69,6 @@ def gradients(model: nn.Module, seed: int = 1) -> list[Tensor]:
     return [each.grad.clone() for each in model.parameters() if each.grad is not None]
 
 
-def counted(model: nn.Module) -> Counter[str]:
-    """How often each modulation linear multiplies; call it before anything else is put onto the model."""
-    runs: Counter[str] = Counter()
-    for path, linear in model.named_modules():
-        if path.endswith("norm.linear"):
-            linear.forward = _Counted(linear, path, runs)
-    return runs
-
-
-class _Counted:
-    def __init__(self, linear: nn.Linear, path: str, runs: Counter[str]) -> None:
-        self.linear, self.path, self.runs = linear, path, runs
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.runs[self.path] += 1
-        return nn.Linear.forward(self.linear, x)
-
-
 def adapter(linear: nn.Linear) -> LoraLayer:
     layer = LoraLayer(
         linear, rank=2, alpha=2.0, dropout=Dropout(), keys=DropoutKeys(), dtype=torch.float32, rng=Rng(0, "test")
@@ -106,7 +87,7 @@ def test_outputs_and_gradients_are_bit_equal(denoiser, level):
 
 
 def test_each_runs_once_although_the_blocks_run_twice(denoiser):
-    runs = counted(denoiser)
+    runs = counted(denoiser, *PATTERNS)
     apply_checkpointing(denoiser.blocks, "block")
     gradients(denoiser)
     assert set(runs.values()) == {2}
@@ -165,7 +146,8 @@ def test_nothing_is_left_after_a_forward_or_an_error(denoiser):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_adapted_and_trainable_ones_compute_as_usual(denoiser, late):
-    runs, trained, adapted = counted(denoiser), denoiser.blocks[0].norm.linear, denoiser.blocks[1].norm.linear
+    runs = counted(denoiser, *PATTERNS)
+    trained, adapted = denoiser.blocks[0].norm.linear, denoiser.blocks[1].norm.linear
     layer = adapter(adapted)
     if late:
         cache_modulations(denoiser, PATTERNS, ["blocks"])

@@ -82,6 +82,8 @@ SIMPLETUNER = {"rule": "simpletuner"}
         ({"buckets": {"rounding": 3}}, "buckets.rounding", "has no effect with rule 'sd_scripts'"),
         ({"buckets": {"max": 128}}, "buckets.max", "is below buckets.min (256)"),
         ({"buckets": SIMPLETUNER, "crop": {"aspect": "closest"}}, "crop.aspect", "'closest' needs aspect_list"),
+        ({"buckets": SIMPLETUNER, "crop": {"aspect": "random"}}, "crop.aspect", "'random' needs aspect_list"),
+        ({"crop": {"aspect": "random", "aspect_list": [1.0]}}, "crop.aspect", "has no effect with a list of buckets"),
         ({"buckets": SIMPLETUNER, "crop": {"aspect_list": [1.0]}}, "crop.aspect_list", "no effect with aspect"),
         ({"crop": {"face_range": [1.0, 2.0]}}, "crop.face_range", "has no effect with style 'center'"),
         ({"crop": {"style": "face"}}, "crop.style", "'face' works without buckets only"),

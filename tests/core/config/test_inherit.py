@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.core.config.samples import build, minimal, refusal
 
 
@@ -88,6 +90,24 @@ def test_an_inherited_mistake_is_reported_once_where_it_was_written(tmp_path: Pa
 def test_a_default_that_every_source_overrides_is_checked_too(tmp_path: Path) -> None:
     data = {"defaults": {"repeats": 0}, "sets": [{"sources": [{"id": "a", "path": "a", "repeats": 1}]}]}
     assert "data.defaults.repeats: expected a number at least 1, got 0" in refusal(minimal() | {"data": data}, tmp_path)
+
+
+@pytest.mark.parametrize("defaults", [5, "x", [{"repeats": 2}]], ids=str)
+def test_defaults_that_are_no_object_are_refused(defaults: Any, tmp_path: Path) -> None:
+    data = {"defaults": defaults, "sets": [{"sources": [{"id": "a", "path": "a"}]}]}
+    assert "data.defaults: expected an object" in refusal(minimal() | {"data": data}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"repeats": 0}, "repeats: expected a number at least 1"), ({"captions": 5}, "captions: expected an object")],
+    ids=str,
+)
+def test_what_a_set_gives_is_checked_though_every_source_overrides_it(
+    given: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    source = {"id": "a", "path": "a", "repeats": 1, "captions": {"prefix": "a"}}
+    assert f"data.sets[0].{told}" in refusal(minimal() | {"data": {"sets": [given | {"sources": [source]}]}}, tmp_path)
 
 
 def test_a_source_has_no_geometry(tmp_path: Path) -> None:

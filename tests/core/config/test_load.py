@@ -137,6 +137,24 @@ def test_an_include_from_outside_a_file_is_refused_not_passed_over(text: str, tm
         load_config(minimal(), env={"TUNER__DATA__INCLUDE": "other.json"})
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "program"),
+    [
+        ("sets.toml", "[[datasets]]\nresolution = 512\n", "sd-scripts"),
+        ("sets.json", '{"general": {}, "datasets": [{"resolution": 512}]}', "sd-scripts"),
+        ("sets.json", '[{"id": "a", "type": "local", "instance_data_dir": "a"}]', "simpletuner"),
+    ],
+)
+def test_data_sets_of_other_programs_are_recognised_and_the_command_is_named(
+    name: str, content: str, program: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    command = f"tuner config import {program} DIR/{name}"
+    assert command in refusal(minimal() | {"data": {"include": name}}, tmp_path)
+    with pytest.raises(UsageError, match="this file is for another program"):
+        load_config(tmp_path / name, env={})
+
+
 def test_problems_of_an_included_file_name_that_file(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text('{\n "sets": [],\n "prefech": 1}', encoding="utf-8")
     message = refusal(minimal() | {"data": {"include": "data.json"}}, tmp_path)

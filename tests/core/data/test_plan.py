@@ -46,6 +46,23 @@ def test_regularisation_images_carry_the_weight_and_training_images_do_not(tmp_p
     assert {(item.source, item.loss_weight) for item in plan.items} == {("a", 1.0), ("reg", 0.25)}
 
 
+def test_a_drawn_ratio_belongs_to_the_image_and_is_the_same_in_every_run_and_resolution(tmp_path: Path):
+    crop = {"aspect": "random", "aspect_list": [0.5, 1.0, 1.0, 2.0]}
+    sets = {"resolution": [128, 64], "batch_size": 1, "buckets": {"rule": "simpletuner", "step": 16}, "crop": crop}
+    config = toy_config(tmp_path, [{**sets, "sources": [source("a")]}])
+    plan = toy_plan(config, {"a": [(200, 200)] * 60})
+    ratios = [[round(item.fit.bucket[0] / item.fit.bucket[1], 1) for item in plan.items if item.tier == tier]
+              for tier in (0, 1)]  # fmt: skip
+    shapes = sorted(set(ratios[0]))
+    assert len(shapes) == 3 and shapes[1] == 1.0
+    assert [(a > 1) - (a < 1) for a in ratios[0]] == [(a > 1) - (a < 1) for a in ratios[1]]
+    counts = [ratios[0].count(shape) for shape in shapes]
+    assert 5 <= counts[0] <= 25 and 20 <= counts[1] <= 40 and 5 <= counts[2] <= 25
+    assert toy_plan(config, {"a": [(200, 200)] * 60}).items == plan.items
+    # More images change nothing about those that are there.
+    assert toy_plan(config, {"a": [(200, 200)] * 61}).items[:60] == plan.items[:60]
+
+
 def test_unused_regularisation_images_are_listed(tmp_path: Path):
     config = toy_config(tmp_path, [{**SMALL, "sources": [source("a"), source("reg", role="regularisation")]}])
     plan = toy_plan(config, {"a": SIZES[:2], "reg": SIZES})

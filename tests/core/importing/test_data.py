@@ -256,3 +256,13 @@ def test_storage_that_is_not_local_is_named(tmp_path: Path):
     result = backends(tmp_path, images(type="huggingface", dataset_name="owner/name"))
     assert (status(result, "] type"), status(result, "dataset_name")) == ("not_built", "not_built")
     assert result.exit_code == 3
+
+
+def test_a_shape_that_is_drawn_from_a_list_comes_over(tmp_path: Path):
+    drawn = {"crop": True, "crop_style": "center", "crop_aspect": "random"}
+    result = backends(tmp_path, images(**drawn, crop_aspect_buckets=[0.5, 1, 2.0]))
+    assert result.config["data"]["sets"][0]["crop"] == {"aspect": "random", "aspect_list": [0.5, 1.0, 2.0]}
+    assert result.exit_code == 0
+    weighted = backends(tmp_path, images(**drawn, crop_aspect_buckets=[{"0.5": 2}, {"1.0": 1}]))
+    assert status(weighted, "crop_aspect_buckets") == "not_built"
+    assert weighted.exit_code == 3

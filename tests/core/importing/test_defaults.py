@@ -165,11 +165,8 @@ def test_updates_in_the_backward_pass_have_no_limit_on_the_norm() -> None:
     assert "clip_grad" not in lora("flux", "").config["train"]
 
 
-def test_rotations_of_a_script_are_rotations_here() -> None:
-    network = lora("flux", "--network_module networks.oft_flux --network_dim 8").config["network"]
-    assert network == {"type": "oft", "block_count": 8, "constraint": 1e-3, "targets": ["img_attn", "txt_attn"]}
+def test_files_have_the_layout_of_their_kind() -> None:
     every = lora("flux", "--network_module networks.oft_flux --network_args enable_all_linear=True")
-    assert every.config["network"] == {"type": "oft", "block_count": 4, "constraint": 1e-3}
     assert every.config["checkpoint"]["format"] == "sd-scripts-oft"
     products = lora("anima", "--network_module networks.loha --network_dim 8")
     assert products.config["network"] == {"type": "loha", "rank": 8, "alpha": 1.0}

@@ -129,6 +129,27 @@ def test_text_encoders_train_where_they_train_there(family: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "blocks"),
+    [
+        ("flux", "--blocks_to_swap 1", 2),
+        ("flux", "--blocks_to_swap 16", 24),
+        ("flux", "--blocks_to_swap 35", 53),
+        ("flux", "--blocks_to_swap 36", None),
+        ("flux", "--blocks_to_swap 0", None),
+        ("flux", "--double_blocks_to_swap 6 --single_blocks_to_swap 8", 15),
+        ("flux", "--split_mode", 27),
+        ("anima", "--blocks_to_swap 14", 14),
+        ("sd3", "--blocks_to_swap 1", None),
+    ],
+)
+def test_swapped_blocks_are_counted_in_the_unit_of_the_other_program(
+    family: str, options: str, blocks: int | None
+) -> None:
+    result = lora(family, f"--network_dim 8 --learning_rate 1e-4 --max_train_steps 3 --output_dir out {options}")
+    assert result.config.get("memory", {}).get("swap_blocks") == blocks
+
+
 def test_cached_captions_stop_the_encoder_only_where_they_do_there() -> None:
     assert "components" not in lora("anima", "--cache_text_encoder_outputs").config["train"]
     assert lora("flux", "--cache_text_encoder_outputs").config["train"]["components"] == ["denoiser", "clip_l"]

@@ -136,6 +136,14 @@ def test_the_rate_of_a_step_depends_on_nothing_but_the_step() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 4e-3]
 
 
+def test_a_rate_that_an_optimizer_keeps_as_a_tensor_stays_one() -> None:
+    optimizer = make([1e-3])
+    kept = optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
+    LrSchedule(optimizer, ScheduleConfig(name="linear"), 10).set(5)
+    assert optimizer.param_groups[0]["lr"] is kept
+    assert float(kept) == pytest.approx(5e-4)
+
+
 def test_an_absolute_end_rate_is_the_same_for_every_group() -> None:
     optimizer = make([1e-3, 4e-3])
     LrSchedule(optimizer, ScheduleConfig(name="polynomial", end_lr=1e-4), 10).set(10)

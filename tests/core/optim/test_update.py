@@ -10,8 +10,44 @@ from torch import nn
 
 from tuner.core.config import OptimizerConfig
 from tuner.core.errors import UsageError
-from tuner.core.optim import FusedUpdate, Update, add_up_in_float32, build_optimizer, optimizer_state_tensors
+from tuner.core.optim import (
+    FusedUpdate,
+    Update,
+    add_up_in_float32,
+    build_optimizer,
+    is_separate,
+    optimizer_state_tensors,
+)
+from tuner.core.optim.names import BUILTIN, Entry
 from tuner.core.types import ParamGroup
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts updates by group, as some packages do, and keeps one of its averages in a list."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if not any(parameter.grad is not None for parameter in group["params"]):
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    if not state:
+                        state["parts"] = [torch.zeros_like(parameter), 0]
+                    state["parts"][0].lerp_(parameter.grad, 0.1)
+                    state["parts"][1] += 1
+                    parameter.sub_(state["parts"][0], alpha=group["lr"] / (1 - 0.9 ** group["step"]))
+
+
+@pytest.fixture(autouse=True)
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry(module=__name__, attribute="Counting", separate=True, counts=True)
+    monkeypatch.setitem(BUILTIN, "counting", entry)  # type: ignore[arg-type]
 
 
 class Rig:
@@ -57,7 +93,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "adam", "adagrad", "sgd_nesterov"]
+SEPARATE = ["adamw", "adamw_bf16", "adafactor", "lion", "muon", "radam", "adam", "adagrad", "sgd_nesterov", "counting"]
 
 
 @pytest.mark.parametrize("name", SEPARATE)
@@ -174,6 +210,18 @@ def test_state_leaves_the_device_after_each_update(monkeypatch: pytest.MonkeyPat
     )
     rig.steps(2)
     assert len(places) == 4
+
+
+def test_state_in_lists_is_moved_too() -> None:
+    rig = Rig(name="counting", offload=True)
+    rig.steps(1)
+    rig.update._move(list(rig.names.values()), lambda _: torch.device("meta"))
+    assert all(state["parts"][0].is_meta for state in rig.optimizer.state.values())
+
+
+def test_the_import_path_of_an_optimizer_that_has_a_name_is_known_as_well() -> None:
+    assert is_separate("torch.optim.AdamW") and is_separate("bitsandbytes.optim.AdamW8bit")
+    assert not is_separate("torch.optim.NAdam") and not is_separate("prodigyopt.Prodigy")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.core.plan.plans import document, planned, prepared
 from tuner.core.adapters.targets import Options
+from tuner.core.config.optimizer import LrRule
 from tuner.core.errors import UsageError
 from tuner.core.plan.devices import CPU, DEVICES, device_like, device_named, parse_size
 from tuner.core.plan.plan import predict
@@ -119,6 +120,25 @@ def test_full_fine_tuning_counts_weights_gradients_state_and_rounding():
     fused = found(optimizer__fuse="block")["activations and gradients"]
     assert fused < found(optimizer__fuse="off")["activations and gradients"] / 2
     assert found(optimizer__fuse="parameter")["activations and gradients"] < fused
+
+
+def test_frozen_parts_of_a_whole_model_need_no_gradients_and_no_state():
+    config, facts, work = prepared("anima", memory={"checkpointing": "block"})
+
+    def plan(**changes: Any) -> Any:
+        keys = {"train.mode": "full", **{key.replace("__", "."): value for key, value in changes.items()}}
+        return predict(changed_config(config, keys), facts, work, device_named("4090"))
+
+    mlp = sum(layer.size for path, layer in facts.costs.layers().items() if ".mlp." in path)
+    whole, frozen = plan(), plan(train__freeze=(r"denoiser:.*\.mlp\..*",))
+    assert whole.trained - frozen.trained == mlp
+    assert whole.phase("step").parts["optimizer"] - frozen.phase("step").parts["optimizer"] == 8 * mlp
+    assert plan(optimizer__lr_rules=(LrRule(group="mlp", lr=0),)).trained == frozen.trained
+    assert plan(train__freeze=("bitfit",)).trained < 0.01 * whole.trained
+    # A file holds the whole model all the same.
+    assert whole.disk["checkpoints"] - frozen.disk["checkpoints"] == 8 * mlp
+    streamed = plan(train__freeze=("bitfit",), memory__swap_blocks=20).phase("step")
+    assert all(size >= 0 for size in streamed.parts.values()) and streamed.device < frozen.phase("step").device
 
 
 def test_what_trains_in_streamed_blocks_is_counted_in_host_memory():

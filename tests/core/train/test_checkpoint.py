@@ -29,13 +29,14 @@ def make_state(step: int) -> State:
     return State(position=position, tensors={"a": torch.arange(4.0) + step}, scalars={"loss": [0.1, 0.2]})
 
 
-def write(folder: RunFolder, *steps: int, keep_last: int | None = None, state: str = "every") -> None:
-    writer = CheckpointWriter(folder, keep_last=keep_last, state=state)
+def write(folder: RunFolder, *steps: int, keep_last: int | None = None, state: str = "every", **more: int) -> None:
+    rolling = "keep_rolling" in more
+    writer = CheckpointWriter(folder, keep_last=keep_last, state=state, **more)
     for step in steps:
         building = writer.begin(step)
         write_state(building, make_state(step))
         (building / folder.checkpoint_file(step).name).write_bytes(b"adapter")
-        writer.commit(building, step)
+        writer.commit(building, step, rolling=rolling)
 
 
 @pytest.fixture
@@ -134,6 +135,18 @@ def test_only_the_last_checkpoint_keeps_its_state_when_asked(folder):
     assert not (folder.checkpoint(10) / STATE_TENSORS).exists()
     assert folder.checkpoint_file(10).exists()
     assert read_state(folder.checkpoint(20)).position.step == 20
+
+
+def test_the_rolling_series_has_a_retention_of_its_own(folder):
+    write(folder, 10)
+    write(folder, 12, 14, 16, keep_rolling=2)
+    assert list_checkpoints(folder) == [folder.checkpoint(step) for step in (10, 14, 16)]
+    write(folder, 20, keep_last=1, state="last")
+    assert list_checkpoints(folder) == [folder.checkpoint(16), folder.checkpoint(20)]
+    assert find_state(folder, "auto")[0] == folder.checkpoint(20)
+    write(folder, 22, keep_last=1, keep_rolling=1, state="last")
+    assert list_checkpoints(folder) == [folder.checkpoint(20), folder.checkpoint(22)]
+    assert not (folder.checkpoint(20) / STATE_TENSORS).exists()
 
 
 @pytest.mark.parametrize("row", GOLDEN["retention"], ids=lambda row: "-".join(str(value) for value in row.values()))

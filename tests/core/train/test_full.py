@@ -88,8 +88,17 @@ def test_groups_have_their_own_rates_and_zero_freezes(make_config):
         "denoiser self_attn": 5e-4,
         "denoiser cross_attn": 1e-3,
         "denoiser mlp": 1e-3,
-        "llm_adapter base": 2e-4,
+        "llm_adapter": 2e-4,
     }
+
+
+@pytest.mark.parametrize("frozen", ["base", "llm_adapter"])
+def test_every_group_can_be_frozen_by_its_name_and_no_other_with_it(make_config, frozen):
+    optimizer = {"lr": 1e-3, "lr_rules": [{"group": frozen, "lr": 0}]}
+    config = full(make_config, optimizer=optimizer, train__components=PARTS, train__steps=1)
+    [step] = events(train(config).folder, "step")
+    names = {name.removeprefix("denoiser ") for name in step["lr"]}
+    assert names == {"base", "self_attn", "cross_attn", "mlp", "mod", "llm_adapter"} - {frozen}
 
 
 def test_bitfit_trains_biases_alone(make_config):
@@ -108,8 +117,9 @@ def test_a_component_that_stops_moves_no_more(make_config, tmp_path):
             train__steps=steps,
             train__components=PARTS,
             train__stop_component_at={"llm_adapter": 2},
+            ema={"enabled": True, "decay": 0.95, "feedback": True},
         )
-        files.append(load_file(next(train(config).folder.glob("*.safetensors"))))
+        files.append(load_file(train(config).folder / f"{steps}.safetensors"))
     short, long = files
     adapter = [name for name in short if "llm_adapter" in name]
     assert adapter and all(torch.equal(short[name], long[name]) for name in adapter)

@@ -44,7 +44,7 @@ class Recorder:
         return [call for call in self.calls if call[0] in names]
 
 
-def make_loop(recorder, *, steps, batches=5, accumulate=2, save=None, validate=None, preview=None):
+def make_loop(recorder, *, steps, batches=5, accumulate=2, save=None, roll=None, validate=None, preview=None):
     def stream(epoch, start, step):
         yield from (f"{epoch}.{index}" for index in range(start, batches))
 
@@ -54,8 +54,9 @@ def make_loop(recorder, *, steps, batches=5, accumulate=2, save=None, validate=N
         batches=stream,
         length=Length(steps=steps, batches=batches, accumulate=accumulate),
         chores=Chores(
-            save=recorder.chore("save"),
+            save=lambda where, rolling: recorder.chore("roll" if rolling else "save")(where),
             save_due=Due(save, steps),
+            roll_due=Due(roll, steps),
             validate=recorder.chore("validate"),
             validate_due=Due(validate, steps),
             preview=recorder.chore("preview"),
@@ -101,6 +102,12 @@ def test_the_last_step_is_left_to_the_end_of_the_run():
     recorder = Recorder()
     make_loop(recorder, steps=4, save=EveryFields(steps=2)).train(start(), recorder)
     assert recorder.only("save") == [("save", 2)]
+
+
+def test_a_rolling_checkpoint_is_written_where_no_lasting_one_is_due():
+    recorder = Recorder()
+    make_loop(recorder, steps=7, save=EveryFields(steps=4), roll=EveryFields(steps=2)).train(start(), recorder)
+    assert recorder.only("save", "roll") == [("roll", 2), ("save", 4), ("roll", 6)]
 
 
 def test_epoch_dates_come_at_the_end_of_an_epoch():

@@ -179,6 +179,7 @@ def test_quantized_arithmetic_is_measured_before_it_is_used(make_config, tmp_pat
     assert 0 < told["loss"] < 0.02
     assert 0 < told["gradient"] < 0.1
     assert told["linears"] > 0 == told["others"]
+    assert told["faster"] > 0
     train(make_config(checkpoint__dir=str(tmp_path / "weights"), quantize={"denoiser": "int8"}, precision=BF16,
                       train__steps=2))  # fmt: skip
     assert losses(tmp_path / "weights") != losses(tmp_path / "out")

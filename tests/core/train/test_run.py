@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -161,6 +162,21 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(make_config, tmp_p
     assert all(step % 2 == 0 for step in resumes) and resumes[-1] <= reached
 
 
+def test_a_run_goes_on_from_its_rolling_checkpoint_and_keeps_the_lasting_ones(make_config, tmp_path):
+    section = {"every": 4, "rolling": {"every": 1, "keep": 2}, "on_interrupt": "stop"}
+    train(make_config(checkpoint={**section, "dir": str(tmp_path / "whole/run")}))
+    config = make_config(checkpoint={**section, "dir": str(tmp_path / "parts/run")})
+    stop_after(config, 6)
+    folder = tmp_path / "parts/run"
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step-000004", "step-000005", "step-000006"]
+    train(config, resume="auto")
+    kept = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert kept == ["step-000004", "step-000005", "step-000006", "step-000007"]
+    assert [event["step"] for event in read_events(folder / "events.jsonl") if event["kind"] == "resume"] == [6]
+    assert adapter(folder) == adapter(tmp_path / "whole/run")
+
+
 def losses_now(folder: Path) -> dict[int, float]:
     return losses(folder) if (folder / "events.jsonl").exists() else {}
 
@@ -266,6 +282,46 @@ def test_validation_leaves_the_training_as_it_is(make_config, tmp_path):
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
 
 
+def test_held_out_images_may_be_measured_by_source(make_config, tmp_path, pictures):
+    other = tmp_path / "cats"
+    shutil.copytree(pictures, other)
+    for path in other.glob("*.png"):
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_180).save(path)
+    found = {}
+    for pool in (True, False):
+        validate = {"split": 0.4, "every": None, "pool": pool}
+        config = make_config(checkpoint__dir=str(tmp_path / f"{pool}"), validate=validate, train__steps=3)
+        config["data"]["sets"][0]["sources"].append({"id": "cats", "path": str(other), "role": "validation"})
+        train(config)
+        [found[pool]] = [e for e in read_events(tmp_path / f"{pool}/events.jsonl") if e["kind"] == "validation"]
+    apart = found[False]["by_source"]
+    assert found[True]["by_source"] == [] and found[True]["delta"] == found[False]["delta"]
+    assert sorted(each["source"] for each in apart) == ["cats", "dogs"]
+    assert sum(each["images"] for each in apart) == found[False]["images"]
+    mean = sum(each["images"] * each["delta"] for each in apart) / found[False]["images"]
+    assert mean == pytest.approx(found[False]["delta"])
+    assert all(each["low"] <= each["delta"] <= each["high"] for each in apart)
+    assert "<td>cats</td>" in (tmp_path / "False/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("changes", [{"train__accumulate": 3}, {"optimizer__fuse": "block", "train__clip_grad": None}])
+def test_every_step_says_its_loss_by_source_and_by_noise_level(make_config, tmp_path, pictures, changes):
+    config = make_config(train__steps=6, data__sets__0__batch_size=4, **changes)
+    sets = config["data"]["sets"][0]
+    sets |= {"resolution_mode": "fixed", "buckets": {"enabled": False}}
+    sets["sources"].append({"id": "cats", "path": str(pictures)})
+    train(config)
+    steps = [event for event in read_events(tmp_path / "out/events.jsonl") if event["kind"] == "step"]
+    assert {name for event in steps for name in event["by_source"]} == {"cats", "dogs"}
+    assert {name for event in steps for name in event["by_timestep"]} <= {"0-250", "250-500", "500-750", "750-1000"}
+    for event in steps:
+        for parts in (event["by_source"], event["by_timestep"]):
+            assert min(parts.values()) <= event["loss"] * 1.0001 and event["loss"] <= max(parts.values()) * 1.0001
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Loss by source" in page and "Loss by timestep" in page
+
+
 @pytest.mark.parametrize("stratified", [False, True])
 def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, stratified):
     for name, batch_size, accumulate in (("wide", 6, 1), ("narrow", 1, 6)):
@@ -285,8 +341,6 @@ def test_six_micro_batches_of_one_equal_one_of_six(make_config, tmp_path, strati
 
 
 def test_a_mask_of_zeros_gives_zero_loss_and_a_mask_of_ones_changes_nothing(make_config, tmp_path, pictures):
-    from PIL import Image
-
     for name, level in (("ones", 255), ("zeros", 0)):
         folder = tmp_path / name
         folder.mkdir()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.fixtures.drawing import drawn as run
 from tests.fixtures.drawing import recorded
 from tuner.cli import sample as command
-from tuner.cli.main import Parser
+from tuner.cli.main import Parser, main
 from tuner.core.adapters.files import save_adapter
 from tuner.core.adapters.formats import format_by_name, key_maps
 from tuner.core.adapters.network import network_tensors
@@ -50,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "ema": {"enabled": True, "decay": 0.5}, "sample": {"prompts": [PROMPT], "weights": "ema"},
         "precision": {"compute": "bf16"},
     },
+    "an adapter at half its strength": {"sample": {"prompts": [PROMPT], "adapter_strength": 0.5}},
     "a whole model": {"train__mode": "full", "network": {}, "optimizer__lr": 1e-3},
 }  # fmt: skip
 
@@ -143,8 +144,7 @@ def test_adapters_of_encoders_change_texts_by_their_strength(adapter, bare):
     [again] = run(bare, *given[:3], f"{file}:0.5")
     assert torch.equal(again, half) and not torch.equal(half, full)
     [base] = run(bare, "--prompt", PROMPT)
-    # What an adapter may change is encoded on the way; the rest is rounded as it would be in a cache.
-    torch.testing.assert_close(zero, base, rtol=0.1, atol=0.1)
+    assert torch.equal(zero, base)
     merged = json.dumps([{"path": str(file)}])
     [expected] = run(bare, "--prompt", PROMPT, "--set", f"model.merge={merged}", "--set", "cache.text=off")
     torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-3)
@@ -172,6 +172,49 @@ def test_a_picture_is_drawn_again_from_its_own_settings(adapter, bare, tmp_path,
     assert "quantize was {} and is {'denoiser': 'int8'}: the picture will differ" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"made with one\.safetensors, which is not here"):
         sample_error(bare, "--like", picture)
+    with pytest.raises(UsageError, match="was made without this adapter"):
+        sample_error(bare, "--like", picture, "--adapter", moved, "--adapter", adapter("three", seed=7))
+
+
+def test_a_picture_of_a_grid_is_the_same_alone(adapter, bare):
+    file, texts = adapter(components=("denoiser", "qwen3")), ["a dog", "a long line about a cat on green grass"]
+    exact = ["--set", "cache.dtype=fp32", "--set", "cache.text_batch_size=8"]
+    given = ["--size", "64x64", "--steps", "1", "--cfg", "2", "--seed", "3", *exact]
+    prompts = [part for text in texts for part in ("--prompt", text)]
+    grid = run(bare, *prompts, *given, "--adapter", file, "--adapter-strengths", "0,1", "--out", "grid")
+    for number, latents in enumerate(grid):
+        picture, strength = Path(f"grid/{number:03d}.png"), number % 2
+        [alone] = run(bare, "--like", picture, *exact, *(["--adapter", file] if strength else []), "--out", f"{number}")
+        assert torch.equal(alone, latents)
+        assert Path(f"{number}/000.png").read_bytes() == picture.read_bytes()
+    base = run(bare, *prompts, *given)
+    assert all(torch.equal(one, other) for one, other in zip(base, grid[::2], strict=True))
+
+
+def test_a_picture_of_a_whole_model_is_drawn_again_from_the_file_that_made_it(make_config, tmp_path, capsys):
+    average = {"enabled": True, "decay": 0.5}
+    changes = {"train__mode": "full", "network": {}, "ema": average, "checkpoint__every": 1, **TWO_STEPS}
+    train(make_config(**changes))
+    for given in (["--step", "1"], ["--ema"], ["--ema", "--step", "1"]):
+        [first] = run(tmp_path / "out", "--prompt", PROMPT, *given)
+        picture = sorted(Path("samples").glob("*/000.png"))[-1]
+        assert torch.equal(run(tmp_path / "out", "--like", picture)[0], first)
+    assert "differ" not in capsys.readouterr().err
+
+
+def test_what_makes_another_picture_of_the_same_settings_is_told(bare, model_files, tmp_path, capsys):
+    run(bare, "--prompt", PROMPT, "--out", "one")
+    path = Path(model_files["path"])
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    tensors["net.blocks.0.mlp.layer1.weight"] += 1
+    (tmp_path / "other").mkdir()
+    save_file(tensors, tmp_path / "other" / path.name)
+    run(bare, "--like", "one/000.png")
+    assert "differ" not in capsys.readouterr().err
+    run(bare, "--like", "one/000.png", "--set", f"model.path={tmp_path / 'other' / path.name}")
+    assert f"the weights are not those of {path.name} then: the picture will differ" in capsys.readouterr().err
+    run(bare, "--like", "one/000.png", "--set", "precision.vae=bf16")
+    assert "precision.vae was fp32 and is bf16: the picture will differ" in capsys.readouterr().err
 
 
 def test_streamed_blocks_draw_the_same_and_are_chosen_when_memory_is_short(
@@ -195,6 +238,7 @@ def test_streamed_blocks_draw_the_same_and_are_chosen_when_memory_is_short(
     opened = open_run(config)
     needs = [blocks_to_stream(opened.config, opened.facts, [(64, 64)], free) for free in (None, 1e12, 3e6, 1)]
     assert found == [4] and needs[:2] == [0, 0] and needs[3] == 4
+    assert blocks_to_stream(opened.config, opened.facts, [(64, 64)], 1e12, adapters=10**12) == 4
 
 
 def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
@@ -202,12 +246,25 @@ def test_the_weights_of_a_step_can_be_chosen(make_config, tmp_path):
         train(make_config(sample={"prompts": [PROMPT], "every": 1}, checkpoint__every=1, **TWO_STEPS))
     _, first, second = before
     assert torch.equal(run(tmp_path / "out", "--step", "1")[0], first)
+    # The last checkpoint has the bytes of the final file, and another name.
+    run(tmp_path / "out", "--step", "2", "--out", "last")
+    run(tmp_path / "out", "--like", "last/000.png", "--out", "again")
+    assert Path("again/000.png").read_bytes() == Path("last/000.png").read_bytes()
     assert torch.equal(run(tmp_path / "out")[0], second)
     with pytest.raises(UsageError, match="no weights of step 3") as caught:
         sample_error(tmp_path / "out", "--step", "3")
     assert "1, 2" in str(caught.value.why)
     with pytest.raises(UsageError, match="no average"):
         sample_error(tmp_path / "out", "--ema")
+
+
+def test_a_run_that_quantized_the_rest_of_split_weights_is_told(make_config, tmp_path, capsys):
+    network = {"rank": 4, "init": "loftq"}
+    train(make_config(network=network, quantize={"denoiser": "int8"}, **TWO_STEPS))
+    run(tmp_path / "out", "--prompt", PROMPT)
+    assert "network.init of this run quantized other weights" in capsys.readouterr().err
+    run(tmp_path / "out", "--prompt", PROMPT, "--set", "quantize.denoiser=null")
+    assert "network.init" not in capsys.readouterr().err
 
 
 # --- sample.adapters --------------------------------------------------------------------------------------------------
@@ -229,6 +286,24 @@ def test_further_adapters_act_in_the_pictures_of_a_run_and_in_nothing_else(make_
     assert settings is not None and settings["extra"][0]["strength"] == 0.5
     [again] = run(tmp_path / "extra", "--like", tmp_path / "extra/samples/step-000002/000.png")
     assert torch.equal(again, drawn["extra"][-1])
+
+
+def test_the_strength_in_pictures_changes_them_and_neither_the_base_nor_the_file(make_config, tmp_path):
+    files, drawn = [], {}
+    for strength in (1.0, 0.25, -1.0):
+        out = tmp_path / f"at{strength}"
+        section = {"prompts": [PROMPT], "adapter_strength": strength}
+        with recorded() as drawn[strength]:
+            train(make_config(checkpoint__dir=str(out), checkpoint__name="x", sample=section, **TWO_STEPS))
+        files.append((out / "x.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    bases, trained = zip(*drawn.values(), strict=True)
+    assert all(torch.equal(base, bases[0]) for base in bases)
+    far = [float((picture - bases[0]).abs().max()) for picture in trained]
+    assert far[0] > 2 * far[1] > 0
+    assert not torch.equal(trained[0], trained[2])
+    settings = read_settings(tmp_path / "at0.25/samples/step-000002/000.png")
+    assert settings is not None and settings["adapter_strength"] == 0.25
 
 
 def test_a_further_adapter_cannot_change_texts_that_are_encoded_once(make_config, adapter):
@@ -286,6 +361,10 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         (["--prompt", "x", "--adapter-strengths", "0,1"], "no adapter whose strength could change"),
         (["--prompt", "x", "--prompts", "y.txt"], "do not go together"),
         (["--prompt", "x", "--step", "3"], "--step needs the folder of a run"),
+        (["--prompt", "x", "--step", "0"], "--step needs the folder of a run"),
+        (["--prompt", "x", "--seed", "18446744073709551616"], "seed 18446744073709551616 is too large"),
+        (["--prompt", "x", "--adapter", "a.safetensors:nan"], "'nan' is no strength"),
+        (["--prompt", "x", "--adapter-strengths", "0,inf"], "'0,inf' is no list of numbers"),
         (["--prompt", "x", "--adapter", "none.safetensors"], r"none\.safetensors"),
         (["--prompt", "x", "--set", "sample.sampler=plms"], "sample.sampler"),
         (["--prompt", "x", "--cfg", "1", "--set", "sample.cfg_rescale=0.5"], "cfg_rescale has no effect"),
@@ -294,6 +373,9 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         (["--prompt", "x", "--seed", "a"], "no list of whole numbers"),
         (["--like", "old.png"], "cannot read the picture"),
         (["--like", "old.png", "--steps", "3"], "--steps has no effect with --like"),
+        (["--like", "old.png", "--cfg", "0"], "--cfg has no effect with --like"),
+        (["--like", "old.png", "--set", "sample.shift=2"], "--set sample.shift has no effect with --like"),
+        (["--like", "old.png", "--adapter", "a.safetensors:0.5"], "strength of --adapter a.safetensors has no effect"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -318,6 +400,43 @@ def test_pictures_are_never_written_over_or_beside_others(bare, tmp_path):
         sample_error(bare, "--like", "foreign.png")
     with pytest.raises(UsageError, match="this folder holds no run"):
         sample_error(tmp_path / "samples")
+    with pytest.raises(UsageError, match="a file of weights, a configuration is wanted"):
+        sample_error("style.safetensors", "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "2 of 3 pictures are in samples/001"),
+        (torch.OutOfMemoryError("too much"), 2, "not enough memory"),
+    ],
+)
+def test_what_is_finished_before_a_break_is_written(bare, monkeypatch, capsys, error, code, told):
+    drawn: list[torch.Tensor] = []
+    original = sample.draw_latents
+
+    def draw(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(drawn) == 2:
+            raise error
+        drawn.append(original(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(sample, "draw_latents", draw)
+    given = ["sample", str(bare), "--prompt", "x --s 1", "--size", "64x64", "--cfg", "1"]
+    assert main([*given, "--seed", "1,2,3"]) == code
+    assert told in capsys.readouterr().err
+    assert sorted(each.name for each in Path("samples/001").iterdir()) == ["000.png", "001.png"]
+    # Nothing remains of what never began.
+    assert main([*given, "--out", "none"]) == code
+    assert not Path("none").exists()
+
+
+def test_a_picture_that_is_no_number_anywhere_is_black_and_told(bare, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "draw_latents", lambda *args, **kwargs: torch.full((1, 16, 8, 8), torch.nan))
+    assert main(["sample", str(bare), "--prompt", "x", "--size", "64x64"]) == 0
+    assert "samples/001/000.png: the model gave values that are no numbers" in capsys.readouterr().err
+    with Image.open("samples/001/000.png") as image:
+        assert image.getextrema() == ((0, 0),) * 3
 
 
 def test_compiled_blocks_draw_every_cell_of_a_grid(adapter, bare):

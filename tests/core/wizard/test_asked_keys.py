@@ -31,6 +31,16 @@ class Config(ModelConfigBase):
     """Another."""
     varnish: Annotated[bool, Ask(question="With varnish?")] = False
     """A third."""
+    grain: Annotated[float | None, Field(gt=0), Ask(question="How grainy?")] = None
+    """May be left out."""
+    light: Annotated[Literal["left", "right"] | None, Ask(question="From where does light come?")] = None
+    """May be left out, too."""
+    sizes: Annotated[tuple[int, ...], Ask(question="Which sizes?")] = (8, 16)
+    """A list."""
+    gloss: Annotated[dict[Literal["sky", "sea"], float], Ask(question="How glossy is the {name}?")] = Field(
+        default_factory=dict
+    )
+    """Numbers by name."""
     frame: Annotated[ComponentSource | None, Ask(question="Where is the frame?", when="missing")] = None
     """A part."""
     brushes: Annotated[
@@ -80,10 +90,13 @@ def folder(site: Site, tmp_path: Path) -> Path:  # noqa: F811
     return inside
 
 
+PLAIN = {"model.gloss.sky": 0.5, "model.gloss.sea": 1}
+
+
 def section(folder: Path, **answers: Any) -> tuple[dict[str, Any], FileAsker, list[str]]:
     """The model's section, relative to the folder; who was asked; what was told."""
     told: list[str] = []
-    asker = FileAsker({"models": str(folder), **answers}, "answers.json", told.append)
+    asker = FileAsker({"models": str(folder), **PLAIN, **answers}, "answers.json", told.append)
     chosen = choose_model(Interview(asker), Catalog())
     assert chosen.facts is not None
     asker.finish()
@@ -99,13 +112,14 @@ def test_marked_keys_are_asked_for_in_order_and_defaults_stay_out(folder: Path) 
         "family": "cubist",
         "path": "weights.safetensors",
         "palette": "cold",
+        "gloss": {"sky": 0.5, "sea": 1.0},
         # the one file there is for it, and of two the one whose name fits
         "brushes": {"flat": {"path": "deep/flat.safetensors"}, "round": {"path": "deep/round.safetensors"}},
         "frame": {"path": str(frame)},
     }
     assert asker.asked == [
-        "models", "model.sharpness", "model.palette", "model.varnish", "model.brushes.round", "model.frame",
-        "model.brushes.fan",
+        "models", "model.sharpness", "model.palette", "model.varnish", "model.grain", "model.light", "model.sizes",
+        "model.gloss.sky", "model.gloss.sea", "model.brushes.round", "model.frame", "model.brushes.fan",
     ]  # fmt: skip
     assert any("brushes.flat: " in each for each in told)
 
@@ -117,9 +131,23 @@ def test_what_a_model_can_do_without_is_offered(folder: Path) -> None:
     assert (found["sharpness"], found["varnish"]) == (2.0, True)
 
 
+def test_lists_numbers_by_name_and_what_may_be_left_out_are_asked_for(folder: Path) -> None:
+    frame = write_header(folder.parent / "frame.safetensors", "anything")
+    given = {"model.frame": str(frame), "model.sizes": "[4, 8]", "model.grain": 0.25, "model.light": "left"}
+    found, _, told = section(folder, **given)
+    assert (found["sizes"], found["grain"], found["light"]) == ([4, 8], 0.25, "left")
+    assert any("How glossy is the sea? 1" in each for each in told)
+    found, _, _ = section(folder, **{"model.frame": str(frame), "model.grain": "-"})
+    assert not {"sizes", "grain", "light"} & set(found)
+
+
 @pytest.mark.parametrize(
     ("answers", "told"),
     [
+        ({"model.grain": 0}, "greater than 0"),
+        ({"model.light": "up"}, "there are left, right, -"),
+        ({"model.sizes": "[1.5]"}, "valid integer"),
+        ({"model.gloss.sea": "wet"}, "valid number"),
         ({"model.sharpness": 0}, "greater than 0"),
         ({"model.sharpness": "very"}, "valid number"),
         ({"model.palette": "cool"}, "did you mean 'cold'?"),

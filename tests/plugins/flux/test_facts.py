@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures.tiny_flux import full_sizes, original_shapes, sizes_of
+from tests.fixtures.tiny_flux import original_shapes, sizes_of
 from tests.helpers import golden, golden_path, no_network
 from tuner.core.config import facts_problems
 from tuner.core.errors import UsageError
 from tuner.core.files import TensorInfo, safetensors_header
 from tuner.core.types import Placement
 from tuner.plugins.flux import hooks
+from tuner.plugins.flux.costs import PUBLIC
 from tuner.plugins.flux.facts import detect, facts
 from tuner.plugins.flux.load import diffusers_tensors
 from tuner.plugins.flux.sizes import denoiser_sizes, diffusers_shapes
@@ -54,9 +55,9 @@ def test_without_guidance_it_is_schnell():
 
 @pytest.mark.parametrize("flavour", ["dev", "schnell", "chroma"])
 def test_public_sizes_are_read_back(flavour):
-    found = header(original_shapes(full_sizes(flavour)))
+    found = header(original_shapes(PUBLIC[flavour]))
     assert detect(found) == flavour
-    assert denoiser_sizes(diffusers_shapes(found)) == full_sizes(flavour)
+    assert denoiser_sizes(diffusers_shapes(found)) == PUBLIC[flavour]
 
 
 @pytest.mark.parametrize(("flavour", "parameters"), [("dev", 11.90e9), ("schnell", 11.89e9), ("chroma", 8.90e9)])
@@ -64,7 +65,7 @@ def test_the_public_sizes_have_the_published_numbers_of_parameters(flavour, para
     from tuner.plugins.flux.denoiser import build
 
     with torch.device("meta"):
-        model = build(full_sizes(flavour))
+        model = build(PUBLIC[flavour])
     assert sum(each.numel() for each in model.parameters()) == pytest.approx(parameters, rel=1e-3)
 
 

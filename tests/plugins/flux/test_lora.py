@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.tiny_flux import full_sizes, sizes_of
+from tests.fixtures.tiny_flux import sizes_of
 from tests.helpers import delta_weight, golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.adapters.convert import convert_adapter
@@ -22,6 +22,7 @@ from tuner.core.adapters.network import adapter_strength, load_network_tensors, 
 from tuner.core.adapters.targets import select_targets
 from tuner.core.errors import UsageError
 from tuner.core.types import Models
+from tuner.plugins.flux.costs import PUBLIC
 from tuner.plugins.flux.denoiser import build
 from tuner.plugins.flux.facts import lora_rules
 from tuner.plugins.flux.load import original_tensors
@@ -308,7 +309,7 @@ def opened_deep(opened):
     def make(**sections: Any):
         config, found = opened(**sections)
         lists = (Blocks(path="transformer_blocks", count=19), Blocks(path="single_transformer_blocks", count=38))
-        return config, replace(found, block_lists=lists, lora=lora_rules(full_sizes("dev")))
+        return config, replace(found, block_lists=lists, lora=lora_rules(PUBLIC["dev"]))
 
     return make
 
@@ -333,7 +334,7 @@ def test_presets_choose_the_linears_of_their_definition(opened, full_size_paths,
 
 
 def test_every_preset_is_counted():
-    assert {*PRESET_COUNTS, "blocks"} == set(lora_rules(full_sizes("dev")).presets)
+    assert {*PRESET_COUNTS, "blocks"} == set(lora_rules(PUBLIC["dev"]).presets)
 
 
 @pytest.mark.parametrize("preset", ["controlnet", "all+ffs+embedder+controlnet"])

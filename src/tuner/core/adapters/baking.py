@@ -7,7 +7,6 @@ Names, order, layout and dtype of a file stay as they were.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,9 @@ from tuner.core.adapters.bases import read_one
 from tuner.core.adapters.checkpoints import file_beside, joined, members
 from tuner.core.adapters.formats import modules_of, parts_of
 from tuner.core.adapters.merging import Addition, added, refuse_bias
-from tuner.core.adapters.streams import FILE_NAMES, Planned, copied, silent, write_tensors
+from tuner.core.adapters.streams import FILE_NAMES, Planned, about, copied, silent, write_tensors
+from tuner.core.adapters.targets import compiled
+from tuner.core.compute.dtypes import all_finite, beyond, fitting
 from tuner.core.compute.weights import FILE_DTYPES
 from tuner.core.errors import UsageError
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from tuner.core.files import TensorInfo
     from tuner.core.types import StoredFile, StoredTensor
 
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Metadata that describe the bytes of the old file."""
 Changes = Mapping[str, Sequence[Addition]]
 
 
@@ -51,14 +50,14 @@ def with_strengths(additions: Sequence[Addition], strengths: Mapping[str, float]
     """
     if not strengths:
         return list(additions)
-    compiled = {text: _compiled(text) for text in strengths}
+    patterns = {text: compiled(text, "--strength") for text in strengths}
     used: set[str] = set()
     found: list[Addition] = []
     for addition in additions:
         groups: dict[float, list[str]] = {}
         for component, path in modules_of(addition.tensors):
             names = (f"{component}:{path}", path)
-            matching = [text for text, pattern in compiled.items() if any(map(pattern.fullmatch, names))]
+            matching = [text for text, pattern in patterns.items() if any(map(pattern.fullmatch, names))]
             used.update(matching)
             groups.setdefault(strengths[matching[-1]] if matching else 1.0, []).append(names[0])
         for factor, modules in groups.items():
@@ -100,9 +99,8 @@ def bake(
         touched = any(_touched(stored, changes) for stored in file.tensors.values())
         if touched or not file.name:
             planned, changed = _planned(file, changes, dtype)
-            kept = {name: value for name, value in file.header.metadata.items() if name not in STALE}
             path = file_beside(out, file)
-            write_tensors(path, planned, {**kept, **metadata}, progress)
+            write_tensors(path, planned, {**about(file.header), **metadata}, progress)
             written.append(Baked(path=path, changed=changed, tensors=len(planned)))
     return written
 
@@ -145,11 +143,13 @@ def _planned(file: StoredFile, changes: Changes, dtype: torch.dtype | None) -> t
         target = dtype if dtype is not None and own is not None and own.is_floating_point else own
         changed += touched
         if touched and stored is not None and target is not None:
-            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_changed, info, stored, changes, target))
+            planned[key] = Planned(
+                FILE_NAMES[target], info.shape, partial(_changed, key, info, stored, changes, target)
+            )
         elif target is None or target == own:
             planned[key] = copied(info)
         else:
-            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_cast, info, target))
+            planned[key] = Planned(FILE_NAMES[target], info.shape, partial(_cast, key, info, target))
     return planned, changed
 
 
@@ -168,10 +168,13 @@ def _changes_leaf(name: str, changes: Changes) -> bool:
     )
 
 
-def _changed(info: TensorInfo, stored: StoredTensor, changes: Changes, dtype: torch.dtype) -> Tensor:
+def _changed(key: str, info: TensorInfo, stored: StoredTensor, changes: Changes, dtype: torch.dtype) -> Tensor:
     values = zip(stored.names, members(read_one(info), stored), strict=True)
     # One by one: beside the result only one part is in memory in float32.
-    return joined((_member(name, value, changes) for name, value in values), info.shape, stored, dtype)
+    found = joined((_member(name, value, changes) for name, value in values), info.shape, stored, dtype)
+    if not all_finite(found):
+        raise beyond(dtype, key)
+    return found
 
 
 def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
@@ -182,12 +185,5 @@ def _member(name: str, value: Tensor, changes: Changes) -> Tensor:
     return added(value, leaf, component, path, changes[module])
 
 
-def _cast(info: TensorInfo, dtype: torch.dtype) -> Tensor:
-    return read_one(info).to(dtype)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{pattern!r} is not a regular expression", where="--strength", why=str(error)) from error
+def _cast(key: str, info: TensorInfo, dtype: torch.dtype) -> Tensor:
+    return fitting(read_one(info), dtype, key)

@@ -53,7 +53,10 @@ def _opened(maps: WeightMaps, text: str, where: str) -> Iterator[StoredFile]:
         return
     header = weight_header(path)
     if component is not None:
-        yield _file(component, header, maps.stored(header, component), where)
+        tensors = maps.stored(header, component)
+        if not tensors:
+            raise _foreign(path, where, component)
+        yield _file(component, header, tensors, where)
         return
     found = maps.stored(header, None)
     if found:
@@ -95,9 +98,9 @@ def _file(name: str, header: WeightHeader, tensors: Mapping[str, StoredTensor], 
     return StoredFile(name="" if name == "denoiser" else name, header=header, tensors=tensors)
 
 
-def _foreign(path: Path, where: str) -> UsageError:
+def _foreign(path: Path, where: str, component: str | None = None) -> UsageError:
     return UsageError(
-        "this file holds no weights of this model",
+        f"this file holds no {component or 'weights'} of this model",
         where=f"{where} {path}",
         why="its tensors have other names",
         fix="tuner inspect tells what a file is; --model names the model",

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.deltas import kind_of
+from tuner.core.adapters.deltas import FIXED, kind_of
 from tuner.core.adapters.formats import joined_modules, modules_of, parts_of, split_module
 from tuner.core.adapters.kinds import rank_of
-from tuner.core.adapters.low_rank import Wanted, factors_of_product
+from tuner.core.adapters.low_rank import Wanted, factors_of, factors_of_product
+from tuner.core.adapters.products import as_dense, as_product
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,17 +65,17 @@ def summed(additions: Sequence[Addition]) -> dict[str, Tensor]:
         name = f"{component}:{path}"
         given = [(addition, parts) for addition in additions if (parts := parts_of(addition.tensors, component, path))]
         kinds = {kind_of(parts) for _, parts in given}
-        if kinds == {"lora"}:
-            parts = _stacked(name, [(addition.strength, parts) for addition, parts in given])
-        elif kinds <= {"full", "norms"} and len(kinds) == 1:
-            parts = _total([(addition.strength, parts) for addition, parts in given])
-        else:
+        if not kinds <= set(FIXED) or (len(kinds) > 1 and "norms" in kinds):
             raise UsageError(
                 f"{name} cannot be summed",
                 where=", ".join(str(addition.path) for addition, _ in given),
-                why=f"its adapters are of kind {', '.join(sorted(kinds))}; only lora, full and norms add up",
+                why=f"its adapters are of kind {', '.join(sorted(kinds))}; only {', '.join(FIXED)} add up",
                 fix="merge them into a checkpoint with --base",
             )
+        weighted = [(addition.strength, as_product(parts)) for addition, parts in given]
+        parts = _stacked(name, weighted) if all("down" in parts for _, parts in weighted) else _total(name, weighted)
+        if not all(map(all_finite, parts.values())):
+            raise UsageError(f"{name} is not finite", where=", ".join(str(addition.path) for addition, _ in given))
         found |= {f"{name}.{part}": value for part, value in parts.items()}
     return found
 
@@ -91,42 +93,57 @@ def _stacked(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> 
     return {"down": down, "up": torch.cat(ups, dim=1), "alpha": torch.tensor(float(down.shape[0]))}
 
 
-def _total(given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def _total(name: str, given: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for strength, parts in given:
-        for part in (part for part in SUMMED if part in parts):
-            value = strength * parts[part].float()
+        # A product beside a dense change becomes dense, too.
+        whole = {"diff": as_dense(parts)} if "down" in parts else parts
+        for part in (part for part in SUMMED if part in whole):
+            value = strength * whole[part].float()
+            if part in found and found[part].shape != value.shape:
+                shapes = f"{[*found[part].shape]}, {[*value.shape]}"
+                raise UsageError(f"the adapters of {name} are for weights of other sizes", why=shapes)
             found[part] = found[part] + value if part in found else value
     return found
 
 
 @torch.no_grad()
 def resized(
-    tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted
+    tensors: Mapping[str, Tensor], fmt: KeyFormat, wanted: Wanted, *, dense: bool = False
 ) -> tuple[dict[str, Tensor], list[Layer], list[str]]:
     """Internal tensors with other ranks, what was kept of each module of ``fmt``, and modules that have no rank.
 
     The linears that the format joins share one down, as in a file that was trained so. An adapter with lengths (DoRA)
-    keeps them. Factors become float32; alpha becomes the rank. UsageError when no module has two matrices.
+    keeps them. Factors become float32; alpha becomes the rank. dense: whether changes of whole matrices become products
+    too. UsageError when no module has two matrices.
     """
     found: dict[str, Tensor] = {}
     layers: list[Layer] = []
     others: list[str] = []
     for name, (place, parts) in joined_modules(tensors, fmt).items():
-        if "down" not in parts:
+        if not all(map(all_finite, parts.values())):
+            raise UsageError(f"{name} is not finite", why="its training went wrong, or the file was damaged")
+        if "down" in parts:
+            down, up = parts["down"], parts["up"]
+            scale = float(parts["alpha"]) / down.shape[0]
+            cut = factors_of_product(up.float().flatten(1) * scale, down.float().flatten(1), wanted)
+            old_rank, kernel = down.shape[0], down.shape[1:]
+        elif dense and set(parts) == {"diff"}:
+            diff = parts["diff"].float()
+            cut = factors_of(diff.flatten(1), wanted)
+            old_rank, kernel = min(diff.flatten(1).shape), diff.shape[1:]
+        else:
             others.append(name)
             found |= split_module(place, parts, name)
             continue
-        down, up = parts["down"], parts["up"]
-        scale = float(parts["alpha"]) / down.shape[0]
-        cut = factors_of_product(up.float().flatten(1) * scale, down.float().flatten(1), wanted)
-        layers.append(Layer(name=name, rank=cut.rank, old_rank=down.shape[0], kept=cut.kept, norm=cut.norm))
+        layers.append(Layer(name=name, rank=cut.rank, old_rank=old_rank, kept=cut.kept, norm=cut.norm))
         changed = {
-            "down": cut.down.reshape(cut.rank, *down.shape[1:]),
-            "up": cut.up.reshape(up.shape[0], cut.rank, *up.shape[2:]),
+            "down": cut.down.reshape(cut.rank, *kernel),
+            "up": cut.up.reshape(-1, cut.rank, *(1,) * (len(kernel) - 1)),
             "alpha": torch.tensor(float(cut.rank)),
         }
-        found |= split_module(place, {**parts, **changed}, name)
+        rest = {part: value for part, value in parts.items() if part != "diff"}
+        found |= split_module(place, {**rest, **changed}, name)
     if not layers:
         raise UsageError(
             "this adapter has no ranks to change",

@@ -80,7 +80,9 @@ def _loha(weight: Tensor, parts: Parts, strength: float) -> Tensor:
 
 def _lokr(weight: Tensor, parts: Parts, strength: float) -> Tensor:
     factors = [
-        parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"] for name in ("lokr_w1", "lokr_w2")
+        # A convolution's factor has its kernel behind the inputs, as the flattened weight does.
+        (parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]).flatten(1)
+        for name in ("lokr_w1", "lokr_w2")
     ]
     return torch.kron(*factors) * (strength * lokr_scale(parts))
 
@@ -113,6 +115,10 @@ def _ia3(weight: Tensor, parts: Parts, strength: float) -> Tensor:
 
 def _full(weight: Tensor, parts: Parts, strength: float) -> Tensor:
     return strength * parts["diff"].flatten(1) if "diff" in parts else torch.zeros_like(weight)
+
+
+FIXED = ("lora", "loha", "lokr", "full", "norms")
+"""Kinds that change every weight by the same matrix; the others look at the weight."""
 
 
 def _norms(weight: Tensor, parts: Parts, strength: float) -> Tensor:

@@ -7,7 +7,6 @@ Only one pair of matrices is in memory at a time. What a LoRA cannot hold, chang
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +20,8 @@ from tuner.core.adapters.formats import split_module
 from tuner.core.adapters.low_rank import factors_of
 from tuner.core.adapters.spelling import StoredModule, stored_module
 from tuner.core.adapters.streams import silent
+from tuner.core.adapters.targets import compiled
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def extract(
         names = [f"{place.component}:{path}.weight" for path in place.paths]
         used.update(names)
         delta = _delta(base, tuned, names, device)
+        if not all_finite(delta):
+            raise UsageError(f"{name} is not finite in one of the checkpoints", fix="use checkpoints that work")
         if bool(delta.any()):
             found = factors_of(delta.flatten(1), wanted)
             held += found.norm**2 * found.kept
@@ -136,7 +139,7 @@ def _modules(
 def _chosen(modules: list[tuple[str, StoredModule]], only: Sequence[str]) -> list[tuple[str, StoredModule]]:
     if not only:
         return modules
-    patterns = [re.compile(pattern) for pattern in only]
+    patterns = [compiled(pattern, "--only") for pattern in only]
     found: list[tuple[str, StoredModule]] = []
     used: set[str] = set()
     for name, place in modules:

@@ -33,6 +33,7 @@ from tuner.core.adapters.spelling import (
     stored_module,
     take_apart,
 )
+from tuner.core.compute.dtypes import fitting
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def encode_adapter(
             if name + suffix in encoded:
                 raise UsageError(f"two modules would be stored as {name}", where="checkpoint.format")
             kept = tensor.ndim == 0 or suffix == fmt.lengths
-            value = (tensor if kept else tensor.to(dtype or tensor.dtype)).detach().cpu().contiguous()
+            value = tensor if kept else fitting(tensor, dtype or tensor.dtype, name + suffix)
+            value = value.detach().cpu().contiguous()
             # Members of a group share their down; a file must hold every tensor by itself.
             value = value.clone() if kept or value.untyped_storage().data_ptr() in seen else value
             seen.add(value.untyped_storage().data_ptr())

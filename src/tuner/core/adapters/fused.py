@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuner.core.adapters.products import as_dense, as_product, lokr_columns, lokr_rows
+from tuner.core.adapters.rotation import limited
 from tuner.core.errors import UsageError
 
 
@@ -128,10 +130,9 @@ def join_members(members: Sequence[Mapping[str, Tensor] | None], rows: Sequence[
     UsageError for a kind that has no joint form, and for a DoRA that lacks a member, whose lengths are unknown.
     """
     present = [parts for parts in members if parts is not None]
-    first = present[0]
-    if "diff" in first:
-        return _join_full(members, rows, first)
-    if "up" not in first:
+    if any("diff" in parts or "diff_b" in parts for parts in present):
+        return _join_full(members, rows, name)
+    if not all("up" in parts for parts in present):
         raise UsageError(
             f"the adapters inside {name} cannot be stored as one",
             where="checkpoint.format",
@@ -171,6 +172,21 @@ def split_members(parts: Mapping[str, Tensor], rows: Sequence[int], name: str) -
         found_parts = [{part: values[index] for part, values in cut.items()} for index in range(len(rows))]
         used = [any(bool(value.any()) for value in each.values()) for each in found_parts]
         return [each if mine or not any(used) else None for each, mine in zip(found_parts, used, strict=True)]
+    if "hada_w1_a" in parts:
+        return _cut_some(parts, ("hada_w1_a", "hada_w2_a"), rows)
+    if "lokr_w2" in parts or "lokr_w2_a" in parts:
+        first, groups, size = lokr_rows(parts)
+        if _whole(groups * size, size, rows):
+            return _cut_some(parts, (first,), rows)
+        return split_members(as_product(parts), rows, name)
+    if "on_input" in parts:
+        return _cut_some(parts, () if bool(parts["on_input"]) else ("weight",), rows)
+    if "oft_blocks" in parts and parts["oft_blocks"].ndim == 3:
+        groups, size, _ = parts["oft_blocks"].shape
+        if _whole(groups * size, size, rows):
+            # The limit is one for all rows together: it is applied before they part.
+            blocks = limited(parts["oft_blocks"], float(parts["alpha"]), groups * size)
+            return _cut_some({"oft_blocks": blocks, "alpha": torch.zeros(())}, ("oft_blocks",), rows)
     raise UsageError(
         f"the adapter of {name} cannot be cut into its projections",
         why=f"{', '.join(parts)} belong to the joint matrix as a whole",
@@ -178,8 +194,26 @@ def split_members(parts: Mapping[str, Tensor], rows: Sequence[int], name: str) -
     )
 
 
+def _whole(total: int, size: int, rows: Sequence[int]) -> bool:
+    """Whether groups of ``size`` rows lie inside of the members; rows: of each, in proportion to ``total``."""
+    return total % sum(rows) == 0 and all(total // sum(rows) * count % size == 0 for count in rows)
+
+
+def _cut_some(parts: Mapping[str, Tensor], names: Sequence[str], rows: Sequence[int]) -> list[dict[str, Tensor] | None]:
+    """Members that have their own rows of the parts ``names``, and share the others."""
+    cut = {part: _cut(parts[part], rows) for part in names}
+    return [{**parts, **{part: cut[part][index] for part in names}} for index in range(len(rows))]
+
+
 def exchange_rows(parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Parts of a module whose halves of rows change places, where there are twice as many rows as inputs."""
+    if "lokr_w2" in parts or "lokr_w2_a" in parts:
+        first, groups, size = lokr_rows(parts)
+        if groups * size != 2 * lokr_columns(parts):
+            return dict(parts)
+        if groups % 2 == 0:
+            return {**parts, first: torch.cat(parts[first].chunk(2)[::-1])}
+        return exchange_rows(as_product(parts), name)
     narrow = next((parts[part] for part in ("down", "diff", "hada_w1_b") if part in parts), None)
     if narrow is None:
         raise UsageError(
@@ -190,22 +224,34 @@ def exchange_rows(parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {part: exchange_halves(narrow, value) if part in BY_ROWS else value for part, value in parts.items()}
 
 
-def _join_full(
-    members: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], first: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    width = first["diff"].shape[1]
+def _join_full(members: Sequence[Mapping[str, Tensor] | None], rows: Sequence[int], name: str) -> dict[str, Tensor]:
+    whole = [{} if parts is None else _whole_change(parts, name) for parts in members]
     joint = {}
-    for part in first:
-        rest = first[part].shape[1:]
+    for part in dict.fromkeys(part for parts in whole for part in parts):
+        known = [parts.get(part) for parts in whole]
+        like, unit = next(
+            (value, len(value) // count) for value, count in zip(known, rows, strict=True) if value is not None
+        )
         joint[part] = torch.cat(
             [
-                torch.zeros(count * width, *rest, dtype=first[part].dtype) if parts is None else parts[part]
-                for parts, count in zip(members, rows, strict=True)
+                torch.zeros(count * unit, *like.shape[1:], dtype=like.dtype) if value is None else value.to(like.dtype)
+                for value, count in zip(known, rows, strict=True)
             ]
         )
     return joint
 
 
+def _whole_change(parts: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The parts of a dense change; a product beside one becomes dense."""
+    if set(parts) <= {"diff", "diff_b"}:
+        return dict(parts)
+    if set(parts) <= {"up", "down", "alpha"}:
+        return {"diff": as_dense(parts)}
+    raise UsageError(f"the adapters inside {name} cannot be stored as one", why="they are of different kinds")
+
+
 def _cut(value: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
-    unit = value.shape[0] // sum(rows)
+    unit, rest = divmod(value.shape[0], sum(rows))
+    if rest:
+        raise UsageError(f"a joint matrix cannot have {value.shape[0]} rows", why=f"its parts are as {[*rows]}")
     return torch.split(value, [count * unit for count in rows])

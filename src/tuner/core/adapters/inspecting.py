@@ -7,11 +7,13 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.core.adapters.spelling import Key, StoredModule, best_format, kind_by_parts, names_table, take_apart
 from tuner.core.errors import UsageError
+from tuner.core.types import COMFYUI_KINDS
 
 if TYPE_CHECKING:
     from tuner.core.files import TensorInfo, WeightHeader
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
 RANK_PARTS = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Parts whose first axis is the rank of their module."""
-WHOLE_WEIGHTS = frozenset({"weight", "diff"})
+ELSEWHERE = frozenset({"weight", "alpha"})
 """Parts that alone do not make a file an adapter: checkpoints have names that end so."""
 CHUNK = 1 << 22
+READ_KINDS = {"ComfyUI": COMFYUI_KINDS}
+"""Programs that read the same kinds under every name that they know, with alphas or without."""
 SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
 
 
@@ -80,7 +84,7 @@ class Inspection:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether names of tensors are those of an adapter file."""
-    return any(part is not None and part.part not in WHOLE_WEIGHTS for part in map(take_apart, names))
+    return any(part is not None and part.part not in ELSEWHERE for part in map(take_apart, names))
 
 
 def inspect(header: WeightHeader, families: Sequence[Family]) -> Inspection:
@@ -202,14 +206,17 @@ def _rows(
 
 def _unread(rows: Sequence[ModuleRow], maps: KeyMaps, paths: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """By program, the modules of a file that none of the spellings it knows would give it."""
-    understood: dict[str, set[tuple[str, str]]] = {}
+    understood: dict[str, set[tuple[str, str, bool]]] = {}
     for fmt in maps.formats:
         # Prefixes that only this program reads are left out: others were not made for them.
         for name in names_table(replace(fmt, read_prefixes={}), paths):
             for program in fmt.readers:
-                understood.setdefault(program, set()).update((name, kind) for kind in fmt.kinds)
+                # Some kinds are never written for a joint matrix, yet read when another program trained them there.
+                kinds = READ_KINDS.get(program, fmt.kinds)
+                alphas = (False, True) if program in READ_KINDS or fmt.alpha is not None else (False,)
+                understood.setdefault(program, set()).update(product((name,), kinds, alphas))
     missing = {
-        program: tuple(row.name for row in rows if (row.name, row.kind) not in known)
+        program: tuple(row.name for row in rows if (row.name, row.kind, row.alpha is not None) not in known)
         for program, known in understood.items()
     }
     return {program: names for program, names in missing.items() if names}

@@ -67,12 +67,14 @@ def checked_parts(parts: Mapping[str, Tensor], key: str, *, rank_alpha: float | 
     else:
         found.pop("alpha", None)
     if kind == "dora":
-        if found["dora_scale"].numel() != found["up"].shape[0]:
+        lengths, rows = found["dora_scale"], found["up"].shape[0]
+        # Of a square weight there are as many columns as rows: the shape tells them apart.
+        if lengths.numel() != rows or (lengths.ndim > 1 and lengths.shape[0] != rows):
             raise UsageError(
-                f"{key} has {found['dora_scale'].numel()} lengths for {found['up'].shape[0]} rows",
+                f"{key} has lengths of shape {[*lengths.shape]} for {rows} rows",
                 why="lengths of columns (wd_on_out off in LyCORIS) are not supported",
             )
-        found["dora_scale"] = found["dora_scale"].reshape(-1, 1)
+        found["dora_scale"] = lengths.reshape(-1, 1)
     if kind == "ia3":
         found["on_input"] = _number(float(bool(parts["on_input"])))
     return found

@@ -19,6 +19,7 @@ from tuner.core.adapters.deltas import lokr_scale
 from tuner.core.adapters.divisors import has_low_rank, two_factors
 from tuner.core.adapters.layers import ChangeLayer, Making, only_linear
 from tuner.core.errors import UsageError
+from tuner.core.rng import Rng
 
 if TYPE_CHECKING:
     from tuner.core.adapters.targets import Target
@@ -53,6 +54,19 @@ class LokrLayer(ChangeLayer):
         self.factor = self.alpha / ranks[0] if ranks else 1.0
         self.rank = ranks[0] if ranks else None
         self._check(linear, target)
+        if making.init_norm is not None and not stored:
+            self._start_off(linear, making.init_norm, making.rng)
+
+    @torch.no_grad()
+    def _start_off(self, linear: nn.Linear, norm: float, rng: Rng) -> None:
+        """A start near the weight's own statistics, by bghira/SimpleTuner: w1 = 1, w2 ~ norm * N(mean, deviation)."""
+        own = dict(self.named_parameters())
+        # Read back where it is quantized.
+        weight = linear.weight.detach().float()
+        if not weight.is_meta:
+            drawn = rng.child("init_norm").normal(own["lokr_w2"].shape).to(weight.device)
+            own["lokr_w1"].fill_(1.0)
+            own["lokr_w2"].copy_(norm * (weight.mean() + weight.std() * drawn))
 
     def _shapes(self, linear: nn.Linear, target: Target) -> dict[str, tuple[int, ...]]:
         options, rank = target.options, target.rank

@@ -55,9 +55,13 @@ class DropoutKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Making:
-    """What layers are made with, beside their own settings. dtype: of the parameters. init: ``network.init``."""
+    """What layers are made with, beside their own settings.
+
+    dtype: of the parameters. init, init_norm: those of ``network``.
+    """
 
     init: str = "default"
+    init_norm: float | None = None
     dropout: Dropout
     keys: DropoutKeys
     dtype: torch.dtype

@@ -174,6 +174,7 @@ def _layers(
             device=base_device(bases[0]),
             rng=_rng(config, target),
             init=config.network.init,
+            init_norm=config.network.init_norm,
         )
         stored = parts_of(start, target.component, target.paths[0]) if config.network.rank == "from_file" else None
         kind = ResidualLayer if _splits(target, config.network) else KINDS[target.kind]

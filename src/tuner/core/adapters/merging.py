@@ -3,7 +3,7 @@
     W' = W + strength * (what the adapter changes)        in float32, rounded once to the dtype of W
 
 No second copy of the model is made: a weight is written in place, so weights that share a storage keep sharing it.
-Several adapters of one weight are added in their order before the result is rounded.
+What several adapters change of one weight is added up before the result is rounded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuner.core.adapters.deltas import merged_bias, merged_weight
+from tuner.core.adapters.deltas import FIXED, kind_of, merged_bias, merged_weight
 from tuner.core.adapters.files import read_adapter
 from tuner.core.adapters.formats import modules_of, parts_of
+from tuner.core.compute.dtypes import all_finite
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,16 +98,23 @@ def added(value: Tensor, leaf: str, component: str, path: str, wanted: Sequence[
     """
     name = f"{component}:{path}"
     total = value.detach().float()
-    for addition in wanted:
+    for number, addition in enumerate(wanted):
         stored = parts_of(addition.tensors, component, path)
         parts = {part: each.to(value.device) for part, each in stored.items()}
         try:
-            total = (merged_bias if leaf == "bias" else merged_weight)(total, parts, addition.strength)
+            if leaf == "bias":
+                total = merged_bias(total, parts, addition.strength)
+            elif number == 0 or kind_of(parts) in FIXED:
+                total = merged_weight(total, parts, addition.strength)
+            else:
+                # Every adapter acts on the weight as it was, so that the order is of no account.
+                total = total + merged_weight(value.detach().float(), parts, addition.strength).sub_(value)
         except UsageError as error:
             raise UsageError(
                 f"{name}: {error.what}", where=f"{addition.path}, {addition.where}", why=error.why, fix=error.fix
             ) from error
-    # The sum alone needs no memory; only when it overflows must the values themselves be looked at.
-    if not bool(torch.isfinite(total.sum())) and not bool(torch.isfinite(total).all()):
-        raise UsageError(f"{name} is not finite with the merged adapter", where=wanted[-1].where)
+    if not all_finite(total):
+        raise UsageError(
+            f"{name} is not finite with the merged adapter", where=f"{wanted[-1].path}, {wanted[-1].where}"
+        )
     return total

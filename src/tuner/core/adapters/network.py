@@ -75,6 +75,12 @@ def trained(network: Network) -> TrainedNetwork:
     return network.module
 
 
+def adapter_layers(network: Network) -> TrainedNetwork | None:
+    """The layers that act beside the weights of a base model, or None when those weights themselves train."""
+    module = trained(network)
+    return module if module.has_base else None
+
+
 def network_tensors(network: Network) -> dict[str, Tensor]:
     """The trained tensors by internal name (`component:path.part`), detached. See `TrainedNetwork.tensors`."""
     return trained(network).tensors()

@@ -14,9 +14,11 @@ from tuner.core.adapters.files import header_bytes
 from tuner.core.atomic import atomic_path
 from tuner.core.compute.weights import FILE_DTYPES, write_values
 from tuner.core.errors import UsageError
-from tuner.core.files import DTYPE_BYTES, TensorInfo
+from tuner.core.files import DTYPE_BYTES, TensorInfo, WeightHeader
 
 COPY_BYTES = 1 << 24
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata that describe the bytes of the old file."""
 FILE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
@@ -27,6 +29,11 @@ class Planned:
     dtype: str
     shape: tuple[int, ...]
     value: TensorInfo | Callable[[], Tensor]
+
+
+def about(header: WeightHeader) -> dict[str, str]:
+    """The metadata that stay true of a file with other tensors."""
+    return {name: value for name, value in header.metadata.items() if name not in STALE}
 
 
 def copied(info: TensorInfo) -> Planned:
@@ -52,7 +59,9 @@ def write_tensors(
     entries: dict[str, object] = {}
     start = 0
     for key, each in planned.items():
-        stop = start + DTYPE_BYTES[each.dtype] * math.prod(each.shape)
+        # What is copied need not be of a number format that is known here.
+        taken = each.value if isinstance(each.value, TensorInfo) else None
+        stop = start + (taken.stop - taken.start if taken else DTYPE_BYTES[each.dtype] * math.prod(each.shape))
         entries[key] = {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": [start, stop]}
         start = stop
     with atomic_path(path) as temporary, temporary.open("wb") as target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +17,17 @@ LEVELS: Mapping[Level, str] = {
     "training": "also every setting of the training; what the file is and its network stay",
     "all": "everything that a loader does not need",
 }
-NEEDED = ("format", "lora_adapter_metadata")
+PEFT = "lora_adapter_metadata"
+NEEDED = ("format", PEFT)
 """What loaders read: without the second, PEFT's, an adapter may act with another strength."""
+PEFT_SOURCE = re.compile(r"(.*\.)?(base_model_name_or_path|revision)")
+"""Settings in it that say where the base model came from; loaders of the file have that model already."""
 DESCRIBES = re.compile(
     r"modelspec\..*|ss_base_model_version|ss_network_(module|dim|alpha|args|dropout)|sshs_model_hash|tuner_version"
 )
 """What the file is, and what its author wrote for its readers."""
-TELLING = re.compile(r"ss_(session_id|training_started_at|training_finished_at)")
-"""Numbers that say when."""
+TELLING = re.compile(r"ss_(session_id|training_started_at|training_finished_at)|modelspec\.(date|merged_from)")
+"""What says when, and which files a merge was made of."""
 SETTINGS = re.compile(r"ss_(optimizer|lr_scheduler|loss_type|mixed_precision|.*_(type|scheme|sampling|version))")
 """Words that are names of methods."""
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|none|null", re.IGNORECASE)
@@ -33,17 +37,35 @@ PLACE = re.compile(r"(^|[\s\"'=(\[])([A-Za-z]:[\\/]|~?/(?!/)\w|\\\\)")
 
 def kept_metadata(metadata: Mapping[str, str], level: Level) -> dict[str, str]:
     """The metadata that a copy at this level still has: a list of what may stay, so that unknown keys go."""
-    return {key: value for key, value in metadata.items() if _stays(key, value, level)}
+    kept = {key: value for key, value in metadata.items() if _stays(key, value, level)}
+    text = _without_source(kept.pop(PEFT, ""))
+    return {**kept, PEFT: text} if text else kept
+
+
+def _without_source(text: str) -> str:
+    """PEFT's settings without names of places; nothing of a text that no loader can read as settings."""
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(settings, dict):
+        return ""
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if not PEFT_SOURCE.fullmatch(key) and not (isinstance(value, str) and PLACE.search(value))
+    }
+    return text if kept == settings else json.dumps(kept, indent=2, sort_keys=True)
 
 
 def _stays(key: str, value: str, level: Level) -> bool:
     if key in NEEDED:
         return True
-    if level == "all" or PLACE.search(value):
+    if level == "all" or PLACE.search(value) or TELLING.fullmatch(key):
         return False
     if DESCRIBES.fullmatch(key):
         return True
-    return level == "private" and not TELLING.fullmatch(key) and _is_setting(key, value)
+    return level == "private" and _is_setting(key, value)
 
 
 def _is_setting(key: str, value: str) -> bool:
@@ -51,9 +73,9 @@ def _is_setting(key: str, value: str) -> bool:
 
 
 def strip(header: WeightHeader, path: Path, level: Level) -> list[str]:
-    """Write a copy of a file with the same bytes of tensors and fewer metadata; returns the removed keys."""
+    """Write a copy of a file with the same bytes of tensors and fewer metadata; returns the keys that changed."""
     from tuner.core.adapters.streams import copied, write_tensors
 
     kept = kept_metadata(header.metadata, level)
     write_tensors(path, {key: copied(info) for key, info in header.items()}, kept)
-    return [key for key in header.metadata if key not in kept]
+    return [key for key, value in header.metadata.items() if kept.get(key) != value]

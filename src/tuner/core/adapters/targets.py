@@ -304,6 +304,14 @@ def _indices(wanted: str | Sequence[int | str], count: int | None, where: str) -
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 
+def compiled(pattern: str, where: str) -> re.Pattern[str]:
+    """The regular expression that a user wrote; UsageError when it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is no regular expression", where=where, why=str(error)) from error
+
+
 def _any_match(patterns: Iterable[str], path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
@@ -314,10 +322,7 @@ def _matches(patterns: Iterable[str], component: str, path: str) -> bool:
 
 def _require_matches(patterns: Iterable[str], every: Sequence[tuple[str, str]], where: str) -> None:
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression", where=where, why=str(error)) from error
+        compiled(pattern, where)
         if not any(_matches((pattern,), *each) for each in every):
             # One path of each kind: blocks repeat, and their numbers make every path close to every other.
             kinds = list({re.sub(r"\.\d+\.", ".0.", path): path for _, path in reversed(every)}.values())[::-1]

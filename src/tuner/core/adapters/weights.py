@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from tuner.core.adapters.checkpoints import stored_files
+from tuner.core.adapters.freezing import freeze_patterns, group_name, group_of
 from tuner.core.adapters.network import AdapterRow, TrainedNetwork
 from tuner.core.errors import UsageError
 from tuner.core.types import Network, ParamGroup
@@ -23,10 +24,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "weights"
 """Kind of a network that is the model's own weights; ``full`` is an adapter."""
-BASE = "base"
-"""The group of parameters that no pattern of the facts names."""
-BITFIT = "bitfit"
-"""Preset of ``train.freeze``: everything but biases (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
 
 class WeightsNetwork(TrainedNetwork):
@@ -72,12 +69,13 @@ class WeightsNetwork(TrainedNetwork):
 def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Network:
     """Make the parameters of ``train.components`` train, but for those that ``train.freeze`` names.
 
-    Groups are those of ``facts.groups``; a component's other parameters are its group ``base``. Raises UsageError for a
-    pattern that matches nothing, and when nothing is left to train.
+    Groups are those of ``facts.groups``; the denoiser's other parameters are the group ``base``, those of another
+    component the group of its name. Raises UsageError for a pattern that matches nothing, and when nothing is left to
+    train.
     """
     names: dict[str, nn.Parameter] = {}
     groups: list[ParamGroup] = []
-    patterns = [r".*(?<!\.bias)" if pattern == BITFIT else pattern for pattern in config.train.freeze]
+    patterns = freeze_patterns(config.train.freeze)
     unused = set(patterns)
     placed = {name for file in stored_files(config, facts) for stored in file.tensors.values() for name in stored.names}
     for component in config.train.components:
@@ -97,7 +95,7 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
                 parameter.requires_grad_(True)
                 grouped.setdefault(group_of(facts, name), {})[name] = parameter
         for group, params in grouped.items():
-            groups.append(ParamGroup(name=f"{component} {group}", component=component, params=params))
+            groups.append(ParamGroup(name=group_name(component, group), component=component, params=params))
     if unused:
         near = difflib.get_close_matches(min(unused), names, 1, cutoff=0.3)
         raise UsageError(
@@ -108,11 +106,3 @@ def train_weights(models: Models, config: RunConfig, facts: ModelFacts) -> Netwo
     if not groups:
         raise UsageError("everything is frozen", where="train.freeze", fix="leave something to train")
     return Network(module=WeightsNetwork(names), param_groups=groups, kind=WEIGHTS)
-
-
-def group_of(facts: ModelFacts, name: str) -> str:
-    """The group of a parameter ``component:path``: the first of ``facts.groups`` that matches, else ``base``."""
-    for group, patterns in facts.groups.items():
-        if any(re.fullmatch(pattern, name) for pattern in patterns):
-            return group
-    return BASE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ def page_locked(size: int, where: str) -> Tensor:
             why=f"CUDA says error {code}",
             fix="keep less in host memory, or allow more locked memory (ulimit -l, or the container's limits)",
         )
-    weakref.finalize(flat, cudart.cudaHostUnregister, address).atexit = False
+    weakref.finalize(flat, _unlock, cudart, address).atexit = False
     return flat
+
+
+def _unlock(cudart: Any, address: int) -> None:
+    # A copy that was asked for ahead, and that nobody came to need, may still read it.
+    torch.cuda.synchronize()
+    cudart.cudaHostUnregister(address)
 
 
 class HostCopies:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError, create_model
 
+from tuner.core.config.base import Section
 from tuner.core.config.checks import key_problems
-from tuner.core.config.data import DefaultsConfig
+from tuner.core.config.data import DefaultsConfig, InheritedConfig
 from tuner.core.config.document import RawConfig
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path
@@ -54,7 +55,7 @@ def examine_config(
         found.setdefault(str(error), (path, error))
     usable = _without(document, [path for path, _ in found.values()])
     resolved = resolve_data(usable)
-    for path, error in _defaults_errors(usable):
+    for path, error in _inherited_errors(usable):
         found.setdefault(str(error), (path, error))
     config: RunConfig | None = None
     try:
@@ -68,16 +69,26 @@ def examine_config(
     return config, problems
 
 
-def _defaults_errors(raw: RawConfig) -> list[tuple[Path, UsageError]]:
-    """Problems of ``data.defaults`` on its own: values that every source overrides are checked as well."""
+def _inherited_errors(raw: RawConfig) -> Iterator[tuple[Path, UsageError]]:
+    """Problems of ``data.defaults`` and of what sets give to their sources: values that every source overrides are
+    checked as well."""
     data = raw.get("data")
-    defaults = data.get("defaults") if isinstance(data, Mapping) else None
-    if not isinstance(defaults, Mapping):
-        return []
+    if not isinstance(data, Mapping):
+        return
+    if data.get("defaults") is not None:
+        yield from _section_errors(DefaultsConfig, data["defaults"], ("data", "defaults"), raw)
+    sets = data.get("sets")
+    for number, entry in enumerate(sets if isinstance(sets, list) else []):
+        if isinstance(entry, Mapping):
+            passed_on = {key: value for key, value in entry.items() if key in InheritedConfig.model_fields}
+            yield from _section_errors(InheritedConfig, passed_on, ("data", "sets", number), raw)
+
+
+def _section_errors(schema: type[Section], value: Any, home: Path, raw: RawConfig) -> list[tuple[Path, UsageError]]:
     try:
-        DefaultsConfig.model_validate_json(json.dumps(defaults), strict=True)
+        schema.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        return validation_errors(error, raw, RunConfig, home=("data", "defaults"))
+        return validation_errors(error, raw, RunConfig, home=home)
     return []
 
 

@@ -19,6 +19,10 @@ from tuner.core.config.run import RunConfig
 from tuner.core.config.speed import compile_problems
 from tuner.core.errors import UsageError
 
+_OF_PICTURES = (
+    "every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters", "adapter_strength"
+)  # fmt: skip
+
 
 def key_problems(config: RunConfig, raw: RawConfig) -> list[UsageError]:
     """Every problem that can be seen without knowing the model."""
@@ -88,6 +92,9 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     for key in sorted(changed_keys(config.validation) - {"seed", "split"}):
         if not held_out:
             yield ("validate", key), "has no effect: nothing is held out", "set validate.split, or a source's role"
+    measured = {"validation", "train"} if config.validation.split > 0 else {"validation"}
+    if not config.validation.pool and [source.role in measured for source in sources].count(True) == 1:
+        yield ("validate", "pool"), "has no effect: images of one source are held out", "take it out"
 
 
 def _cache(config: RunConfig) -> Iterator[Problem]:
@@ -160,7 +167,7 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
     sample = config.sample
     if sample.enabled and not sample.prompts:
         # The other keys are filled in from the model in a resolved configuration.
-        for key in ("every", "at_start", "negative", "seed", "count", "sampler", "cfg_rescale", "adapters"):
+        for key in _OF_PICTURES:
             if key in changed_keys(sample):
                 yield ("sample", key), "has no effect without sample.prompts", "add prompts"
     metadata = config.checkpoint.metadata
@@ -169,8 +176,28 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
             yield ("checkpoint", "metadata", key), "has no effect while metadata.embed is off", "take one of both out"
     if config.log.dir is not None and not config.log.to:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
+    yield from _trackers(config)
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
+    rolling = config.checkpoint.rolling
+    if rolling is not None and rolling.every == config.checkpoint.every:
+        fix = "make it more frequent, or take it out"
+        yield ("checkpoint", "rolling"), "has no effect: checkpoint.every is due whenever this is", fix
+
+
+def _trackers(config: RunConfig) -> Iterator[Problem]:
+    """Keys that only some trackers read."""
+    log = config.log
+    readers = {"config": {"tensorboard", "wandb"}, "project": {"wandb"}, "run": {"wandb"}}
+    for key, names in readers.items():
+        if key in changed_keys(log) and not names & set(log.to):
+            listed = " or ".join(sorted(names))
+            yield ("log", key), f"has no effect without {listed} in log.to", "add it, or take this out"
+    for name in log.args:
+        if name != "wandb":
+            yield ("log", "args", name), "has no effect: only 'wandb' takes arguments", "take it out"
+        elif name not in log.to:
+            yield ("log", "args", name), "has no effect without wandb in log.to", "add it, or take this out"
 
 
 def _ema(config: RunConfig) -> Iterator[Problem]:
@@ -221,6 +248,8 @@ def _mode(config: RunConfig) -> Iterator[Problem]:
         yield Unused(("network", key), "has no effect with train.mode 'full'", fix)
     if config.precision.adapter != "fp32":
         yield Unused(("precision", "adapter"), "has no effect with train.mode 'full'", fix)
+    if config.sample.adapter_strength != 1:
+        yield Unused(("sample", "adapter_strength"), "has no effect with train.mode 'full'", fix)
     if config.checkpoint.format is not None and "format" in changed_keys(config.checkpoint):
         yield Unused(
             ("checkpoint", "format"), "has no effect: whole models keep the layout that they had", "take it out"

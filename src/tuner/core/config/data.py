@@ -42,11 +42,12 @@ class CropConfig(Section):
     style: Literal["center", "random", "corner", "face"] = "center"
     """``random`` draws at each visit, so its latents cannot be cached. ``face`` reads ``_cx_cy_w_h`` at the end of the
     file name."""
-    aspect: Literal["preserve", "square", "closest"] = "preserve"
+    aspect: Literal["preserve", "square", "closest", "random"] = "preserve"
     """Shape of the crop with rule ``simpletuner`` or ``resolution_mode`` = ``short_edge``: the image's own, a square,
-    or the nearest of ``aspect_list``."""
+    the nearest of ``aspect_list``, or one of them that is drawn once for each image."""
     aspect_list: tuple[Positive, ...] = ()
-    """Ratios (width / height) to choose from, with ``aspect`` = ``closest``."""
+    """Ratios (width / height) to choose from, with ``aspect`` = ``closest`` or ``random``; one that comes twice is
+    drawn twice as often."""
     shrink_above: Count | None = None
     """Larger images are first resized to ``shrink_to``, so that less of them is kept; same unit as the resolution."""
     shrink_to: Count | None = None
@@ -223,7 +224,8 @@ class DataConfig(Section):
     """What to train on."""
 
     include: str | None = None
-    """A file that holds this section in the same format; keys beside ``include`` win over the file's."""
+    """A file that holds this section in the same format; keys beside ``include`` win over the file's. Files of other
+    programs are translated by ``tuner config import``."""
     defaults: DefaultsConfig | None = None
     """Settings for all sets and sources that do not say otherwise."""
     sets: tuple[SetConfig, ...] = Field(min_length=1)

@@ -65,9 +65,10 @@ def _crop_problems(crop: CropConfig, place: Path, *, by_ratio: bool, fixed: bool
         for key in sorted(changed_keys(crop) & {"aspect", "shrink_above", "shrink_to"}):
             fix = "take it out, or choose buckets.rule 'simpletuner' or resolution_mode 'short_edge'"
             yield Unused((*place, key), "has no effect with a list of buckets or a fixed size", fix)
-    if crop.aspect == "closest" and not crop.aspect_list:
-        yield (*place, "aspect"), "'closest' needs aspect_list", 'add "aspect_list": [0.75, 1.0, 1.33]'
-    if crop.aspect_list and crop.aspect != "closest":
+    chosen = crop.aspect in ("closest", "random")
+    if chosen and not crop.aspect_list:
+        yield (*place, "aspect"), f"{crop.aspect!r} needs aspect_list", 'add "aspect_list": [0.75, 1.0, 1.33]'
+    if crop.aspect_list and not chosen:
         yield Unused((*place, "aspect_list"), f"has no effect with aspect {crop.aspect!r}", "set aspect to 'closest'")
     for key, other in (("shrink_above", "shrink_to"), ("shrink_to", "shrink_above")):
         if getattr(crop, key) is not None and getattr(crop, other) is None:

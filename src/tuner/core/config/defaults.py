@@ -166,6 +166,9 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
         yield ("text_encoder", "zero_padding"), "this model has no padding that could be zeros", "take it out"
     if config.latents.chunk_size is not None and not facts.banded_latents:
         yield ("latents", "chunk_size"), "this model's autoencoder cannot work in bands", "take it out"
+    tile, multiple = config.latents.tiling, 4 * facts.spatial_factor
+    if tile is not None and tile % multiple:
+        yield ("latents", "tiling"), f"{tile} is not a multiple of {multiple}", _near(tile, multiple)
     for key in ("dropout", "unconditional"):
         for name in getattr(config.text_encoder, key):
             yield from _known(("text_encoder", key, name), name, separable(facts))

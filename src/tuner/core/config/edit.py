@@ -50,10 +50,10 @@ def edited_text(
         change = _first_change(document.value, value, ())
         if change is None:
             return mark + (text if is_own is None else _refreshed(text, name, comments or {}, is_own))
-        at = document.spans.get(change.path)
-        above = None if at is None or is_own is None else _comment_above(text, at[0], is_own)
+        owner = _owner(text, document, change.path)
+        above = None if owner is None or is_own is None else _comment_above(text, document.spans[owner][0], is_own)
         text = _applied(text, document, change, comments or {})
-        if above is not None and (change.drop or change.path not in (comments or {})):
+        if above is not None and (owner not in (comments or {}) or (change.drop and owner == change.path)):
             text = text[: above[0]] + text[above[1] :]
 
 
@@ -82,6 +82,26 @@ def _first_change(old: Any, new: Any, path: Path) -> _Change | None:
             return _Change((*path, len(old) - 1), drop=True)
         return _Change((*path, len(old)), new[len(old)]) if len(new) > len(old) else None
     return None if type(old) is type(new) and old == new else _Change(path, new)
+
+
+def keys_under(text: str, name: str, is_own: Callable[[str], bool]) -> list[Path]:
+    """The keys on whose line above stands a comment that ``is_own`` knows. UsageError when ``text`` is not valid."""
+    text = text.removeprefix("\ufeff")
+    document = parse(text, name)
+    own = [path for path in document.spans if path and _owner(text, document, path) == path]
+    return [path for path in own if _comment_above(text, document.spans[path][0], is_own) is not None]
+
+
+def _owner(text: str, document: Document, path: Path) -> Path | None:
+    """What the line begins with that ``path`` is on, itself or something around it: a comment above is about that."""
+    if path not in document.spans:
+        return None
+    line = text.rfind("\n", 0, document.spans[path][0]) + 1
+    for length in range(len(path), 0, -1):
+        start = document.spans[path[:length]][0]
+        if start >= line and not text[line:start].strip():
+            return path[:length]
+    return None
 
 
 def _comment_above(text: str, at: int, is_own: Callable[[str], bool]) -> tuple[int, int] | None:

@@ -133,6 +133,17 @@ def repositories(by_flavour: Mapping[str, str], usual: str, note: str = "") -> t
     )
 
 
+def adapted_by_default(preset: str, note: str) -> ForeignOption:
+    """Row of the modules that SimpleTuner adapts where nothing else chooses them."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        chosen = given.get("peft_lora_target_modules") or given.get("lora_type") not in (None, "standard")
+        wanted = given.get("model_type") == "lora" and not chosen
+        return Settings({"network.preset": value} if wanted else {})
+
+    return option("peft_lora_preset", kind="text", convert=convert, default=preset, note=note)
+
+
 _BITS = {
     "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int4-torchao": "int4", "fp8-quanto": "fp8",
     "fp8uz-quanto": "fp8", "fp8-torchao": "fp8", "nf4-bnb": "nf4",
@@ -167,7 +178,9 @@ def trained_encoders(
     cached_rest: the script leaves its encoder alone when encodings are cached.
     """
     cached = given.get("cache_text_encoder_outputs") or given.get("cache_text_encoder_outputs_to_disk")
-    if given.get("network_train_unet_only") or (cached_rest and cached):
+    # Its module for rotations knows no text encoders.
+    alone = given.get("network_train_unet_only") or str(given.get("network_module", "")).startswith("networks.oft")
+    if alone or (cached_rest and cached):
         return ()
     return (*clips, *((t5,) if t5 and given.get("network_args.train_t5xxl") else ()))
 

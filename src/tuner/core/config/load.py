@@ -95,12 +95,35 @@ def _document(path: FilePath) -> Document:
         raise UsageError("the configuration is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except OSError as error:
         raise UsageError(f"cannot read the configuration: {error.strerror}", where=str(path)) from None
+    if path.suffix.lower() == ".toml":
+        raise _of_another_program(path, "sd-scripts", "configurations here are JSON; sd-scripts has TOML files")
     document = parse(text, str(path))
+    if program := _program_of(document.value):
+        raise _of_another_program(path, program, f"it is laid out as those of {program}")
     if not isinstance(document.value, dict):
         raise UsageError(
             "the configuration must be a JSON object", where=str(path), fix='start it with { "model": ... }'
         )
     return document
+
+
+def _program_of(value: Any) -> str | None:
+    """Whose data sets a document describes, by its shape; None for anything else."""
+    if isinstance(value, dict) and isinstance(value.get("datasets"), list):
+        return "sd-scripts"
+    if isinstance(value, list) and value and all(isinstance(entry, dict) and "id" in entry for entry in value):
+        return "simpletuner"
+    return None
+
+
+def _of_another_program(path: FilePath, program: str, why: str) -> UsageError:
+    # Not read on the fly: what changes its meaning, or is left out, belongs into a report that somebody reads.
+    return UsageError(
+        "this file is for another program",
+        where=str(path),
+        why=why,
+        fix=f"translate it: tuner config import {program} {path}",
+    )
 
 
 def _include(value: dict[str, Any], origins: dict[Path, str]) -> dict[str, Any]:

@@ -101,6 +101,9 @@ class NetworkConfig(Section):
     deviation 1 / rank; the up matrix is zero. ``pissa``: the principal directions of the weight, ``olora``: the first
     factors of its QR decomposition; the base keeps the rest. ``loftq``: the principal directions of what ``quantize``
     takes away."""
+    init_norm: Positive | None = None
+    """``lokr`` with ``full_matrix``: start a little off the base model. The small matrix is all ones, the larger one
+    has mean and deviation of the weight, times this; 1e-3 is usual. Left out: start as the base model."""
     init_from: str | None = None
     """Adapter file to start from."""
 
@@ -118,6 +121,7 @@ KEYS_OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "init": ("lora",),
     "factor": ("lokr",),
     "full_matrix": ("lokr",),
+    "init_norm": ("lokr",),
     "decompose_both": ("lokr",),
     "block_size": ("oft", "boft"),
     "block_count": ("oft",),
@@ -152,6 +156,10 @@ def kind_problems(network: NetworkConfig) -> Iterator[tuple[tuple[str | int, ...
         for key in ("rank", "alpha", "decompose_both"):
             if key in changed and network.rank != "from_file":
                 yield ("network", key), "has no effect with network.full_matrix", "take one of the two out"
+    elif network.init_norm is not None and kind == "lokr":
+        yield ("network", "init_norm"), "needs whole matrices", 'add "full_matrix": true'
+    if network.init_norm is not None and network.init_from is not None:
+        yield ("network", "init_norm"), "has no effect: every value comes from network.init_from", "take one out"
     if network.block_count is not None and "block_size" in changed:
         yield ("network", "block_size"), "is replaced by network.block_count", "keep one of the two"
     if network.rank == "from_file":

@@ -26,8 +26,8 @@ class LrRule(Section):
     match: str | None = None
     """Regular expression that must match a whole parameter name, ``component:path``."""
     group: str | None = None
-    """Instead of ``match``, in full training: a group of parameters that the model names, or ``base`` for those that
-    are in none."""
+    """Instead of ``match``, in full training: a group of parameters that the model names, a component other than the
+    denoiser, or ``base`` for those of the denoiser that are in none."""
     lr: NotNegative
     """Learning rate; 0 keeps these parameters as they are."""
 

@@ -39,6 +39,15 @@ class MetadataConfig(Section):
     """Free text."""
 
 
+class RollingConfig(Section):
+    """A second series of checkpoints, of which only the newest stay: to lose little when the machine stops."""
+
+    every: Every
+    """When. Where a checkpoint of ``checkpoint.every`` is due as well, that is the one that is written."""
+    keep: Count = 1
+    """Keep so many of this series."""
+
+
 class CheckpointConfig(Section):
     """What is saved, and where."""
 
@@ -50,6 +59,8 @@ class CheckpointConfig(Section):
     """When to save besides the end of the run. Left out: only at the end."""
     keep_last: Count | None = None
     """Keep so many checkpoints; older ones are removed. Left out: all."""
+    rolling: RollingConfig | None = None
+    """Further checkpoints, more often, that replace each other. Left out: none."""
     state: Literal["none", "every", "last"] = "last"
     """Which checkpoints keep what is needed to resume."""
     format: str | None = None
@@ -119,6 +130,8 @@ class SampleConfig(Section):
     cfg_rescale: Share = 0.0
     """Bring the contrast of guided predictions back towards that without guidance: 0 not at all, 1 fully. Against the
     burnt look of strong ``cfg``."""
+    adapter_strength: Annotated[float, AfterValidator(not_zero)] = 1.0
+    """Factor on what the adapter that trains changes, in pictures alone. Files and the training do not know of it."""
     adapters: tuple[SampleAdapter, ...] = ()
     """Further adapters, in all pictures, those of the base model too. Their changes of the base add up with that of the
     adapter that trains."""
@@ -140,6 +153,9 @@ class ValidateConfig(Section):
     """Use so many batches. Left out: all."""
     timesteps: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field((200, 400, 600, 800), min_length=1)
     """Every image is measured at each of these timesteps."""
+    pool: bool = True
+    """One result over all held-out images. Off: one for each source as well, to tell what is learned from what is
+    forgotten."""
     weights: Literal["train", "ema", "both"] = "train"
     """Measure the weights as they train, their average, or both."""
 
@@ -148,9 +164,17 @@ class LogConfig(Section):
     """What is recorded besides the event log, which is always written."""
 
     to: tuple[str, ...] = ()
-    """Further places for the numbers: ``tensorboard``, or the name of an installed logger plugin."""
+    """Further places for the numbers: ``tensorboard``, ``wandb``, or the name of an installed logger plugin."""
     dir: str | None = None
     """Folder for trackers. Left out: inside the run folder."""
+    config: bool = True
+    """Tell ``tensorboard`` and ``wandb`` the settings as well, without folders."""
+    project: str | None = None
+    """Project at ``wandb``. Left out: ``tuner``."""
+    run: str | None = None
+    """Name of the run at ``wandb``. Left out: the name of the run folder."""
+    args: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by tracker: ``{"wandb": {"entity": "us", "tags": ["style"]}}`` for its ``init``."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Messages shown."""
     plain: bool | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,3 +31,6 @@ class LatentsConfig(Section):
     """Draw latents from the autoencoder's posterior, or take its mode. Left out: the model's own choice."""
     chunk_size: Count | None = None
     """Rows per band of the autoencoder's convolutions: less memory, same result. Left out: whole images."""
+    tiling: Annotated[int, Field(ge=64)] | None = None
+    """Edge in pixels of overlapping tiles that larger pictures are encoded and decoded in: the memory of a tile, for
+    values that differ a little. 512 is usual. Left out: whole images."""

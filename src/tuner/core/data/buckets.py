@@ -25,7 +25,7 @@ class Geometry:
     """How images of one set at one resolution are sized. Made by ``set_geometry``; ``fit`` is a pure function.
 
     buckets: the list that images are matched to; empty when each image makes its own bucket.
-    notes: adjustments that a report should show.
+    drawn: the ratio among ``aspects`` is drawn instead of the nearest. notes: adjustments that a report should show.
     """
 
     resolution: Size
@@ -37,18 +37,20 @@ class Geometry:
     max_upscale: float | None = None
     rounding: int = 2
     aspects: tuple[float, ...] = ()
+    drawn: bool = False
     shrink: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
-    def fit(self, width: int, height: int) -> Fit | Refused:
+    def fit(self, width: int, height: int, draw: float = 0.0) -> Fit | Refused:
         """Bucket, resize and centred crop of an image, or why it has no place.
 
-        width, height: the image's size in pixels, EXIF orientation applied.
+        width, height: the image's size in pixels, EXIF orientation applied. draw: the image's own number in [0, 1),
+        where the ratio is drawn.
         """
         image = (width, height)
         if round(width / height, self.rounding) == 0 and self._by_ratio:
             return Refused(f"{width}x{height} is too narrow: its ratio rounds to zero")
-        plan = self._plan(image)
+        plan = self._plan(image, draw)
         if min(plan.bucket) < self.step and not self.buckets:
             return Refused(f"{width}x{height} is narrower than the bucket step {self.step}")
         fit = Fit(image=image, bucket=plan.bucket, resized=plan.resized, crop=centre(plan.resized, plan.bucket))
@@ -63,17 +65,19 @@ class Geometry:
     def _by_ratio(self) -> bool:
         return self.mode == "short_edge" or (self.mode == "area" and self.rule == "simpletuner")
 
-    def _plan(self, image: Size) -> Plan:
+    def _plan(self, image: Size, draw: float) -> Plan:
         if self._by_ratio:
-            return self._ratio_plan(image)
+            return self._ratio_plan(image, draw)
         if self.buckets:
             bucket = nearest_bucket(image, self.buckets)
             return Plan(bucket, cover(image, bucket))
         return shrink_only(image, self.resolution[0] * self.resolution[1], self.step)
 
-    def _ratio_plan(self, image: Size) -> Plan:
+    def _ratio_plan(self, image: Size, draw: float) -> Plan:
         own = image[0] / image[1]
         ratio = min(self.aspects, key=lambda each: abs(each - own)) if self.aspects else None
+        if self.drawn:
+            ratio = self.aspects[int(draw * len(self.aspects))]
         plan = self._sized(image, _edge(self.resolution, self.mode), ratio)
         if self.shrink is not None and self._measure(image) > self.shrink[0]:
             shrunk = self._sized(image, self.shrink[1], ratio).resized
@@ -123,6 +127,7 @@ def set_geometry(config: SetConfig, resolution: Size, multiple: int) -> Geometry
         max_upscale=buckets.max_upscale,
         rounding=buckets.rounding,
         aspects=_aspects(config),
+        drawn=by_ratio and not fixed and config.crop.aspect == "random",
         shrink=_shrink(config),
         notes=notes,
     )

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +76,14 @@ class LatentCache:
         self.batch_size = config.cache.vae_batch_size
         self.workers = config.data.workers.cache
         self.samples = (config.latents.posterior or facts.posterior) == "sample"
-        self.vae = {
+        self.vae: dict[str, Any] = {
             "family": facts.family,
             "identity": identity,
             "dtype": config.precision.vae or facts.dtypes.vae,
             "posterior": "sample" if self.samples else "mode",
         }
+        if config.latents.tiling is not None:
+            self.vae["tiling"] = config.latents.tiling
         self._loaded: Models | None = None
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ from tuner.core.data.fingerprint import fingerprint
 from tuner.core.data.index import scan_source
 from tuner.core.data.records import Fit, ImageRecord, Refused, Size, SourceIndex
 from tuner.core.data.repeats import balance_regularisation
-from tuner.core.data.split import limited, split_validation
+from tuner.core.data.split import limited, own_draw, split_validation
 from tuner.core.errors import Problems, UsageError
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class _Builder:
                     size = record.width, record.height
                     refused = refused_by(source.filters, *size, tier.config.resolution_mode)
                     refused = refused or refused_by_crop(tier.config.crop, record)
-                    placed = refused or tier.geometry.fit(*size)
+                    placed = refused or tier.geometry.fit(*size, own_draw(source.id, record.digest))
                     if isinstance(placed, Refused):
                         self._leave_out(source.id, record, placed.reason, tier)
                     else:

@@ -29,6 +29,11 @@ def split_validation(samples: Iterable[Sample], share: float, seed: int) -> froz
     return frozenset(held_out)
 
 
+def own_draw(source: str, digest: str) -> float:
+    """A number in [0, 1) that an image of a source keeps over runs."""
+    return _position("own", source, digest)
+
+
 def limited(source: str, digests: Sequence[str], limit: int | None) -> list[int]:
     """Indices of the fixed random subset of ``limit`` images of a source, in the original order."""
     if limit is None or limit >= len(digests):

@@ -24,6 +24,7 @@ from tuner.core.config.planned import refused_values
 from tuner.core.config.resuming import free_on_resume
 from tuner.core.errors import UsageError
 from tuner.core.explain.conflicts import Conflict, conflicts, needed_by
+from tuner.core.explain.costs import costs_of_key
 from tuner.core.explain.find import Found, Keys, model_keys, names
 from tuner.core.registry import MODELS, Catalog, model_schema, open_public, preset_names, read_preset
 
@@ -77,6 +78,7 @@ class KeyInfo:
     path: where it stands, ``[]`` for entries of lists. refused: ``planned`` or ``not applicable``, with the reason as
     its meaning; then nothing else is known. inherited: keys that give it to several sources or sets at once.
     inner: keys below a section, with type, default and meaning. only: models that have this key, empty when all do.
+    measured: what its values cost, where that was measured.
     """
 
     path: str
@@ -93,6 +95,7 @@ class KeyInfo:
     may_change_on_resume: bool = False
     conflicts: tuple[Conflict, ...] = ()
     needed_by: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     inner: tuple[tuple[str, str, str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,6 +126,7 @@ def explain_key(found: Found, keys: Keys) -> KeyInfo:
         may_change_on_resume=free_on_resume(".".join(map(str, names(key.path)))),
         conflicts=() if inner else tuple(conflicts(key.path)),
         needed_by=() if inner else tuple(needed_by(key.path)),
+        measured=tuple(str(each) for each in costs_of_key(key.path)),
         inner=inner,
     )
 

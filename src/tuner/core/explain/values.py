@@ -14,6 +14,7 @@ from tuner.core.config.document import dotted
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path
 from tuner.core.errors import NotHereError, UsageError
+from tuner.core.explain.costs import costs_of_value
 from tuner.core.explain.find import Keys, names
 from tuner.core.explain.keys import plain, value_at
 from tuner.core.registry import family_of, model_schema, open_known
@@ -35,6 +36,7 @@ class Value:
     """One value in effect. text: as JSON. origin: a file and line, an option, a preset, a model, or ``default``.
 
     default: what it would be if it were left out, empty when it is required; changed: whether it was given and differs.
+    measured: what it costs, where that was measured.
     """
 
     key: str
@@ -44,11 +46,12 @@ class Value:
     default: str
     changed: bool
     meaning: str
+    measured: tuple[str, ...] = ()
     problems: tuple[UsageError, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        names = ("key", "value", "origin", "default", "changed", "meaning")
+        names = ("key", "value", "origin", "default", "changed", "meaning", "measured")
         return {name: getattr(self, name) for name in names} | {"problems": [str(each) for each in self.problems]}
 
 
@@ -114,6 +117,7 @@ class _View:
             default="" if required else as_json(default),
             changed=given and (required or value != default),
             meaning=_meaning(key),
+            measured=tuple(str(each) for each in costs_of_value(dotted(path), value, shared)),
             problems=tuple(each for each in problems if _is_about(each, dotted(path))),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuner.core.config.foreign import Convert, Given, Refused, Settings, literal, rotates
+from tuner.core.importing import lycoris
 
 NETWORK = "script.network"
 """Pseudo option: whether the script trains an adapter."""
@@ -63,6 +64,8 @@ def rank(value: Any, given: Given) -> Settings:
         return Settings({}, "network_weights decides" if given.get(NETWORK) else "")
     if rotates(given):
         return Settings({"network.block_count": value}, "the number of blocks of every weight")
+    if lycoris.in_command_line(given):
+        return lycoris.rank(given.get("network_args.algo"), value)
     return Settings({"network.rank": value})
 
 
@@ -72,10 +75,14 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
     if given.get("dim_from_weights"):
         return Refused("not_applicable", "network_weights decides")
     if rotates(given):
-        note = "of rotations it is the limit, and 0.001 there unless it is given"
-        return Settings({"network.constraint": float(value) if "network_alpha" in given else 1e-3}, note)
+        note = "of rotations it is the limit, and 1 there unless it is given; 1e-4 to 1e-2 are useful"
+        return Settings({"network.constraint": float(value)}, note)
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
+    if lycoris.in_command_line(given):
+        made = lycoris.alpha(given.get("network_args.algo"), given.get("network_dim"), float(value))
+        if not made.keys:
+            return made
     note = "alpha is 1 there unless it is given, and the rank here: the update would be as many times stronger"
     return Settings({"network.alpha": float(value)}, "" if "network_alpha" in given else note)
 
@@ -91,15 +98,16 @@ _NETWORKS = {
 
 def network_module(value: Any, given: Given) -> Settings | Refused:
     module = str(value)
-    if module.startswith("lycoris"):
-        return Settings({"network.lycoris": {"module": module}})
+    if lycoris.in_command_line(given):
+        kind = lycoris.kind(given.get("network_args.algo"), decomposed=bool(given.get("network_args.dora_wd")))
+        return kind if isinstance(kind, Refused) else Settings({"network.type": kind})
     name = module.rpartition(".")[2].partition("_")[0]
     if name not in _NETWORKS:
         return Settings({"network.type": module})
-    kind = _NETWORKS[name]
-    if isinstance(kind, Refused):
-        return kind
-    return Settings({"network.type": kind} if kind else {}, "an adapter is what trains by default")
+    own = _NETWORKS[name]
+    if isinstance(own, Refused):
+        return own
+    return Settings({"network.type": own} if own else {}, "an adapter is what trains by default")
 
 
 def loraplus(value: Any, given: Given) -> Settings:
@@ -183,10 +191,10 @@ def logging_dir(value: Any, given: Given) -> Settings:
     return Settings(made if given.get("log_with") else made | {"log.to": ["tensorboard"]})
 
 
-def swapped_pairs(value: Any, given: Given) -> Settings:
-    """Old names: double blocks count once, single blocks by half."""
-    double, single = (int(given.get(name) or 0) for name in ("double_blocks_to_swap", "single_blocks_to_swap"))
-    return Settings({"memory.swap_blocks": double + single // 2}, "double blocks plus half of the single blocks", True)
+def swapped_blocks(value: Any, given: Given) -> Settings:
+    if value == 1:
+        return Settings({}, "one block alone frees nothing here: it needs as much room as it leaves", changed=True)
+    return Settings({"memory.swap_blocks": value})
 
 
 _ATTENTION = ("attn_mode", "mem_eff_attn", "xformers", "flash_attn", "sdpa")

@@ -6,6 +6,7 @@ Options of data sets are in ``sd_scripts_data``, those of one model in its plugi
 from __future__ import annotations
 
 from tuner.core.config.foreign import Refused, Settings, ignored, option, unbuilt
+from tuner.core.importing import lycoris
 from tuner.core.importing import sd_scripts_convert as to
 
 _ON_OFF = {True: "block", False: "off"}
@@ -43,8 +44,7 @@ GENERAL = (
     option("network_args.loraplus_text_encoder_lr_ratio", "optimizer.loraplus.text_encoder", "float"),
     option("network_args.ggpo_sigma", "network.perturbation.sigma", "float"),
     option("network_args.ggpo_beta", "network.perturbation.beta", "float"),
-    option("network_args.algo", "network.lycoris.algo", "text"),
-    option("network_args.factor", "network.factor", "int"),
+    *lycoris.COMMAND_LINE,
     option("network_args.verbose", refused="not_applicable", note="every run lists its modules"),
     *ignored("network_args.conv_dim network_args.conv_alpha network_args.conv_lora_dim",
              "trained blocks have no 3x3 convolutions"),
@@ -87,11 +87,7 @@ GENERAL = (
         {"memory.checkpointing": "block", "memory.offload_activations": "sync"})),
     option("unsloth_offload_checkpointing", kind="flag", off=(None, False), convert=lambda value, given: Settings(
         {"memory.checkpointing": "block", "memory.offload_activations": "async"})),
-    option("blocks_to_swap", "memory.swap_blocks", "int"),
-    option("double_blocks_to_swap", kind="int", convert=to.swapped_pairs),
-    option("single_blocks_to_swap", kind="int", convert=to.swapped_pairs),
-    option("split_mode", "memory.swap_blocks", "flag", values={True: 18}, off=(None, False), changed=True,
-           note="an old option that stands for 18 swapped blocks"),
+    option("blocks_to_swap", kind="int", convert=to.swapped_blocks, off=(None, 0)),
     *(option(name, kind="flag", convert=to.attention(name, backend), off=(None, False)) for name, backend in (
         ("sdpa", "sdpa"), ("xformers", "xformers"), ("mem_eff_attn", "xformers"), ("flash_attn", "flash"))),
     option("attn_mode", kind="text", convert=to.attention("attn_mode")),

@@ -8,6 +8,7 @@ from typing import Any
 
 from tuner.core.config.foreign import PREVIEWS, ignored, option
 from tuner.core.errors import UsageError
+from tuner.core.importing import lycoris
 from tuner.core.importing.apply import Table, Translation, translate
 from tuner.core.importing.families import Choice, choices, choose, of_model, schema_of
 from tuner.core.importing.finish import finish
@@ -97,6 +98,7 @@ def _import(
     for key, value in choice.family.settings.items():
         into.put(key, value)
     rows = {row.name: row for row in into.rows}
+    _adapter(into, values, rows.get("lycoris_config"), home, base)
     _backends(into, values, rows.get(_BACKENDS), home, base)
     _prompts(into, values, rows, home, base)
     return finish(TOOL, into, schema_of(catalog, choice))
@@ -113,6 +115,21 @@ def _choice(given: list[Given], catalog: Catalog, model: str | None) -> Choice:
         why = f"model_family {names[0]!r} is none of: {listed}" if names else f"it names no model_family: {listed}"
         raise UsageError("which model is this for?", why=why, fix="add --model NAME")
     return found
+
+
+def _adapter(into: Translation, values: Mapping[str, Any], row: Row | None, home: Path, base: Path) -> None:
+    """``network`` from the file that describes an adapter of LyCORIS."""
+    if row is None or values.get("lora_type") != "lycoris":
+        return
+    path = located(str(values["lycoris_config"]), home, base)
+    if path is None:
+        row.status, row.note = "missing", "the file is not there: set network.type and its keys"
+        return
+    document = read_document(path)
+    if not isinstance(document.value, dict):
+        raise UsageError("a LyCORIS file is an object", where=str(path))
+    given = [Given(name, value, document.where((name,)), f"lycoris {name}") for name, value in document.value.items()]
+    translate(into, given, Table(lycoris.FILE))
 
 
 def _backends(into: Translation, values: Mapping[str, Any], row: Row | None, home: Path, base: Path) -> None:

@@ -15,7 +15,11 @@ def lora_only(key: str) -> Convert:
     """A setting of adapters, which full training does not have."""
 
     def convert(value: Any, given: Given) -> Settings:
-        return Settings({key: value} if is_lora(given) else {}, "" if is_lora(given) else "no adapter is trained")
+        if not is_lora(given):
+            return Settings({}, "no adapter is trained")
+        if given.get("lora_type") == "lycoris":
+            return Settings({}, "adapters of LyCORIS do not read it; lycoris_config decides")
+        return Settings({key: value})
 
     return convert
 
@@ -188,7 +192,7 @@ def resume(value: Any, given: Given) -> Settings | Refused:
 
 
 def rolling(value: Any, given: Given) -> Settings:
-    return Settings({"checkpoint.rolling": {"every": int(value)}} if int(value) > 0 else {})
+    return Settings({"checkpoint.rolling.every": int(value)} if int(value) > 0 else {})
 
 
 def mode(value: Any, given: Given) -> Settings:

@@ -219,13 +219,14 @@ class Backends:
             told = "crops are random there unless crop_style is given"
             chosen = entry.rows.get("crop_style")
             part.put("crop.style", styles[style], chosen or self._default("crop_style", "random", told))
-        if aspect == "random":
-            entry.refuse("crop_aspect", "crops to a random shape of a list")
-        elif aspect != "preserve":
+        if aspect != "preserve":
             row = entry.rows.get("crop_aspect") or entry.rows.get("crop")
             part.put("crop.aspect", aspect, row)
-        if (listed := entry.get("crop_aspect_buckets")) and aspect == "closest":
-            part.put("crop.aspect_list", [float(each) for each in listed], entry.rows["crop_aspect_buckets"])
+        if (listed := entry.get("crop_aspect_buckets")) and aspect in ("closest", "random"):
+            if all(isinstance(each, int | float) for each in listed):
+                part.put("crop.aspect_list", [float(each) for each in listed], entry.rows["crop_aspect_buckets"])
+            else:
+                entry.refuse("crop_aspect_buckets", "ratios with weights: write a ratio several times")
         large, small = entry.get("maximum_image_size"), entry.get("target_downsample_size")
         if large and small:
             part.put("crop.shrink_above", _edge(large, kind, 1), entry.rows["maximum_image_size"])

@@ -89,7 +89,8 @@ GENERAL = (
     option("aws_max_pool_connections", "data.storage", "int", off=(None, 128)),
     option("conditioning_multidataset_sampling", "data.conditioning.sampling"),
     option("vae_dtype", "precision.vae", "text", off=(None, "default", ""), default="bf16"),
-    option("vae_enable_tiling", "latents.tiling", "flag", off=(None, False)),
+    option("vae_enable_tiling", "latents.tiling", "flag", values={True: 512}, off=(None, False), changed=True,
+           note="the edge of tiles here; the autoencoder's own choice there"),
     option("vae_enable_slicing", "latents.slicing", "flag", off=(None, False)),
     # noise and loss
     option("flow_schedule_shift", kind="float", convert=to.density, default=3.0),
@@ -128,8 +129,8 @@ GENERAL = (
         "threshold_mode", "use_backbone_features", "warmup_steps")), _VIDEO),
     # network
     option("lora_type", kind="text", values={"standard": Settings({}, "LoRA, as here"),
-                                             "lycoris": Settings({"network.lycoris": {}})}),
-    option("lycoris_config", "network.lycoris.config", "text", needs=("lora_type", ("lycoris",))),
+                                             "lycoris": Settings({}, "what lycoris_config says")}),
+    option("lycoris_config", kind="text", needs=("lora_type", ("lycoris",)), note="its keys are rows of their own"),
     option("init_lokr_norm", "network.init_norm", "float", needs=("lora_type", ("lycoris",))),
     option("lora_rank", kind="int", convert=to.lora_only("network.rank")),
     option("lora_alpha", kind="float", convert=to.lora_only("network.alpha")),
@@ -276,7 +277,8 @@ GENERAL = (
     option("eval_steps_interval", "validate.every.steps", "int", off=(None, 0)),
     option("eval_epoch_interval", kind="float", convert=to.whole_epochs, off=(None, 0)),
     *ignored("num_eval_images eval_timesteps eval_dataset_id eval_loss_disable", _EVAL),
-    option("eval_dataset_pooling", "validate.pool", "flag", off=(None, False)),
+    option("eval_dataset_pooling", "validate.pool", "flag", default=False,
+           note="eval data sets are told apart there unless it is on"),
     option("evaluation_type", "evaluate.clip", "text", off=(None, "none")),
     option("pretrained_evaluation_model_name_or_path", "evaluate.model", "text", needs=("evaluation_type", ("clip",))),
     # logging, publishing, launching

@@ -43,7 +43,7 @@ def redacted(value: Any, key: str = "") -> Any:
     the machine disappear.
     """
     if isinstance(value, Mapping):
-        return {str(name): redacted(below, str(name)) for name, below in value.items()}
+        return {_clean(str(name)): redacted(below, str(name)) for name, below in value.items()}
     hidden = key.lower() in SECRETS or key.lower() in TEXT_KEYS or bool(_SECRET_KEY.search(key))
     if hidden and value not in (None, "", [], (), False, True):
         return REMOVED
@@ -106,11 +106,19 @@ def _run_parts(run: Path) -> dict[str, tuple[str, str]]:
     parts = {}
     for name, what in (("config.resolved.json", "the run's settings"), ("manifest.json", "the run's versions")):
         if (run / name).is_file():
-            parts[f"run/{name}"] = (what, _text(json.loads((run / name).read_text(encoding="utf-8"))))
+            parts[f"run/{name}"] = (what, _text(_read(run / name)))
     if events := read_events(run / "events.jsonl")[-EVENTS:]:
         told = "\n".join(json.dumps(redacted(event), ensure_ascii=False) for event in events)
         parts["run/events.jsonl"] = (f"the last {EVENTS} events of the run", told + "\n")
     return parts
+
+
+def _read(path: Path) -> Any:
+    """A record of a run; what is wrong with it, when it cannot be read, which may be the very fault."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {"not readable": f"{type(error).__name__}: {error}"}
 
 
 def _text(value: Any) -> str:

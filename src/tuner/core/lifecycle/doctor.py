@@ -126,7 +126,10 @@ def _device_faults(found: Diagnosis) -> Iterator[Fault]:
         fix = "raise the limit on locked memory (ulimit -l), or give the container more; streaming is slow without it"
         yield Fault(what=f"no pinned host memory: {torch['pinned']}", fix=fix)
     for device in torch["devices"]:
-        if device["capability"] < [8, 0]:
+        if device["error"]:
+            what = f"{device['name']} cannot be used: {device['error']}"
+            yield Fault(what=what, fix="see with nvidia-smi whether another program holds it", serious=True)
+        elif device["capability"] < [8, 0]:
             what = f"{device['name']} computes bfloat16 slowly or not at all"
             yield Fault(what=what, fix='set precision.compute to "fp32"')
 

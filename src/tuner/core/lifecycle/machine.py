@@ -128,26 +128,35 @@ def all_packages() -> dict[str, str]:
 
 def torch_facts() -> dict[str, Any]:
     """What torch is built for and which devices it sees; ``error`` where it cannot be imported."""
-    try:
-        torch = import_module("torch")
-    except (ImportError, OSError) as error:
-        return {"version": version_of("torch"), "error": f"{type(error).__name__}: {error}", "devices": []}
-    devices = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-            free, total = torch.cuda.mem_get_info(index)
-            devices.append({"name": name, "capability": list(capability), "memory": total, "free": free})
+    # In a process of its own first: a broken torch may end the process instead of raising.
+    error = None if "torch" in sys.modules else import_error("torch")
+    if error is not None:
+        return {"version": version_of("torch"), "error": error, "devices": []}
+    torch = import_module("torch")
+    available = torch.cuda.is_available()
+    devices = [_device(torch, index) for index in range(torch.cuda.device_count())] if available else []
     return {
         "version": str(torch.__version__),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cuda_available": torch.cuda.is_available(),
+        "cuda_available": available,
         "mps_available": torch.backends.mps.is_available(),
         "threads": torch.get_num_threads(),
         "devices": devices,
         "pinned": pinned_problem(torch) if devices else None,
     }
+
+
+def _device(torch: Any, index: int) -> dict[str, Any]:
+    """One device; error: why it cannot be asked, as when another program has it for itself."""
+    found: dict[str, Any] = {"name": f"device {index}", "error": None} | dict.fromkeys(("capability", "memory", "free"))
+    try:
+        found |= {"name": torch.cuda.get_device_name(index)}
+        found |= {"capability": list(torch.cuda.get_device_capability(index))}
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        return found | {"error": str(error).partition("\n")[0]}
+    return found | {"memory": total, "free": free}
 
 
 def pinned_problem(torch: Any) -> str | None:
@@ -160,9 +169,9 @@ def pinned_problem(torch: Any) -> str | None:
 
 
 def extras() -> list[Extra]:
-    """Optional packages that some setting asks for; those that are installed are imported, each in its own process."""
+    """Optional packages that something asks for; those that are installed are imported, each in its own process."""
     wanted = {kernel.module: f"attention.backend {name!r}" for name, kernel in KERNELS.items() if kernel.module}
-    wanted |= {"tensorboard": "log.to"} | _optimizer_modules()
+    wanted |= {"tensorboard": "log.to", "questionary": "menus of tuner configure"} | _optimizer_modules()
     return [_extra(module, use) for module, use in sorted(wanted.items())]
 
 
@@ -229,10 +238,20 @@ def disks(folders: Mapping[str, Path]) -> list[Disk]:
     }
     found = []
     for use, path in every.items():
-        there = next((each for each in (path, *path.absolute().parents) if each.exists()), Path.cwd())
-        usage = shutil.disk_usage(there)
-        found.append(Disk(use=use, path=str(path), free=usage.free, total=usage.total))
+        usage = _usage(path.absolute())
+        if usage is not None:
+            found.append(Disk(use=use, path=str(path), free=usage.free, total=usage.total))
     return found
+
+
+def _usage(path: Path) -> shutil._ntuple_diskusage | None:
+    """Of the nearest folder that is there; None where the system does not tell."""
+    for each in (path, *path.parents):
+        try:
+            return shutil.disk_usage(each)
+        except OSError:
+            continue
+    return None
 
 
 def variables() -> dict[str, str]:

@@ -88,6 +88,13 @@ class CudaTransfers(Transfers):
     def host_buffer(self, size: int) -> Tensor:
         return page_locked(size, "memory.swap_blocks")
 
+    def slot(self, size: int) -> Slot:
+        made = super().slot(size)
+        # Copies may be on their way when it is let go of; its memory must not be given away until they have ended.
+        for stream in (self.stream, self.back):
+            made.flat.record_stream(stream)
+        return made
+
     def load(self, slot: Slot, host: Tensor) -> None:
         # Everything that reads the slot's old content was queued before this call.
         unused = torch.cuda.current_stream(self.device).record_event()

@@ -78,9 +78,12 @@ class Ema:
                 torch._foreach_mul_(averages, config.multiplier)
 
     def _pull(self, names: list[str], averages: list[Tensor], values: list[Tensor], strength: float) -> None:
-        """Move the parameters towards the average; ``values`` may share their memory and must not see it."""
+        """Move the parameters that still train towards the average; ``values`` may share their memory and must not see
+        it."""
         for number, name in enumerate(names):
             parameter, value = self.params[name], values[number]
+            if not parameter.requires_grad:
+                continue
             moved = value + strength * (averages[number] - value)
             values[number] = value.clone()
             parameter.copy_(moved)

@@ -33,7 +33,7 @@ def torch_groups(
         by_rate: dict[float, list[torch.nn.Parameter]] = {}
         ratio = _loraplus_ratio(config, group, text_components)
         for name, parameter in group.params.items():
-            rate = _base_rate(config, group, name) * ratio
+            rate = own_rate(config, group, name) * ratio
             if rate == 0:
                 parameter.requires_grad_(False)
             else:
@@ -72,7 +72,8 @@ def _short_name(group: ParamGroup) -> str:
     return group.name.removeprefix(f"{group.component} ")
 
 
-def _base_rate(config: OptimizerConfig, group: ParamGroup, name: str) -> float:
+def own_rate(config: OptimizerConfig, group: ParamGroup, name: str) -> float:
+    """The rate of the parameter ``name`` of a group, before LoRA+."""
     path = full_name(group.component, name)
     for rule in config.lr_rules:
         if _matches(rule, group, path):

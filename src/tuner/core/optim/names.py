@@ -12,15 +12,17 @@ class Entry:
     """module, attribute: the class. package: what to install when ``module`` is not there.
 
     separate: a parameter's update depends on nothing but its own gradient and state, so parameters can be updated one
-    after the other, during the backward pass for instance. own_rate: it scales lr by an estimate of its own, so all
-    groups must share one rate near 1. bytes: of state per value of a large float32 matrix; with "rows" the state is
-    smaller than that of a vector per row and column. fixed: arguments that make the name what it is.
+    after the other, during the backward pass for instance. counts: updates are counted by group, not by parameter, so
+    that the count must go back when the next part of a group is updated. own_rate: it scales lr by an estimate of its
+    own, so all groups must share one rate near 1. bytes: of state per value of a large float32 matrix. fixed: arguments
+    that make the name what it is.
     """
 
     module: str
     attribute: str
     package: str | None = None
     separate: bool = False
+    counts: bool = False
     own_rate: bool = False
     bytes: float = 8
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +44,22 @@ def _dadaptation(attribute: str, state: float, module: str = "dadaptation") -> E
 
 
 def _optimi(attribute: str, state: float) -> Entry:
-    return Entry(module="optimi", attribute=attribute, package="torch-optimi", bytes=state)
+    return Entry(module="optimi", attribute=attribute, package="torch-optimi", separate=True, counts=True, bytes=state)
+
+
+def _torchao(attribute: str, state: float) -> Entry:
+    return Entry(module="torchao.optim", attribute=attribute, package="torchao", separate=True, bytes=state)
+
+
+def _collected(attribute: str, state: float) -> Entry:
+    return Entry(
+        module="pytorch_optimizer",
+        attribute=attribute,
+        package="pytorch-optimizer",
+        separate=True,
+        counts=True,
+        bytes=state,
+    )
 
 
 def _schedule_free(attribute: str, state: float) -> Entry:
@@ -90,10 +107,10 @@ BUILTIN: Mapping[str, Entry] = {
     "paged_ademamix8bit": _bitsandbytes("PagedAdEMAMix8bit", 3),
     "paged_lion": _bitsandbytes("PagedLion", 4),
     "paged_lion8bit": _bitsandbytes("PagedLion8bit", 1),
-    "ao_adamw8bit": Entry(module="torchao.optim", attribute="AdamW8bit", package="torchao", bytes=2),
-    "ao_adamw4bit": Entry(module="torchao.optim", attribute="AdamW4bit", package="torchao", bytes=1),
-    "ao_adamfp8": Entry(module="torchao.optim", attribute="AdamFp8", package="torchao", bytes=2),
-    "ao_adamwfp8": Entry(module="torchao.optim", attribute="AdamWFp8", package="torchao", bytes=2),
+    "ao_adamw8bit": _torchao("AdamW8bit", 2),
+    "ao_adamw4bit": _torchao("AdamW4bit", 1),
+    "ao_adamfp8": _torchao("AdamFp8", 2),
+    "ao_adamwfp8": _torchao("AdamWFp8", 2),
     # Others that people ask for, from packages that are kept up.
     "adan": _optimi("Adan", 16),
     "ranger": _optimi("Ranger", 12),
@@ -103,8 +120,15 @@ BUILTIN: Mapping[str, Entry] = {
     "optimi_lion": _optimi("Lion", 4),
     "optimi_radam": _optimi("RAdam", 8),
     "optimi_sgd": _optimi("SGD", 0),
-    "came": Entry(module="pytorch_optimizer", attribute="CAME", package="pytorch-optimizer", bytes=4),
-    "soap": Entry(module="pytorch_optimizer", attribute="SOAP", package="pytorch-optimizer", bytes=28),
+    "came": _collected("CAME", 4),
+    "soap": _collected("SOAP", 28),
 }
-"""A schedule-free optimizer, one that estimates its rate, and one whose package counts steps for all parameters at once
-is not ``separate``; neither is one whose package does not say."""
+"""Schedule-free optimizers and those that estimate a rate for all parameters are not ``separate``."""
+
+
+def entry_of(name: str) -> Entry | None:
+    """What is known about ``optimizer.name``: a built-in name in any case, or the import path of what one stands for.
+    None for anything else."""
+    if "." not in name:
+        return BUILTIN.get(name.lower())
+    return next((each for each in BUILTIN.values() if f"{each.module}.{each.attribute}" == name), None)

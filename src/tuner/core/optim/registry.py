@@ -18,7 +18,7 @@ import torch
 from tuner.core.errors import UsageError
 from tuner.core.optim.groups import torch_groups
 from tuner.core.optim.imports import import_class
-from tuner.core.optim.names import BUILTIN
+from tuner.core.optim.names import BUILTIN, entry_of
 from tuner.core.optim.state import is_schedule_free
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def build_optimizer(
         group["lr"] *= scale
         group["base_lr"] *= scale
     factory = find_factory(config.name)
-    entry = BUILTIN.get(config.name.lower())
+    entry = entry_of(config.name)
     options = _options(config, factory)
     if entry is not None and (entry.module, entry.attribute) == ("torch.optim", "AdamW"):
         options |= _fused(options, torch.device(device))
@@ -100,7 +100,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 def is_separate(name: str) -> bool:
     """Whether ``optimizer.name`` updates every parameter by itself; False when that is not known."""
-    entry = BUILTIN.get(name.lower())
+    entry = entry_of(name)
     return entry is not None and entry.separate
 
 

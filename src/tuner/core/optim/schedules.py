@@ -122,7 +122,11 @@ class LrSchedule:
         else:
             rates = [base * lr_factor(self.config, step, self.total, base) for base in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):
+                # Optimizers that compile themselves keep it as a tensor, and insist on it.
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _check(self) -> None:
         config = self.config

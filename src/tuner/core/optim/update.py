@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuner.core.compute.pinned import HostCopies
 from tuner.core.errors import UsageError
-from tuner.core.optim.registry import is_separate
+from tuner.core.optim.names import entry_of
 from tuner.core.optim.rounding import fresh_generator, round_kahan, round_stochastic
 from tuner.core.optim.state import is_schedule_free
 
@@ -50,7 +50,9 @@ class Update:
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
         self.rounding, self.offload = config.rounding, config.offload
-        self.separate = is_separate(config.name)
+        entry = entry_of(config.name)
+        self.separate = entry is not None and entry.separate
+        self._counts = _Counts() if entry is not None and entry.counts else None
         self.name_of = {parameter: name for name, parameter in names.items()}
         self.group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         self.device, self._host = device, HostCopies("optimizer.offload" if config.offload else "memory.swap_blocks")
@@ -92,6 +94,8 @@ class Update:
         lent: copies to change in place of some of the parameters, and their gradients.
         """
         here = self._here(parameters, lent or {})
+        if self._counts is not None:
+            self._counts.begin(step, [self.group_of[each] for each in parameters])
         with torch.no_grad(), self._only(parameters), here, self._state_here(parameters):
             kept = [parameter.data for parameter in parameters]
             convert = [self.rounding != "nearest" and data.dtype == torch.bfloat16 for data in kept]
@@ -196,19 +200,47 @@ class Update:
         for parameter in parameters:
             state, group = self.optimizer.state.get(parameter, {}), self.group_of[parameter]
             # Counters stay where the optimizer put them, unless a resumed one found them with the weights.
-            counters = parameter in self.away and (group.get("fused") or group.get("capturable"))
+            counters = bool(parameter in self.away and (group.get("fused") or group.get("capturable")))
             for key, value in state.items():
-                if isinstance(value, Tensor) and (value.ndim or counters):
-                    target = place(parameter)
-                    there = target.type == "cpu" and value.device.type != "cpu"
-                    state[key] = (
-                        self._host.put((parameter, key), value) if there else value.to(target, non_blocking=True)
-                    )
+                state[key] = self._moved((parameter, key), value, place(parameter), counters)
+
+    def _moved(self, key: tuple[object, ...], value: Any, target: torch.device, counters: bool) -> Any:
+        if isinstance(value, list):
+            return [self._moved((*key, number), each, target, counters) for number, each in enumerate(value)]
+        if not isinstance(value, Tensor) or not (value.ndim or counters):
+            return value
+        there = target.type == "cpu" and value.device.type != "cpu"
+        return self._host.put(key, value) if there else value.to(target, non_blocking=True)
 
     def settle(self) -> None:
         """Wait for what is on its way to host memory: until then nobody may look at it there."""
         if self.device is not None and self.device.type == "cuda" and (self.offload or self.away):
             torch.cuda.current_stream(self.device).synchronize()
+
+
+class _Counts:
+    """What an optimizer keeps by group and not by parameter: every part of a group must find it as the first did."""
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._before: dict[int, dict[str, Any]] = {}
+
+    def begin(self, step: int, groups: Iterable[dict[str, Any]]) -> None:
+        """Before a part of update ``step``, whose parameters are in these groups."""
+        if step != self._step:
+            self._step, self._before = step, {}
+        for group in groups:
+            before = self._before.get(id(group))
+            if before is None:
+                self._before[id(group)] = {key: _kept(value) for key, value in group.items() if key != "params"}
+                continue
+            for key in group.keys() - before.keys() - {"params"}:
+                del group[key]
+            group.update({key: _kept(value) for key, value in before.items()})
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class FusedUpdate:

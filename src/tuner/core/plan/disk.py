@@ -41,7 +41,7 @@ def disk_use(config: RunConfig, facts: ModelFacts, work: Work, trained: Trained)
     """Bytes by what they are for. Captions are at most so many."""
     kept_in = config.precision.compute if str(config.train.mode) == FULL else config.precision.adapter
     item = BYTES[config.checkpoint.dtype or kept_in]
-    exported = trained.values * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
+    exported = trained.stored * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)
     if config.network.init in SPLITTING:
         exported *= 2
     kept = _checkpoints(config, work)
@@ -63,4 +63,5 @@ def _checkpoints(config: RunConfig, work: Work) -> int:
         due = [work.updates] if every.steps is None else [max(steps_of(every.steps, work.updates), 1)]
         due += [] if every.epochs is None else [every.epochs * per_epoch]
         count = max(-(-work.updates // min(due)), 1)
-    return min(count, config.checkpoint.keep_last or count)
+    rolling = config.checkpoint.rolling
+    return min(count, config.checkpoint.keep_last or count) + (0 if rolling is None else rolling.keep)

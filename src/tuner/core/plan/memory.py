@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tuner.core.config.network import SPLITTING
 from tuner.core.data.texts import live_components
 from tuner.core.plan.devices import Device
-from tuner.core.plan.trained import FULL, component_values, streamed_count
+from tuner.core.plan.trained import FULL, component_values, streamed_count, whole_values
 from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
 from tuner.core.plan.work import Shape, Work
 
@@ -39,10 +39,12 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What training adds. values: that the optimizer moves. weights, gradients, state, average: bytes on the device;
-    host: bytes in host memory. saved: bytes of a checkpoint with its state; written: bytes in host memory meanwhile."""
+    """What training adds. values: that the optimizer moves; stored: that a file of them has. weights, gradients, state,
+    average: bytes on the device; host: in host memory. saved: bytes of a checkpoint with its state; written: bytes
+    in host memory meanwhile."""
 
     values: int
+    stored: int
     weights: float
     gradients: float
     state: float
@@ -117,16 +119,18 @@ def trained_memory(
     average = 4 * values if config.ema.enabled else 0
     # A start inside the weights is kept beside what trains, and again in checkpoints.
     fixed = 0 if full or config.network.init not in SPLITTING else values * item
+    stored = whole_values(config, costs) if full else values
     host = away * per_value + sent + (average if config.ema.device == "cpu" else 0)
     return Trained(
         values=values,
+        stored=stored,
         # The model's own weights are counted with the model.
         weights=0 if full else values * item + fixed,
         gradients=gradients,
         state=state - away * per_value,
         average=average if config.ema.device == "accelerator" else 0,
         host=host,
-        saved=values * item + fixed + state + average,
+        saved=stored * item + fixed + state + average,
         written=4 * largest_layer(costs.layers()) if full else 2 * (values * item + fixed),
     )
 
@@ -206,7 +210,7 @@ def _latents(config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work)
     if config.cache.latents == "off":
         return Phase(name="latents", device=0, host=0)
     weights = part_bytes(config, facts, costs, "vae")
-    pixels = max(shape.width * shape.height for shape in work.shapes)
+    pixels = max(at_once(config, shape.width, shape.height) for shape in work.shapes)
     together = 1 if (config.latents.posterior or facts.posterior) == "sample" else config.cache.vae_batch_size
     working = costs.parts["vae"].work * BYTES[dtype_of(config, facts, "vae")] * pixels * together
     return Phase(name="latents", device=weights + working, host=weights, parts={"weights": weights, "at work": working})
@@ -244,8 +248,14 @@ def picture_bytes(config: RunConfig, facts: ModelFacts, costs: CostRules, size: 
     width, height = size
     image = Shape(width=width, height=height, batch=1).tokens(costs.token)
     running = max(block.levels["block"].work.of(image, costs.text_rows) for block in costs.blocks) / 2
-    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * width * height
+    decoder = costs.parts["vae"].decode_work * BYTES[dtype_of(config, facts, "vae")] * at_once(config, width, height)
     return max(running * BYTES[config.precision.compute], part_bytes(config, facts, costs, "vae") + decoder)
+
+
+def at_once(config: RunConfig, width: int, height: int) -> int:
+    """Pixels that the autoencoder works on together."""
+    tile = config.latents.tiling
+    return width * height if tile is None else min(width, tile) * min(height, tile)
 
 
 def _saving(step: Phase, trained: Trained) -> Phase:

@@ -11,7 +11,7 @@ from tuner.core.plan.devices import Device
 from tuner.core.plan.disk import disk_use
 from tuner.core.plan.memory import Phase, phases, trained_memory
 from tuner.core.plan.time import update_seconds
-from tuner.core.plan.trained import streamed_count, trained_values
+from tuner.core.plan.trained import streamed_count, trained_values, whole_values
 from tuner.core.plan.weights import BYTES, denoiser_weights
 from tuner.core.plan.work import Work
 from tuner.core.track.progress import byte_size, duration
@@ -109,7 +109,10 @@ def predict(config: RunConfig, facts: ModelFacts, work: Work, device: Device, *,
     state, known = optimizer_state(config)
     weights = denoiser_weights(config, facts, costs)
     values = trained_values(config, facts, costs) if trained is None else trained
-    streamed = weights.host / BYTES[config.precision.compute] if streamed_count(config) else 0.0
+    streamed = 0.0
+    if streamed_count(config):
+        # Frozen ones among them are taken to be spread evenly.
+        streamed = weights.host / BYTES[config.precision.compute] * values / whole_values(config, costs)
     added = trained_memory(config, costs, values, state, streamed)
     return Plan(
         device=device.name,
@@ -137,9 +140,9 @@ def costs_of(facts: ModelFacts) -> CostRules:
 
 def optimizer_state(config: RunConfig) -> tuple[float, bool]:
     """(bytes of optimizer state per trained value, whether that is known)."""
-    from tuner.core.optim.names import BUILTIN
+    from tuner.core.optim.names import entry_of
 
-    entry = BUILTIN.get(config.optimizer.name.lower())
+    entry = entry_of(config.optimizer.name)
     return (UNKNOWN_STATE, False) if entry is None else (float(entry.bytes), True)
 
 

@@ -36,4 +36,4 @@ def prepare(
 def _is_common(document: Mapping[str, Any]) -> bool:
     """Whether no set names a size of micro-batches of its own."""
     data = document["data"]
-    return not any("batch_size" in part for part in (*data["sets"], data.get("defaults", {})))
+    return not any("batch_size" in part for part in (*data["sets"], data.get("defaults") or {}))

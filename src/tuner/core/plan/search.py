@@ -168,9 +168,9 @@ def _divisors(config: RunConfig, work: Work) -> list[int]:
 
 def _separate(config: RunConfig) -> bool:
     """Whether the optimizer goes with state, or weights, that come from host memory a few at a time."""
-    from tuner.core.optim.names import BUILTIN
+    from tuner.core.optim.names import entry_of
 
-    entry = BUILTIN.get(config.optimizer.name.lower())
+    entry = entry_of(config.optimizer.name)
     return entry is not None and entry.separate
 
 

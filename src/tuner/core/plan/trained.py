@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def component_values(costs: CostRules, component: str) -> int:
 def trained_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> int:
     """Values that the optimizer moves. UsageError for patterns that match nothing."""
     if str(config.train.mode) == FULL:
-        return sum(component_values(costs, name) for name in config.train.components)
+        return whole_values(config, costs) - _frozen_values(config, facts, costs)
     from tuner.core.adapters.targets import select_targets
 
     layers = {name: component_layers(costs, name) for name in config.train.components}
@@ -42,6 +43,30 @@ def trained_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> in
         network = network.model_copy(update={"rank": 16, "init_from": None})
     targets = select_targets({name: tuple(found) for name, found in layers.items()}, network, facts)
     return sum(adapter_values(target, layers[target.component]) for target in targets)
+
+
+def whole_values(config: RunConfig, costs: CostRules) -> int:
+    """All values of the components that train, frozen ones too: what a file of whole weights holds."""
+    return sum(component_values(costs, name) for name in config.train.components)
+
+
+def _frozen_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> int:
+    """Values of the matrices that ``train.freeze`` or a rate of 0 keeps as they are; small parameters count as trained,
+    because costs do not know their names."""
+    from tuner.core.adapters.freezing import freeze_patterns, group_name, group_of
+    from tuner.core.optim.groups import own_rate
+    from tuner.core.types import ParamGroup
+
+    patterns = freeze_patterns(config.train.freeze)
+    total = 0
+    for component in config.train.components:
+        for path, layer in component_layers(costs, component).items():
+            name = f"{component}:{path}.weight"
+            label = group_name(component, group_of(facts, name))
+            group = ParamGroup(name=label, component=component, params={})
+            if any(re.fullmatch(each, name) for each in patterns) or own_rate(config.optimizer, group, name) == 0:
+                total += layer.size
+    return total
 
 
 def streamed_count(config: RunConfig) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.core.registry.blank import blank_text
 from tuner.core.registry.checks import Contract
+from tuner.core.registry.tiles import in_tiles
 from tuner.core.types import Models, Placement, TextEmbeds
 
 if TYPE_CHECKING:
@@ -68,15 +69,40 @@ class ModelFacade:
 
     def encode_latents(self, models: Models, pixels: Tensor, rng: Rng | None = None) -> Tensor:
         """Pixels [B,3,H,W] float32 in -1..1 to latents [B,C,h,w] float32; ``rng`` None takes the posterior's mode."""
-        latents: Tensor = self._hooks.encode_latents(models=models, config=self.config, pixels=pixels, rng=rng)
-        self._contract.latents(latents, pixels)
-        return latents
+        factor = self.facts.spatial_factor
+
+        def encode(part: Tensor, number: int) -> Tensor:
+            # Tiles of one picture draw their own parts of the posterior.
+            own = rng if rng is None or number == 0 else rng.child("tile", number)
+            found: Tensor = self._hooks.encode_latents(models=models, config=self.config, pixels=part, rng=own)
+            self._contract.latents(found, part)
+            return found
+
+        edge = self._edge(pixels, 1)
+        if edge is None:
+            return encode(pixels, 0)
+        return in_tiles(pixels, edge, edge // 4 // factor * factor, resized=lambda rows: rows // factor, run=encode)
 
     def decode_latents(self, models: Models, latents: Tensor) -> Tensor:
         """Latents [B,C,h,w] float32 to pixels [B,3,H,W] float32 in -1..1."""
-        pixels: Tensor = self._hooks.decode_latents(models=models, config=self.config, latents=latents)
-        self._contract.pixels(pixels, latents)
-        return pixels
+        factor = self.facts.spatial_factor
+
+        def decode(part: Tensor, number: int) -> Tensor:
+            found: Tensor = self._hooks.decode_latents(models=models, config=self.config, latents=part)
+            self._contract.pixels(found, part)
+            return found
+
+        edge = self._edge(latents, factor)
+        if edge is None:
+            return decode(latents, 0)
+        return in_tiles(latents, edge, edge // 4, resized=lambda rows: rows * factor, run=decode)
+
+    def _edge(self, values: Tensor, factor: int) -> int | None:
+        """The edge of tiles in rows of ``values``, each of ``factor`` pixels; None where the picture is one tile."""
+        tiling = self.config.latents.tiling
+        if tiling is None or max(values.shape[-2:]) * factor <= tiling:
+            return None
+        return tiling // factor
 
     def noise_target(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> NoiseTarget:
         """Noisy latents and target for latents and noise [B,C,h,w] at sigmas [B]."""

@@ -99,6 +99,8 @@ def _charts(record: RunRecord) -> str:
             rates.setdefault(group, []).append((event["step"], rate))
     charts = [
         _noisy_chart("Loss", steps, "loss", 0),
+        _parted_chart("Loss by timestep, smoothed", steps, "by_timestep"),
+        _parted_chart("Loss by source, smoothed", steps, "by_source"),
         line_chart("Learning rate", _rate_lines(rates), zero=True),
         _noisy_chart("Gradient norm before clipping", steps, "grad_norm", 3, zero=True),
         _noisy_chart("Images per second", steps, "images_per_second", 5, zero=True),
@@ -116,6 +118,19 @@ def _noisy_chart(title: str, steps: Sequence[Event], key: str, colour: int, *, z
         Line(name=f"smoothed over about {window} steps", points=smoothed(points, window), colour=colour),
     ]
     return line_chart(title, lines, zero=zero, clip=0.01)
+
+
+def _parted_chart(title: str, steps: Sequence[Event], key: str) -> str:
+    """Moving averages of what the steps say by name under ``key``; nothing where there is one name."""
+    parts: dict[str, list[tuple[float, float]]] = {}
+    for event in steps:
+        for name, value in (event.get(key) or {}).items():
+            parts.setdefault(name, []).append((event["step"], value))
+    lines = [
+        Line(name=name, points=smoothed(points, max(10, len(points) // 25)), colour=colour)
+        for colour, (name, points) in enumerate(sorted(parts.items()))
+    ]
+    return line_chart(title, lines) if len(lines) > 1 else ""
 
 
 def _rate_lines(rates: Mapping[str, list[tuple[float, float]]]) -> list[Line]:
@@ -167,7 +182,10 @@ def _validation(record: RunRecord, kind: str) -> str:
              event.get("high"), event.get("shuffled_delta")] for event in events]  # fmt: skip
     columns = ["step", "base", "adapted", "difference", "low", "high", "other caption"]
     numbers = details("Numbers", table(columns, rows, scroll=True))
-    return f'{verdict}<div class="charts">{over_time}{by_level}</div>{numbers}'
+    sources = [[each["source"], each["images"], each["delta"], each["low"], each["high"]]
+               for each in last.get("by_source") or []]  # fmt: skip
+    by_source = table(["source", "images", "difference", "low", "high"], sources) if sources else ""
+    return f'{verdict}{by_source}<div class="charts">{over_time}{by_level}</div>{numbers}'
 
 
 def _samples(record: RunRecord) -> str:

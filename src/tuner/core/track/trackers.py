@@ -7,14 +7,17 @@ object with the methods of `Tracker`.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tuner.core.errors import UsageError
+from tuner.core.track.page import hide_folders
+from tuner.core.track.weights_and_biases import WANDB, WeightsAndBiases
 
 if TYPE_CHECKING:
     from tuner.core.config import LogConfig
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "tuner.loggers"
 JSONL = "jsonl"
 TENSORBOARD = "tensorboard"
+PACKAGES = {TENSORBOARD: "TensorBoard", WANDB: "Weights & Biases"}
+"""Trackers that need a package of the same name, and their titles."""
 
 
 class Tracker(Protocol):
@@ -62,34 +67,54 @@ class Trackers:
 
 
 def open_trackers(config: LogConfig, run_dir: Path, start_step: int = 0) -> Trackers:
-    """The trackers that ``log.to`` names, writing below ``log.dir``, else below ``run_dir``.
+    """The trackers that ``log.to`` names, in that order, writing below ``log.dir``, else below ``run_dir``.
 
     start_step: updates done already; a tracker drops what it recorded beyond. Raises UsageError for an unknown name or
     a missing package.
     """
+    check_trackers(config)
     folder = run_dir if config.dir is None else Path(config.dir)
-    return Trackers([find_tracker(name)(folder, start_step) for name in config.to if name != JSONL])
+    settings = settings_of(run_dir) if config.config else {}
+    made: list[Tracker] = []
+    for name in config.to:
+        if name == TENSORBOARD:
+            made.append(TensorBoard(folder, start_step, settings))
+        elif name == WANDB:
+            made.append(WeightsAndBiases(folder, run_dir, config, settings))
+        elif name != JSONL:
+            made.append(_plugin(name)(folder, start_step))
+    return Trackers(made)
 
 
 def check_trackers(config: LogConfig) -> None:
     """Raise what `open_trackers` would raise, without opening anything."""
     for name in config.to:
-        if name != JSONL:
-            find_tracker(name)
+        if name in PACKAGES and find_spec(name) is None:
+            fix = f"pip install {name}, or remove it from log.to"
+            raise UsageError(f"{PACKAGES[name]} is not installed", where="log.to", fix=fix)
+        if name not in (JSONL, *PACKAGES):
+            _plugin(name)
 
 
-def find_tracker(name: str) -> Factory:
-    if name == TENSORBOARD:
-        if find_spec("tensorboard") is None:
-            raise UsageError(
-                "TensorBoard is not installed", where="log.to", fix="pip install tensorboard, or remove it from log.to"
-            )
-        return TensorBoard
+def settings_of(run_dir: Path) -> dict[str, Any]:
+    """The configuration of a run without folders, which say too much of a machine."""
+    path = run_dir / "config.resolved.json"
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: _without_folders(value) for key, value in settings.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(below) for key, below in value.items()}
+    return [_without_folders(below) for below in value] if isinstance(value, list) else hide_folders(value)
+
+
+def _plugin(name: str) -> Factory:
     for point in entry_points(group=ENTRY_POINTS):
         if point.name == name:
             factory: Factory = point.load()
             return factory
-    names = [JSONL, TENSORBOARD, *(point.name for point in entry_points(group=ENTRY_POINTS))]
+    names = [JSONL, *PACKAGES, *(point.name for point in entry_points(group=ENTRY_POINTS))]
     near = difflib.get_close_matches(name, names, 1)
     raise UsageError(
         f"nothing is called {name!r} that could record a run",
@@ -100,13 +125,17 @@ def find_tracker(name: str) -> Factory:
 
 
 class TensorBoard:
-    """Writes event files below ``folder/tensorboard``."""
+    """Writes event files below ``folder/tensorboard``, the settings as a text."""
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, start_step: int, settings: Mapping[str, Any] = MappingProxyType({})) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = start_step + 1 if start_step else None
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+        if settings:
+            # Four blanks make a block of code of each line.
+            lines = json.dumps(settings, indent=2, ensure_ascii=False).splitlines()
+            self._writer.add_text("settings", "\n".join(f"    {line}" for line in lines), start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from tuner.core.adapters.network import trained
 from tuner.core.compute.linear import separate_projections
 from tuner.core.compute.modulation_cache import cache_modulations
 from tuner.core.config.base import changed_keys
@@ -17,7 +17,7 @@ from tuner.core.memory.compiling import compile_blocks
 from tuner.core.memory.offload import open_offload
 from tuner.core.memory.streaming import Streaming, stream_blocks
 from tuner.core.train.compiling import compile_settings
-from tuner.core.types import Models, Network
+from tuner.core.types import Models
 
 if TYPE_CHECKING:
     from tuner.core.config import RunConfig
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def prepare_blocks(
     models: Models,
-    network: Network,
+    adapters: nn.Module | None,
     config: RunConfig,
     facts: ModelFacts,
     device: torch.device,
@@ -42,8 +42,9 @@ def prepare_blocks(
 ) -> Streaming | None:
     """Compile, stream and recompute blocks as ``compile`` and ``memory`` say, with the adapters that are in them.
 
-    tokens: of every picture size to come, for ``compile``. Compilation is inside, so that whoever calls a block may
-    change where its weights are and which tensors it gets.
+    adapters: the layers that act in the blocks, made beside weights that were still in host memory; None when whole
+    weights train. tokens: of every picture size to come, for ``compile``.
+    Compilation is inside, so that whoever calls a block may change where its weights are and which tensors it gets.
     Recomputation is outside, so that it fetches the weights of a streamed block again. Modulations are computed ahead
     of the blocks unless blocks are streamed: then their weights travel with the block that needs them.
     """
@@ -63,9 +64,8 @@ def prepare_blocks(
     streaming = None
     if memory.swap_blocks:
         streaming = stream_blocks(denoiser, facts.block_lists, memory.swap_blocks, device)
-        if trained(network).has_base:
-            # The adapters were made beside weights that were still in host memory.
-            network.module.to(device)
+        if adapters is not None:
+            adapters.to(device)
         _tell(streaming)
     else:
         cache_modulations(denoiser, facts.modulation, [each.path for each in facts.block_lists])

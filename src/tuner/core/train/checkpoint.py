@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,10 +25,15 @@ from tuner.core.atomic import sync_file, sync_folder, write_json
 from tuner.core.errors import UsageError
 from tuner.core.train.folder import RunFolder
 
+if TYPE_CHECKING:
+    from tuner.core.config.outputs import CheckpointConfig
+
 log = logging.getLogger(__name__)
 
 STATE_TENSORS = "state.safetensors"
 STATE_JSON = "state.json"
+ROLLING = "rolling"
+"""Empty file in a checkpoint of the rolling series."""
 FORMAT = 1
 
 
@@ -167,8 +172,14 @@ def _step_of(path: Path) -> int | None:
 class CheckpointWriter:
     """Builds a checkpoint in a hidden folder and renames it into place, then applies retention."""
 
-    def __init__(self, folder: RunFolder, *, keep_last: int | None, state: str) -> None:
-        self.folder, self.keep_last, self.state = folder, keep_last, state
+    def __init__(self, folder: RunFolder, *, keep_last: int | None, state: str, keep_rolling: int = 1) -> None:
+        self.folder, self.keep_last, self.state, self.keep_rolling = folder, keep_last, state, keep_rolling
+
+    @classmethod
+    def of(cls, folder: RunFolder, config: CheckpointConfig) -> Self:
+        """The writer that a configuration asks for."""
+        rolling = 1 if config.rolling is None else config.rolling.keep
+        return cls(folder, keep_last=config.keep_last, state=config.state, keep_rolling=rolling)
 
     def begin(self, step: int) -> Path:
         """The hidden folder to fill; leftovers of a killed attempt are removed."""
@@ -177,7 +188,10 @@ class CheckpointWriter:
         building.mkdir(parents=True)
         return building
 
-    def commit(self, building: Path, step: int) -> Path:
+    def commit(self, building: Path, step: int, *, rolling: bool = False) -> Path:
+        """Give the filled folder its name and apply retention; ``rolling``: to its own series."""
+        if rolling:
+            (building / ROLLING).touch()
         for file in building.iterdir():
             sync_file(file)
         sync_folder(building)
@@ -199,10 +213,12 @@ class CheckpointWriter:
         """
         existing = list_checkpoints(self.folder)
         existing = existing[: existing.index(newest) + 1]
-        if self.keep_last is not None:
-            for path in existing[: -self.keep_last]:
-                shutil.rmtree(path)
-            existing = existing[-self.keep_last :]
+        rolling = [path for path in existing if (path / ROLLING).exists()]
+        lasting = [path for path in existing if path not in rolling]
+        gone = rolling[: -self.keep_rolling] + ([] if self.keep_last is None else lasting[: -self.keep_last])
+        for path in gone:
+            shutil.rmtree(path)
+        existing = [path for path in existing if path not in gone]
         if self.state == "last":
             for path in existing[:-1]:
                 (path / STATE_JSON).unlink(missing_ok=True)

@@ -39,10 +39,14 @@ class Length:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chores:
-    """What happens beside the updates, in the order it happens when several are due: saving comes first."""
+    """What happens beside the updates, in the order it happens when several are due: saving comes first.
 
-    save: Callable[[Position], None]
+    save: takes the position, and whether the checkpoint is one of the rolling series.
+    """
+
+    save: Callable[[Position, bool], None]
     save_due: Due
+    roll_due: Due
     validate: Callable[[int], None]
     validate_due: Due
     preview: Callable[[int], None]
@@ -104,8 +108,9 @@ class Loop:
         here = self._rolled(position)
         epochs_done = here.epoch if here.batch == 0 else None
         last = step == self.length.steps
-        if self.chores.save_due(step, epochs_done=epochs_done) and not last:
-            self.chores.save(here)
+        kept = self.chores.save_due(step, epochs_done=epochs_done)
+        if (self.chores.roll_due(step, epochs_done=epochs_done) or kept) and not last:
+            self.chores.save(here, not kept)
         if self.chores.validate_due(step, epochs_done=epochs_done) and not last:
             self.chores.validate(step)
         if self.chores.preview_due(step, epochs_done=epochs_done) and not last:
@@ -133,6 +138,9 @@ class Loop:
         if result.norms is not None:
             metrics |= {f"adapter_norm_{name}": value for name, value in asdict(result.norms).items()}
         extra = {"memory_bytes": memory} if memory else {}
-        self.events.emit("step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **extra)
-        self.chores.on_step(position.step, {**metrics, **{f"lr/{name}": rate for name, rate in rates.items()}}, group)
+        self.events.emit(
+            "step", step=position.step, epoch=position.epoch, lr=rates, **metrics, **asdict(result.parts), **extra
+        )
+        named = {f"lr/{name}": rate for name, rate in rates.items()} | result.parts.named()
+        self.chores.on_step(position.step, {**metrics, **named}, group)
         progress.advance(1, loss=average, images_per_second=metrics["images_per_second"], **extra)

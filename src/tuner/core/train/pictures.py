@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from tuner.core.atomic import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+
 CHUNK = "tuner"
 """Name of the text chunk that holds the settings, as JSON."""
 
@@ -23,7 +26,8 @@ def to_image(pixels: Tensor) -> Image:
     """Pixels [3,H,W] float in -1..1 to an RGB picture."""
     from PIL import Image
 
-    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    # Casting what is no number has no defined result.
+    values = ((pixels.float().nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
@@ -31,6 +35,8 @@ def write_png(path: Path, pixels: Tensor, settings: dict[str, Any]) -> None:
     """Write a PNG with the settings that made it in its text chunk `CHUNK`."""
     from PIL.PngImagePlugin import PngInfo
 
+    if not bool(torch.isfinite(pixels).all()):
+        log.warning("%s: the model gave values that are no numbers, which are black; use another precision", path)
     info = PngInfo()
     info.add_text(CHUNK, json.dumps(settings, ensure_ascii=False))
     with atomic_path(path) as temporary:

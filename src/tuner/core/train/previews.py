@@ -69,13 +69,15 @@ class Previewer:
         kernel: str | None = None,
         extra: Callable[[], AbstractContextManager[None]] = nullcontext,
         extra_told: Sequence[Mapping[str, Any]] = (),
+        strength: float = 1.0,
     ) -> None:
         """kernel: of attention in samples; None for the one that trains. extra: a context in which further adapters
-        act; extra_told: what pictures say about them."""
+        act; extra_told: what pictures say about them. strength: of the adapter that trains."""
         self.model, self.models, self.network, self.facts = model, models, network, facts
         self.folder, self.prompts, self.device = folder, tuple(prompts), device
         self.encode_texts, self.load_vae, self.kernel = encode_texts, load_vae, kernel
         self.extra, self.extra_told = extra, [dict(each) for each in extra_told]
+        self.strength = strength
 
     def run(self, step: int, looks: Sequence[Look], on_image: OnImage | None = None) -> Preview:
         """Sample after ``step`` updates, once with each kind of weights. The base pictures are made with the first
@@ -86,7 +88,7 @@ class Previewer:
         present = []
         for suffix, weights in looks:
             with weights():
-                images = self._render(folder, step, strength=1.0, suffix=suffix, on_image=on_image)
+                images = self._render(folder, step, strength=self.strength, suffix=suffix, on_image=on_image)
             present.append((_title(step, suffix), images))
         rows = [prompt.text for prompt in self.prompts]
         write_sheet(folder / SHEET, rows, [*base, *self._earlier(step, len(present)), *present])
@@ -119,7 +121,7 @@ class Previewer:
     ) -> list[Path]:
         paths = self._paths(target, suffix)
         # The base model never changes: what is there of it stays.
-        wanted = [number for number, path in enumerate(paths) if strength > 0 or not path.is_file()]
+        wanted = [number for number, path in enumerate(paths) if strength != 0 or not path.is_file()]
         if not wanted:
             return paths
         latents = []
@@ -131,7 +133,7 @@ class Previewer:
             decoder = self.load_vae()
             for number, value in zip(wanted, latents, strict=True):
                 pixels = self.model.decode_latents(decoder, value.to(self.device))[0]
-                write_png(paths[number], pixels, self._settings(self.prompts[number], step, suffix))
+                write_png(paths[number], pixels, self._settings(self.prompts[number], step, suffix, strength))
             decoder.release("vae")
         return paths
 
@@ -168,12 +170,14 @@ class Previewer:
     def _shows_these_prompts(self, paths: Sequence[Path], step: int, suffix: str) -> bool:
         """Whether the pictures are there and were made from these prompts: a resumed run may have others."""
         return all(
-            path.is_file() and read_settings(path) == self._settings(prompt, step, suffix)
+            path.is_file() and read_settings(path) == self._settings(prompt, step, suffix, self.strength)
             for path, prompt in zip(paths, self.prompts, strict=True)
         )
 
-    def _settings(self, prompt: Prompt, step: int, suffix: str) -> dict[str, Any]:
-        weights = {"weights": suffix.removeprefix("_")} if suffix else {}
+    def _settings(self, prompt: Prompt, step: int, suffix: str, strength: float) -> dict[str, Any]:
+        weights: dict[str, Any] = {"weights": suffix.removeprefix("_")} if suffix else {}
+        # The base model's pictures have no adapter in them.
+        weights |= {"adapter_strength": strength} if strength not in (0.0, 1.0) else {}
         return {"step": step, **weights, **asdict(prompt), **({"extra": self.extra_told} if self.extra_told else {})}
 
 

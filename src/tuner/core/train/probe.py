@@ -32,6 +32,8 @@ class Probe:
     def __init__(self, run: Run, data: DataPlan, device: torch.device, events: EventLog) -> None:
         self.device, self.events, self.total = device, events, data.total_steps(run.config.train)
         self.plan: Plan | None = None
+        # What the device's peak is made of: pictures between the updates take more than an update may.
+        self.phases = ("step", "preview") if run.config.sample.every is not None else ("step",)
         self.seconds: list[float] = []
         self.all_seconds = 0.0
         try:
@@ -83,7 +85,7 @@ class Probe:
         updates = self.seconds[1:] or self.seconds
         found = {
             "step_seconds": (self.plan.seconds, statistics.median(updates)),
-            "device_bytes": (self.plan.phase("step").device or None, self._device_bytes()),
+            "device_bytes": (self._device_planned(self.plan), self._device_bytes()),
             "host_bytes": (self.plan.host, peak_memory()),
         }
         errors = {
@@ -101,6 +103,9 @@ class Probe:
             **{name: measured for name, (_, measured) in found.items()},
             **{f"{name}_error": error for name, error in errors.items()},
         )
+
+    def _device_planned(self, plan: Plan) -> float | None:
+        return max(each.device for each in plan.phases if each.name in self.phases) or None
 
     def _device_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

@@ -26,11 +26,18 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def blocks_to_stream(config: RunConfig, facts: ModelFacts, sizes: Sequence[tuple[int, int]], free: float | None) -> int:
+def blocks_to_stream(
+    config: RunConfig,
+    facts: ModelFacts,
+    sizes: Sequence[tuple[int, int]],
+    free: float | None,
+    *,
+    adapters: int = 0,
+) -> int:
     """The value of ``memory.swap_blocks`` to make pictures of these sizes (width, height) with ``free`` bytes.
 
-    The configuration's own when it has one, when everything fits, and where nothing is known about the model. As many
-    as possible when nothing is enough.
+    adapters: bytes of the adapters beside the weights. The configuration's own when it has one, when everything fits,
+    and where nothing is known about the model. As many as possible when nothing is enough.
     """
     own: int = config.memory.swap_blocks
     costs = facts.costs
@@ -41,7 +48,7 @@ def blocks_to_stream(config: RunConfig, facts: ModelFacts, sizes: Sequence[tuple
 
     def needed(count: int) -> float:
         weights = denoiser_weights(changed_config(config, {"memory.swap_blocks": count}), facts, costs)
-        return (weights.device + weights.slots + weights.read_back + pictures) * (1 + SLACK)
+        return (weights.device + weights.slots + weights.read_back + pictures + adapters) * (1 + SLACK)
 
     choices = [0, *range(2, limit + 1)]
     count = next((each for each in choices if needed(each) <= free), limit)

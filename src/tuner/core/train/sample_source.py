@@ -21,31 +21,29 @@ from tuner.core.train.folder import CONFIG, RunFolder
 class RunSource:
     """A run to make pictures with. config: resolved, as JSON. file: its adapter, or its whole model where ``whole``.
 
-    arithmetic: whether quantized arithmetic passed the run's check; None when there was none.
+    split: whether the training took a part out of the weights, and quantized the rest if anything. arithmetic: whether
+    quantized arithmetic passed the run's check; None when there was none.
     """
 
     folder: RunFolder
     config: dict[str, Any]
     file: Path
     whole: bool
+    split: bool
     arithmetic: bool | None
 
-    @property
-    def splits(self) -> bool:
-        """Whether the training began with a part of the weights themselves, and quantized the rest."""
-        quantize = self.config.get("quantize", {})
-        quantized = quantize.get("denoiser") or quantize.get("text_encoder")
-        return bool(quantized) and not self.whole and self.config.get("network", {}).get("init") in SPLITTING
 
-
-def open_source(path: Path, *, step: int | None = None, ema: bool = False) -> RunSource:
+def open_source(path: Path, *, step: int | None = None, ema: bool = False, named: str | None = None) -> RunSource:
     """The run in a folder with its final file, else its newest checkpoint, or that after ``step`` updates.
 
-    ema: its average instead. UsageError when there is no such run or file.
+    ema: its average instead. named: rather the whole model of this name, if the run has it. UsageError when there is no
+    such run or file.
     """
     folder, config = _read_folder(path)
-    file = _file_of(folder, step)
-    if ema:
+    whole = config.get("train", {}).get("mode") == "full"
+    again = next((each for each in _files(folder) if each.name == named), None) if whole else None
+    file = again or _file_of(folder, step)
+    if ema and again is None:
         file = ema_path(file)
         if not file.is_file():
             raise UsageError(
@@ -54,18 +52,24 @@ def open_source(path: Path, *, step: int | None = None, ema: bool = False) -> Ru
                 why="the run had no ema, or did not save it",
                 fix="leave --ema out",
             )
+    # How an adapter began is no matter any more, and would be checked against what is quantized here.
+    init = config.get("network", {}).pop("init", None)
     return RunSource(
         folder=folder,
         config=config,
         file=file,
-        whole=config.get("train", {}).get("mode") == "full",
+        whole=whole,
+        split=init in SPLITTING,
         arithmetic=_arithmetic(folder),
     )
 
 
 def files_of(path: Path) -> Iterator[Path]:
     """Every adapter file of the run in a folder, the final ones first."""
-    folder, _ = _read_folder(path)
+    yield from _files(_read_folder(path)[0])
+
+
+def _files(folder: RunFolder) -> Iterator[Path]:
     for place in (folder.path, *reversed(list_checkpoints(folder))):
         yield from sorted(each for each in place.glob("*.safetensors") if each.name != "state.safetensors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from tuner.core.flow import elementwise_loss, guided_target, loss_weight, reduce
 from tuner.core.optim import FusedUpdate, Update
 from tuner.core.registry.blank import blank_text
 from tuner.core.rng import Rng
+from tuner.core.train.breakdown import Breakdown, break_down
 from tuner.core.train.draws import StepDraws, draw_guidance, draw_noise, perturbed
 from tuner.core.train.empty import EmptyCaption
 from tuner.core.train.preserve import Preserved, with_preserved
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """loss: mean over the samples of the update; grad_norm: before clipping; samples: how many; norms: of the adapter's
-    changes, where they are limited."""
+    changes, where they are limited; parts: the loss by source and noise level."""
 
     loss: float
     grad_norm: float
     samples: int
     norms: Norms | None = None
+    parts: Breakdown = field(default_factory=Breakdown)
 
 
 class TrainStep:
@@ -85,6 +87,8 @@ class TrainStep:
         loss = float(torch.cat([losses for _, losses, _ in seen]).sum()) / samples
         if not math.isfinite(loss):
             raise _not_finite(step, seen)
+        # Here, where the device has been waited for anyway.
+        parts = break_down(seen)
         grad_norm = self._clip()
         if not math.isfinite(grad_norm):
             raise UsageError(
@@ -93,7 +97,7 @@ class TrainStep:
                 fix="lower optimizer.lr, or run once with precision.compute fp32 to see whether precision is the cause",
             )
         self.update(step)
-        return StepResult(loss, grad_norm, samples, self._after(step))
+        return StepResult(loss, grad_norm, samples, self._after(step), parts)
 
     def _after(self, step: int) -> Norms | None:
         """What follows an update of the weights: their limit first, so that the average is of weights within it."""
@@ -110,9 +114,11 @@ class TrainStep:
         [levels] = self._levels([own])
         with adapter_rng(self.network, self.config.train.seed, step, batch.items):
             losses, sigmas = self.losses(batch, own, levels, step, 0)
+            seen = [(batch, losses.detach(), sigmas)]
             loss = float(losses.detach().mean())
             if not math.isfinite(loss):
-                raise _not_finite(step, [(batch, losses.detach(), sigmas)])
+                raise _not_finite(step, seen)
+            parts = break_down(seen)
             with update.during(step):
                 torch.autograd.backward(losses.mean())
         grad_norm = float(update.norm())
@@ -122,7 +128,7 @@ class TrainStep:
                 why="updates were part of the backward pass, so weights have changed; the last checkpoint is intact",
                 fix="go on from it with a lower optimizer.lr, or run once with precision.compute fp32",
             )
-        return StepResult(loss, grad_norm, len(batch.items), self._after(step))
+        return StepResult(loss, grad_norm, len(batch.items), self._after(step), parts)
 
     def _levels(self, draws: Sequence[StepDraws]) -> list[tuple[Tensor, Tensor]]:
         """(normal, uniform) draws [B] of the noise levels, one pair per micro-batch.

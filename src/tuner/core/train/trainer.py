@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.core.adapters.network import adapter_summary, count_parameters, trained
+from tuner.core.adapters.network import adapter_layers, adapter_summary, count_parameters, trained
 from tuner.core.data.ledger import Ledger
 from tuner.core.errors import UsageError
 from tuner.core.optim import (
@@ -76,7 +76,7 @@ class Trainer:
         # The order is fixed: loading quantizes, adapters attach to that, and recomputation runs the adapted blocks.
         self.network = run.model.build_network(self.models)
         tokens = token_counts(plan, caches.prompts, self.facts)
-        streaming = prepare_blocks(self.models, self.network, self.config, self.facts, device, tokens)
+        streaming = prepare_blocks(self.models, adapter_layers(self.network), self.config, self.facts, device, tokens)
         self.names = {name: value for group in self.network.param_groups for name, value in group.params.items()}
         self.optimizer = build_optimizer(
             self.config.optimizer,
@@ -104,9 +104,7 @@ class Trainer:
         )
         self.loader = caches.data.loader()
         self.bar: Progress | None = None
-        self.writer = CheckpointWriter(
-            folder, keep_last=self.config.checkpoint.keep_last, state=self.config.checkpoint.state
-        )
+        self.writer = CheckpointWriter.of(folder, self.config.checkpoint)
         self.probe = Probe(run, plan, device, events)
         self.validator = self._validator()
         self.previewer = self._previewer()
@@ -154,7 +152,7 @@ class Trainer:
                 self.previewer.draw_base(progress.advance)
 
     def _loop(self, interrupt: Interrupt) -> Loop:
-        config = self.config
+        config, rolling = self.config, self.config.checkpoint.rolling
         train = config.train
         return Loop(
             step=TrainStep(
@@ -178,6 +176,7 @@ class Trainer:
             chores=Chores(
                 save=self._save,
                 save_due=Due(config.checkpoint.every, self.total),
+                roll_due=Due(rolling.every if rolling else None, self.total),
                 validate=self._validate,
                 validate_due=Due(config.validation.every if self.validator else None, self.total),
                 preview=self._preview,
@@ -251,6 +250,7 @@ class Trainer:
             kernel=self.config.attention.sample_backend,
             extra=extra.acting,
             extra_told=extra.told,
+            strength=self.config.sample.adapter_strength,
         )
 
     def _text(self, texts: Sequence[str]) -> TextEmbeds:
@@ -278,10 +278,15 @@ class Trainer:
         )
         self.events.emit("parity", **asdict(result))
         told = f"{difference_text(result)}; {result.linears} linears, {result.others} more from read-back weights"
-        if result.passed:
-            log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
-        else:
+        if result.faster is None:
             self._warn(f"{result.arithmetic} arithmetic is not used, weights are read back instead: {told}")
+            return
+        log.info("%s arithmetic is close enough to plain arithmetic: %s", result.arithmetic, told)
+        pace = f"{result.faster:.2f} times as fast as with weights that are read back"
+        if result.faster > 1:
+            log.info("a pass is %s", pace)
+        else:
+            self._warn(f"quantized arithmetic does not pay off here, a pass is {pace}: take quantize.activations out")
 
     def _announce(self) -> None:
         for row in adapter_summary(self.network):
@@ -324,11 +329,17 @@ class Trainer:
             fields = asdict(result)
             fields["by_sigma"] = [{"sigma": sigma, "delta": delta} for sigma, delta in result.by_sigma]
             self.events.emit(name, **fields)
-            self.trackers.log(step, {f"{name}/delta": result.delta, f"{name}/adapted": result.adapted})
+            numbers = {f"{name}/delta": result.delta, f"{name}/adapted": result.adapted}
+            numbers |= {f"{name}/delta/{each.source}": each.delta for each in result.by_source}
+            self.trackers.log(step, numbers)
             log.info(
                 "%s at step %d: %+.4f against the base, 95%% interval [%+.4f, %+.4f], %d images",
                 name, step, result.delta, result.low, result.high, result.images,
             )  # fmt: skip
+            for each in result.by_source:
+                log.info(
+                    "  %s: %+.4f [%+.4f, %+.4f], %d images", each.source, each.delta, each.low, each.high, each.images
+                )
 
     def _looks(self, which: str, step: int | None = None) -> list[Look]:
         """The kinds of weights that ``which`` names. Before the first step they are the same, so one is enough."""
@@ -359,10 +370,10 @@ class Trainer:
         self.trackers.image(step, "samples", preview.sheet)
         log.info("samples: %s", preview.sheet)
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: Position, rolling: bool = False) -> None:
         """Write a checkpoint. A full disk loses this one and nothing else: the run says so and goes on."""
         try:
-            self._write_checkpoint(position)
+            self._write_checkpoint(position, rolling)
         except OSError as error:
             self._warn(
                 f"the checkpoint of step {position.step} was not written: {error.strerror or error}; "
@@ -373,7 +384,7 @@ class Trainer:
         log.warning("%s", message)
         self.events.emit("warning", message=message)
 
-    def _write_checkpoint(self, position: Position) -> None:
+    def _write_checkpoint(self, position: Position, rolling: bool = False) -> None:
         building = self.writer.begin(position.step)
         try:
             name = self.folder.checkpoint_file(position.step).name
@@ -383,7 +394,7 @@ class Trainer:
         except BaseException:
             self.writer.abandon(building)
             raise
-        final = self.writer.commit(building, position.step)
+        final = self.writer.commit(building, position.step, rolling=rolling)
         self._write_views()
         paths = sorted(final.iterdir())
         self.events.emit(

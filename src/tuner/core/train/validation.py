@@ -34,11 +34,22 @@ OnImages = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfSource:
+    """The difference for the held-out images of one source, as in `Validation`."""
+
+    source: str
+    images: int
+    delta: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
     """Means over the held-out images; ``delta`` is adapted - base, [low, high] its 95 % interval, below 0 is better.
 
     shuffled_delta: the same difference when the adapted model is given another image's caption; None with one image.
-    by_sigma: (sigma, mean delta) pairs.
+    by_sigma: (sigma, mean delta) pairs. by_source: () unless ``validate.pool`` is off.
     """
 
     step: int
@@ -50,6 +61,7 @@ class Validation:
     high: float
     shuffled_delta: float | None
     by_sigma: tuple[tuple[float, float], ...]
+    by_source: tuple[OfSource, ...] = ()
 
 
 class Validator:
@@ -72,6 +84,7 @@ class Validator:
         self.seed = config.train.seed if settings.seed is None else settings.seed
         self.sigmas = [timestep / 1000 for timestep in settings.timesteps]
         self._base: Tensor | None = None
+        self._sources: list[str] = []
 
     @torch.no_grad()
     def measure_base(self, on_images: OnImages | None = None) -> list[list[float]]:
@@ -110,14 +123,17 @@ class Validator:
     def _measure(self, on_images: OnImages | None, *, shuffled: bool) -> Tensor:
         """Losses [images, sigmas] float32 on the CPU."""
         rows: list[Tensor] = []
+        sources: list[str] = []
         batches: Iterator[Batch] = self.batches()
         if shuffled:
             batches = _with_other_captions(batches)
         for batch in batches:
             text = self.text(batch)
             rows.append(torch.stack([self._losses(batch, text, sigma) for sigma in self.sigmas], dim=1))
+            sources += [item.source for item in batch.items]
             if on_images is not None:
                 on_images(len(batch.items))
+        self._sources = sources
         return torch.cat(rows)
 
     def _losses(self, batch: Batch, text: TextEmbeds, sigma: float) -> Tensor:
@@ -155,7 +171,15 @@ class Validator:
             high=high,
             shuffled_delta=None if shuffled is None else float((shuffled - base).double().mean()),
             by_sigma=tuple(by_sigma),
+            by_source=() if self.config.validation.pool else tuple(self._of_sources(delta.mean(dim=1))),
         )
+
+    def _of_sources(self, delta: Tensor) -> Iterator[OfSource]:
+        """delta: [images], of the images in the order of the batches."""
+        for source in dict.fromkeys(self._sources):
+            own = delta[torch.tensor([each == source for each in self._sources])]
+            low, high = bootstrap_interval(own, Rng(self.seed, "bootstrap", source))
+            yield OfSource(source=source, images=len(own), delta=float(own.mean()), low=low, high=high)
 
 
 def bootstrap_interval(values: Tensor, rng: Rng) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuner.core.adapters.network import adapter_eval
+from tuner.core.adapters.network import adapter_eval, adapter_layers
 from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.quantized import multiplying
@@ -215,7 +215,8 @@ def _measure_loaded(
     models = caches.load_for_steps()
     network = run.model.build_network(models)
     if prepared:
-        prepare_blocks(models, network, run.config, run.facts, device, token_counts(caches.plan, (), run.facts))
+        tokens = token_counts(caches.plan, (), run.facts)
+        prepare_blocks(models, adapter_layers(network), run.config, run.facts, device, tokens)
     shake(network, run.config.train.seed)
     parameters = [each for group in network.param_groups for each in group.params.values() if each.requires_grad]
     denoiser, arithmetic = models.denoiser, run.config.quantize.activations

@@ -206,7 +206,8 @@ class Builder:
 
     def choose_folder(self, suggestion: str) -> None:
         """The name of the run, which is its folder's."""
-        before = value_at(self.document, ("checkpoint", "dir"))
+        written = value_at(self.document, ("checkpoint", "dir"))
+        before = written if isinstance(written, str) and written else None
 
         def read(raw: Any) -> str:
             name = str(raw).strip()

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from tuner.core.config import load_config
-from tuner.core.config.edit import edited_text
+from tuner.core.config import RawConfig, load_config
+from tuner.core.config.edit import edited_text, keys_under
+from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path, parse
 from tuner.core.config.load import read_file
 from tuner.core.config.locations import absolute_paths
 from tuner.core.errors import UsageError
-from tuner.core.plan.plan import Plan
 from tuner.core.plan.prepare import prepare
-from tuner.core.registry import Catalog
+from tuner.core.registry import Catalog, typed_config
 from tuner.core.types import ModelFacts
 from tuner.core.wizard.builder import Builder, Outcome
-from tuner.core.wizard.document import shortened, value_at
+from tuner.core.wizard.document import GONE, shortened, value_at
 from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import ChosenModel, ask_family, choose_model
-from tuner.core.wizard.pictures import ChosenPictures, choose_pictures, look_at_pictures
+from tuner.core.wizard.pictures import ChosenPictures, Pictures, choose_pictures, look_at_pictures
 from tuner.core.wizard.questions import Interview, Option, Question
-from tuner.core.wizard.reasons import is_own
+from tuner.core.wizard.reasons import is_lever, is_own, preset, with_preset
+from tuner.core.wizard.ways import Way
 
 
 def configure_existing(interview: Interview, catalog: Catalog, target: FilePath, scratch: FilePath) -> Outcome:
     """Changes to a configuration; what is not asked about stays as it is."""
     target = target.absolute()
-    read_file(target)  # a file that cannot be read is told before anything is asked
+    read_file(target)  # a file that cannot be read, or written, is told before anything is asked
+    if not target.stat().st_mode & 0o222 or not os.access(target.resolve().parent, os.W_OK):
+        raise UsageError("this file must not be changed", where=str(target), why="it or its folder is read-only",
+                         fix="copy it and change the copy")  # fmt: skip
     before = target.read_bytes().decode("utf-8")
     edit = _Edit(
-        Builder(interview=interview, catalog=catalog, target=target, scratch=scratch, document=_plain(target, before))
+        Builder(interview=interview, catalog=catalog, target=target, scratch=scratch, document=_plain(target, before)),
+        levers=keys_under(before, str(target), is_lever),
     )
-    plan = edit.run()
+    edit.run()
     builder = edit.builder
     text = edited_text(before, builder.document, str(target), builder.comments, is_own=is_own)
-    return Outcome(path=target, text=text, before=before, plan=plan)
+    start = parse(text, str(target)).values[()][0] + text.startswith("\ufeff")
+    text = edit.head(text[:start]) + text[start:]
+    edit.tell_problems()
+    return Outcome(path=target, text=text, before=before, plan=None if edit.way is None else edit.way.plan)
 
 
 @dataclass(slots=True)
 class _Edit:
-    """One pass over the parts that the user wants to change."""
+    """One pass over the parts that the user wants to change. levers: keys that the planner chose earlier."""
 
     builder: Builder
+    levers: list[Path]
     model: ChosenModel | None = None
     pictures: ChosenPictures | None = None
+    way: Way | None = None
 
-    def run(self) -> Plan | None:
+    def run(self) -> None:
         interview, builder = self.builder.interview, self.builder
         parts = interview.ask(
             Question(
@@ -65,7 +76,6 @@ class _Edit:
                 read=_some_parts,
             )
         )
-        plan: Plan | None = None
         if {"model", "goal"} & set(parts):
             self._name_family()
         if "model" in parts:
@@ -73,13 +83,29 @@ class _Edit:
         if "pictures" in parts:
             self._pictures()
         if "goal" in parts:
-            plan = self._goal()
+            self._goal()
         if "prompt" in parts:
             prompts = value_at(builder.document, ("sample", "prompts"))
             builder.choose_prompt(prompts[0] if isinstance(prompts, list) and prompts else "")
         if "name" in parts:
             builder.choose_folder("")
-        return plan
+
+    def head(self, text: str) -> str:
+        """What stands before the document: what it says about the preset follows the goal, and goes when the model or
+        the pictures are others, because its memory and time were predicted for the old ones."""
+        if self.way is not None:
+            return with_preset(text, preset(self.way.name, self.way.cost()))
+        return with_preset(text, None) if self.model is not None or self.pictures is not None else text
+
+    def tell_problems(self) -> None:
+        """What is wrong with the configuration all the same: nothing of it was asked about."""
+        if not isinstance(value_at(self.builder.document, ("model", "family")), str):
+            return  # the command line names the model, and its keys with it
+        try:
+            typed_config(self._absolute(), self.builder.catalog)
+        except UsageError as problem:
+            told = [str(each) for each in problem.parts or (problem,)]
+            self.builder.interview.tell("the configuration has problems that stay:", *told)
 
     def _name_family(self) -> None:
         """A file that leaves the model to the command line gets its name: nothing about it can be known without."""
@@ -89,11 +115,11 @@ class _Edit:
             section = value_at(builder.document, ("model",))
             builder.put(("model",), {"family": family, **(section if isinstance(section, dict) else {})})
 
-    def _absolute(self) -> dict[str, Any]:
+    def _absolute(self) -> RawConfig:
         """The configuration as it is now, with absolute paths and what it includes."""
         if value_at(self.builder.document, ("data", "include")) is not None:
             return load_config(self.builder.target, env={})
-        return dict(load_config(absolute_paths(self.builder.document, self.builder.base), env={}))
+        return load_config(absolute_paths(self.builder.document, self.builder.base), env={})
 
     def _model(self) -> None:
         builder = self.builder
@@ -105,7 +131,8 @@ class _Edit:
         kept = {key: value for key, value in before.items() if same and key not in replaced}
         section = {**kept, **shortened(self.model.section, builder.base)}
         order = [key for key in before if key in section]
-        builder.put(("model",), {key: section[key] for key in [*order, *(key for key in section if key not in order)]})
+        ordered = {key: section[key] for key in [*order, *(key for key in section if key not in order)]}
+        builder.put(("model",), ordered, self.model.about)
 
     def _pictures(self) -> None:
         builder = self.builder
@@ -120,12 +147,17 @@ class _Edit:
             options = tuple(Option(value=each, title=each) for each in sources)
             name = builder.interview.choose("source", "Which of the sources?", options)
         path = sources[name]
-        now = value_at(self._absolute(), path)
-        self.pictures = choose_pictures(builder.interview, builder.scratch, now=now)
+        document = self._absolute()
+        now, effect = value_at(document, path), value_at(resolve_data(document), path)
+        self.pictures = choose_pictures(builder.interview, builder.scratch, now=now, effect=effect)
         builder.put_pictures(self.pictures, path, name)
 
-    def _goal(self) -> Plan | None:
+    def _goal(self) -> None:
         builder = self.builder
+        # The planner starts afresh: what a smaller card needed is no wish of the user's.
+        for path in self.levers:
+            if path[0] in ("memory", "quantize") or path == ("optimizer", "offload"):
+                builder.put(path, GONE)
         facts = self.model.facts if self.model is not None else self._facts()
         images, size = self._counted()
         sets = value_at(builder.document, ("data", "sets"))
@@ -138,7 +170,7 @@ class _Edit:
                 size_at, edge = (*home, "resolution"), now or best_edge(size, facts)
         if size_at is None:
             builder.interview.tell("there are several sizes: they stay as they are")
-        return builder.choose_way(facts, images, edge, size_at).plan
+        self.way = builder.choose_way(facts, images, edge, size_at)
 
     def _facts(self) -> ModelFacts | None:
         plain = {**self._absolute(), "cache": {"dir": str(self.builder.scratch)}}
@@ -150,15 +182,25 @@ class _Edit:
 
     def _counted(self) -> tuple[int, int]:
         """(pictures that are trained on, edge of the median one) of all sources."""
-        document = self._absolute()
+        document = resolve_data(self._absolute())
         looks = [
-            look_at_pictures(FilePath(source["path"]), self.builder.scratch, recursive=bool(source.get("recursive")))
+            _look(source, self.builder.scratch)
             for source in (value_at(document, path) for path in _sources(document).values())
             if source.get("role", "train") == "train" and source.get("enabled", True)
         ]
         if not looks:
             raise UsageError("there is no source of pictures to train on", where=f"{self.builder.target}, data.sets")
         return sum(look.images for look in looks), looks[0].size
+
+
+def _look(source: Mapping[str, Any], scratch: FilePath) -> Pictures:
+    captions = source.get("captions")
+    return look_at_pictures(
+        FilePath(source["path"]),
+        scratch,
+        recursive=bool(source.get("recursive")),
+        captions=captions if isinstance(captions, Mapping) else None,
+    )
 
 
 def _sources(document: Mapping[str, Any]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path as FilePath
 from typing import Any
@@ -12,7 +13,7 @@ from tuner.core.wizard import reasons
 from tuner.core.wizard.builder import Builder, Outcome
 from tuner.core.wizard.document import GONE, new_text
 from tuner.core.wizard.goals import best_edge
-from tuner.core.wizard.models import ChosenModel, choose_model
+from tuner.core.wizard.models import choose_model
 from tuner.core.wizard.pictures import ChosenPictures, choose_pictures
 from tuner.core.wizard.questions import Interview, Question
 from tuner.core.wizard.ways import Way
@@ -24,11 +25,11 @@ HOLD_OUT = 20
 def configure_new(interview: Interview, catalog: Catalog, target: FilePath | None, scratch: FilePath) -> Outcome:
     """A configuration from nothing. target: the file, asked for when it is None. UsageError when it exists."""
     target = (target or _ask_target(interview)).absolute()
-    if target.exists():
-        raise _exists(target)
+    if problem := _unusable(target):
+        raise problem
     builder = Builder(interview=interview, catalog=catalog, target=target, scratch=scratch)
     model = choose_model(interview, catalog)
-    builder.put(("model",), model.section, _about(model))
+    builder.put(("model",), model.section, model.about)
     pictures = choose_pictures(interview, scratch)
     name = slug(pictures.trigger or pictures.pictures.root.name)
     builder.put(("data", "sets"), [{"resolution": pictures.pictures.size, "sources": [{}]}])
@@ -56,8 +57,8 @@ def _ask_target(interview: Interview) -> FilePath:
         path = FilePath(text or ".").expanduser()
         if not text or path.is_dir():
             raise UsageError("the name of a file is needed", fix="such as config.json")
-        if path.exists():
-            raise _exists(path)
+        if problem := _unusable(path.absolute()):
+            raise problem
         return path
 
     return interview.ask(
@@ -71,10 +72,15 @@ def _ask_target(interview: Interview) -> FilePath:
     )
 
 
-def _exists(path: FilePath) -> UsageError:
-    return UsageError(
-        "this file exists", where=str(path), fix=f"choose another name; to change it: tuner configure {path}"
-    )
+def _unusable(path: FilePath) -> UsageError | None:
+    """Why no new file can be written there: known before a dozen questions are answered for it."""
+    if path.exists():
+        fix = f"choose another name; to change it: tuner configure {path}"
+        return UsageError("this file exists", where=str(path), fix=fix)
+    above = next(each for each in path.parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        return UsageError("no file can be written there", where=str(path), why=f"{above} is no folder to write to")
+    return None
 
 
 def _suggested(chosen: ChosenPictures) -> str:
@@ -84,13 +90,9 @@ def _suggested(chosen: ChosenPictures) -> str:
     return f"{prefix} {text}".strip()
 
 
-def _about(model: ChosenModel) -> str:
-    return f"{model.section['family']} {model.facts.flavour}" if model.facts is not None else ""
-
-
 def _head(way: Way) -> tuple[str, ...]:
     return (
         "Written by tuner configure; it is yours to change.",
-        f"Preset {way.name}: {way.cost()}.",
+        reasons.preset(way.name, way.cost()),
         "All values with their defaults: tuner config resolve",
     )

@@ -34,7 +34,7 @@ def _put(target: Any, path: Path, value: Any) -> None:
             target[path[0]] = json.loads(json.dumps(value))
         return
     key, rest = path[0], path[1:]
-    if isinstance(target, dict) and not isinstance(target.get(key), dict | list):
+    if isinstance(rest[0], str) and isinstance(target, dict) and not isinstance(target.get(key), dict):
         if value is GONE:
             return
         target[key] = {}

@@ -19,6 +19,7 @@ DEPTH = 5
 """So many folders deep is looked."""
 MOST = 400
 """So many weight files are read, no more: a whole disk is a mistake."""
+_TOLD = 3
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|sft)")
 _PLAIN_NAMES = re.compile(r"(model|diffusion_pytorch_model|pytorch_model)(\.\w+)?\.(safetensors|sft).*")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -36,13 +37,24 @@ class FoundModel:
 @dataclass(slots=True, kw_only=True)
 class Found:
     """models: denoisers. parts: (family, key of the model section) to files or folders that may be given for it.
-    tokenizers: folders of tokenizers. unread: weight files that could not be read, and why. read: how many could."""
+    tokenizers: folders of tokenizers. unread: weight files that could not be read, and why. read: how many could.
+    passed: how many were not looked at because there were too many."""
 
     models: list[FoundModel] = field(default_factory=list)
     parts: dict[tuple[str, str], list[Path]] = field(default_factory=dict)
     tokenizers: list[Path] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     read: int = 0
+    passed: int = 0
+
+    def notes(self) -> list[str]:
+        """What a user should know about files that were not taken, one line each."""
+        told = [f"not readable: {each}" for each in self.unread[:_TOLD]]
+        if len(self.unread) > _TOLD:
+            told.append(f"not readable: {len(self.unread) - _TOLD} more")
+        if self.passed:
+            told.append(f"{self.passed} more weight files were not looked at: name a smaller folder to have them found")
+        return told
 
 
 def look_for_models(place: Path, catalog: Catalog) -> Found:
@@ -55,6 +67,8 @@ def look_for_models(place: Path, catalog: Catalog) -> Found:
                 found.tokenizers.append(path.parent)
         elif found.read + len(found.unread) < MOST:
             _take(path, catalog, found)
+        else:
+            found.passed += 1
     if place.is_file():
         # The file was named: others beside it may be its parts, not its rivals.
         found.models = [each for each in found.models if each.path == place or _within(place, each.path)]

@@ -14,6 +14,7 @@ from tuner.core.errors import NotHereError, UsageError
 from tuner.core.places import Place, here_only
 from tuner.core.registry import Catalog, model_schema, open_facts, open_public, typed_config
 from tuner.core.types import ModelFacts
+from tuner.core.wizard import reasons
 from tuner.core.wizard.files import Found, FoundModel, families_of, look_for_models, nearest_first
 from tuner.core.wizard.keys import AskedKey, asked_keys, missing_key, plain_help, question_of
 from tuner.core.wizard.questions import NOTHING, Interview, Option, Question, text_or_nothing
@@ -28,6 +29,11 @@ class ChosenModel:
 
     section: dict[str, Any]
     facts: ModelFacts | None
+
+    @property
+    def about(self) -> str:
+        """For the comment above the section."""
+        return reasons.model(self.section["family"], "" if self.facts is None else self.facts.flavour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ def choose_model(interview: Interview, catalog: Catalog, *, now: Mapping[str, An
     if start.found is None:
         model = _from_hub(interview, catalog, start.place, now)
     else:
+        if notes := start.found.notes():
+            interview.tell(*notes)
         model = _one_of(interview, start.found, Path(start.place))
         interview.tell(f"model: {model.family} {model.flavour}, {model.path}")
     section = {"family": model.family, "path": str(model.path) if start.found is not None else start.place}
@@ -76,8 +84,7 @@ def _start(catalog: Catalog, raw: Any) -> _Start:
     if not found.models:
         names = ", ".join(entry.name for entry in families_of(catalog))
         why = f"{found.read} weight files were read; installed models: {names}"
-        if found.unread:
-            why += f"; not readable: {found.unread[0]}"
+        why = "; ".join([why, *found.notes()])
         raise UsageError("there is no model that an installed plugin knows", where=str(local), why=why,
                          fix="name another folder, or install the model's plugin: tuner plugins install")  # fmt: skip
     return _Start(found, str(local))
@@ -113,7 +120,8 @@ def _one_of(interview: Interview, found: Found, root: Path) -> FoundModel:
     base = root if root.is_dir() else root.parent
     named: dict[str, FoundModel] = {}
     for each in found.models:
-        name = each.path.relative_to(base).as_posix()
+        # A folder inside the diffusers layout stands for the whole, which lies above it.
+        name = each.path.relative_to(base).as_posix() if each.path.is_relative_to(base) else str(each.path)
         named[name if name not in named else f"{name} ({each.family})"] = each
     options = tuple(Option(value=name, title=f"{each.family} {each.flavour}: {name}") for name, each in named.items())
     return named[interview.choose("model", "Which of these models?", options)]
@@ -197,7 +205,7 @@ class _Parts:
         name = ".".join(filter(None, (key.name, entry)))
         if not key.is_place:
             self._refused(name, asked, problem)
-            question = question_of(key, self.now.get(key.name))
+            question = question_of(key, self.now.get(key.name), required=True)
             self.section[key.name] = self.interview.ask(replace(question, help=problem.fix or question.help))
             return
         options = self._candidates(key, name)
@@ -276,18 +284,33 @@ class _Parts:
 
     def _always(self, keys: list[AskedKey]) -> None:
         for key in keys:
-            if key.ask.when == "always" and key.name != "path" and not key.is_table:
-                self._ask_always(key)
+            if key.ask.when != "always" or key.name == "path":
+                continue
+            if key.is_table and key.entries:
+                for entry in key.entries:
+                    self._ask_always(key, entry)
+            elif not (key.is_table and key.is_place):
+                self._ask_always(key, "")
 
-    def _ask_always(self, key: AskedKey) -> None:
+    def _ask_always(self, key: AskedKey, entry: str) -> None:
         if key.is_place:
-            answer = self._ask_place(key, "", self._candidates(key, key.name), self._place_now(key, ""), "leave out")
+            name = ".".join(filter(None, (key.name, entry)))
+            answer = self._ask_place(
+                key, entry, self._candidates(key, name), self._place_now(key, entry), "leave out"
+            )  # fmt: skip
             if answer:
-                self._put(key, "", answer)
+                self._put(key, entry, answer)
             return
-        now = self.now.get(key.name)
-        value = self.interview.ask(question_of(key, now))
-        if now is not None or value != key.field.get_default(call_default_factory=True):
+        now, default = self.now.get(key.name), key.field.get_default(call_default_factory=True)
+        if entry:
+            now, default = (each.get(entry) if isinstance(each, Mapping) else None for each in (now, default))
+        value = self.interview.ask(question_of(key, now, entry=entry))
+        # Answers are as JSON has them.
+        if now is None and value == (list(default) if isinstance(default, tuple) else default):
+            return
+        if entry:
+            self.section.setdefault(key.name, {})[entry] = value
+        else:
             self.section[key.name] = value
 
     def _optional(self, keys: list[AskedKey], facts: ModelFacts) -> bool:

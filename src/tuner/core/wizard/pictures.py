@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tuner.core.config import DataConfig
 from tuner.core.data.index import scan_source
-from tuner.core.data.inspect import inspect_indices
+from tuner.core.data.inspect import DataReport, inspect_indices
 from tuner.core.data.probe import image_extensions
-from tuner.core.data.records import Size, SourceIndex
+from tuner.core.data.records import ImageRecord, Size, SourceIndex
 from tuner.core.errors import UsageError
 from tuner.core.wizard import reasons
 from tuner.core.wizard.questions import NOTHING, Interview, Question, text_or_nothing
 
 EXTENSIONS = (".txt", ".caption")
+_ORIGIN = ("rule", "from", "extension", "fixed", "metadata")
+"""Keys of an existing source that tell where its captions come from."""
 _SHOWN = 5
 _MANY = 300
 """From so many pictures on the look takes long enough to be announced."""
@@ -28,8 +33,8 @@ _MANY = 300
 class Pictures:
     """What a folder holds. size: edge of a square of the median area. captions: texts of those that have one.
 
-    uncaptioned: keys of pictures without a caption file; empty: how many of those files are empty. odd: files that
-    cannot be used, and why. notes: what is rarely meant.
+    uncaptioned: keys of pictures without a caption; empty: how many captions are empty. odd: files that cannot be used,
+    and why. notes: what is rarely meant.
     """
 
     root: Path
@@ -53,7 +58,7 @@ class Pictures:
             text.append(f"without caption: {_some(self.uncaptioned)}")
         if self.empty:
             text.append(f"{self.empty} caption files are empty")
-        return text + [f"odd: {each}" for each in self.odd[:_SHOWN]] + [f"note: {each}" for each in self.notes[:_SHOWN]]
+        return [*text, *_first("odd", self.odd), *_first("note", self.notes)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,26 +73,34 @@ class ChosenPictures:
     trigger: str = ""
 
 
-def choose_pictures(interview: Interview, cache: Path, *, now: Mapping[str, Any] | None = None) -> ChosenPictures:
+def choose_pictures(
+    interview: Interview,
+    cache: Path,
+    *,
+    now: Mapping[str, Any] | None = None,
+    effect: Mapping[str, Any] | None = None,
+) -> ChosenPictures:
     """Ask for the folder and for what its captions leave open. cache: a folder for what is learned about files.
 
-    now: the source of an existing configuration.
+    now: the source of an existing configuration; effect: the same with what it inherits.
     """
-    before = None if now is None else str(now.get("path", "")) or None
+    own, captions = _captions(now), _captions(effect or now)
+    before = None if now is None else _text(now.get("path"))
     pictures = interview.ask(
         Question(
             id="pictures",
             kind="place",
             text="In which folder are your pictures?",
             help="A text file of the same name beside a picture is its caption.",
-            read=partial(_read_folder, interview, cache),
+            read=partial(_read_folder, interview, cache, captions),
             default=before,
         )
     )
     interview.tell(*pictures.lines())
     inner = not pictures.recursive and _has_inner_pictures(pictures.root)
-    if inner and interview.confirm("subfolders", "Take the pictures in its subfolders as well?", default=False):
-        pictures = look_at_pictures(pictures.root, cache, recursive=True)
+    deep = (effect or now or {}).get("recursive") is True
+    if inner and interview.confirm("subfolders", "Take the pictures in its subfolders as well?", default=deep):
+        pictures = look_at_pictures(pictures.root, cache, recursive=True, captions=captions)
         interview.tell(*pictures.lines())
     chosen = ChosenPictures(pictures=pictures, source={"path": str(pictures.root)})
     if pictures.recursive:
@@ -97,27 +110,43 @@ def choose_pictures(interview: Interview, cache: Path, *, now: Mapping[str, Any]
     ):
         chosen.data |= {"on_corrupt": "skip", "on_missing": "skip"}
         chosen.comments["data.on_corrupt"] = reasons.SKIPPED.format(count=len(pictures.odd))
-    _ask_captions(interview, chosen, dict((now or {}).get("captions") or {}))
+    _ask_captions(interview, chosen, own, captions)
     return chosen
 
 
-def look_at_pictures(root: Path, cache: Path, *, recursive: bool = False) -> Pictures:
-    """What is in a folder, from the files' headers. UsageError when it holds no picture that can be used."""
-    extension = _extension_of(root)
+def _captions(source: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = (source or {}).get("captions")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def look_at_pictures(
+    root: Path, cache: Path, *, recursive: bool = False, captions: Mapping[str, Any] | None = None
+) -> Pictures:
+    """What is in a folder; every file is read whole. captions: where they come from, as an existing source says it.
+
+    UsageError when it holds no picture that can be used, and for captions that cannot be read: leaving those out is no
+    setting, so the user has to mend them.
+    """
+    told = {key: value for key, value in (captions or {}).items() if key in _ORIGIN}
+    extension = told["extension"] = _extension_of(root, _text(told.get("extension")), recursive=recursive)
     source = {
         "id": "pictures",
         "path": str(root),
         "recursive": recursive,
-        "captions": {"extension": extension, "on_missing": "empty", "allow_empty": True},
+        "captions": {**told, "on_missing": "empty", "allow_empty": True},
     }
-    data = DataConfig.model_validate({"sets": [{"sources": [source]}]})
+    # Damage behind a sound header is found too: training would stop at it.
+    data = _data({"sets": [{"sources": [source]}], "on_corrupt": "skip", "on_missing": "skip"})
     index = scan_source(data.sets[0].sources[0], cache, data=data)
     report = inspect_indices(data, [index], decode=False)
-    if not index.records:
-        raise index.problems[0] if index.problems else UsageError("there are no pictures", where=str(root))
+    if not index.records and index.skipped:
+        raise UsageError("no picture can be used", where=str(root), why=_some(_odd(index), "; "))
+    if index.problems:
+        raise _to_mend(index.problems)
     areas = [record.width * record.height for record in index.records]
     described = report.sources[0]
     assert described.smallest is not None and described.largest is not None
+    size = round(statistics.median(areas) ** 0.5)
     return Pictures(
         root=root,
         recursive=recursive,
@@ -125,16 +154,31 @@ def look_at_pictures(root: Path, cache: Path, *, recursive: bool = False) -> Pic
         images=len(index.records),
         smallest=described.smallest,
         largest=described.largest,
-        size=round(statistics.median(areas) ** 0.5),
+        size=size,
         captions=tuple(record.captions_raw.strip() for record in index.records if record.captions_raw.strip()),
-        uncaptioned=tuple(record.key for record in index.records if record.caption_path is None),
-        empty=sum(record.caption_path is not None and not record.captions_raw.strip() for record in index.records),
-        odd=tuple(_odd(problem) for problem in index.problems),
-        notes=tuple(f"the same picture several times: {_some(names)}" for names in _bare(report.duplicates, index)),
+        uncaptioned=tuple(record.key for record in index.records if not _has_caption(record)),
+        empty=sum(_has_caption(record) and not record.captions_raw.strip() for record in index.records),
+        odd=_odd(index),
+        notes=(
+            *_tiny(index, size),
+            *(f"the same picture several times: {_some(names)}" for names in _twins(report, index)),
+        ),
     )
 
 
-def _read_folder(interview: Interview, cache: Path, raw: Any) -> Pictures:
+def _has_caption(record: ImageRecord) -> bool:
+    return record.caption_path is not None or bool(record.captions_raw)
+
+
+def _data(document: Mapping[str, Any]) -> DataConfig:
+    try:
+        return DataConfig.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UsageError("the settings of the captions are wrong", where=where, why=error.errors()[0]["msg"]) from error
+
+
+def _read_folder(interview: Interview, cache: Path, captions: Mapping[str, Any], raw: Any) -> Pictures:
     text = str(raw).strip()
     if not text:
         raise UsageError("a folder is needed")
@@ -147,16 +191,17 @@ def _read_folder(interview: Interview, cache: Path, raw: Any) -> Pictures:
     )
     if count > _MANY:
         interview.tell(f"looking at {count} pictures: each file is read once")
-    return look_at_pictures(root, cache, recursive=recursive)
+    return look_at_pictures(root, cache, recursive=recursive, captions=captions)
 
 
-def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, Any]) -> None:
-    """What stands for absent captions, and the word for what is learned."""
+def _ask_captions(interview: Interview, chosen: ChosenPictures, own: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What stands for absent captions, and the word for what is learned. own: the captions that the source has now;
+    now: those in effect, with what it inherits."""
     pictures = chosen.pictures
-    captions: dict[str, Any] = dict(now)
-    if pictures.extension != EXTENSIONS[0]:
+    captions: dict[str, Any] = dict(own)
+    if pictures.extension != now.get("extension", EXTENSIONS[0]):
         captions["extension"] = pictures.extension
-    if pictures.empty:
+    if pictures.empty and now.get("from", "file") == "file":
         captions["allow_empty"] = True
     missing = len(pictures.uncaptioned)
     text = ""
@@ -167,7 +212,7 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
                 text="No picture has a caption. Which text describes all of them?",
                 help="Better: write a caption for each. A text such as: a photo of mila",
                 read=_some_text,
-                default=now.get("fallback"),
+                default=_text(now.get("fallback")),
             )
         )
     elif missing:
@@ -177,7 +222,7 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
                 text=f"{missing} pictures have no caption. Which text describes them?",
                 help=f"{NOTHING} leaves these pictures out.",
                 read=text_or_nothing,
-                default=str(now.get("fallback") or NOTHING),
+                default=_text(now.get("fallback")) or NOTHING,
             )
         )
     if text:
@@ -185,8 +230,9 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
         chosen.comments["captions"] = reasons.FALLBACK.format(count=missing)
     elif missing:
         captions["on_missing"] = "skip"
+        _drop(captions, "fallback", now)
         chosen.comments["captions"] = reasons.UNCAPTIONED.format(count=missing)
-    before = str(now.get("prefix") or "").removesuffix(",")
+    before = (_text(now.get("prefix")) or "").removesuffix(",")
     chosen.trigger = interview.ask(
         Question(
             id="trigger",
@@ -197,14 +243,27 @@ def _ask_captions(interview: Interview, chosen: ChosenPictures, now: dict[str, A
         )
     )
     if chosen.trigger != before:
-        captions.pop("prefix", None)
-    texts = [*pictures.captions, *([text] if text else [])]
+        _drop(captions, "prefix", now)
+    texts = [*pictures.captions, *[""] * pictures.empty, *([text] if text else [])]
     lacking = sum(chosen.trigger.lower() not in each.lower() for each in texts)
     if chosen.trigger and 2 * lacking > len(texts):
-        captions["prefix"] = f"{chosen.trigger},"
+        if chosen.trigger != before:
+            captions["prefix"] = f"{chosen.trigger},"
         chosen.comments["captions"] = reasons.PREFIX.format(lacking=lacking, count=len(texts))
     if captions:
         chosen.source["captions"] = captions
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _drop(captions: dict[str, Any], key: str, now: Mapping[str, Any]) -> None:
+    """Take a key out; null where the source would inherit it otherwise."""
+    inherited = key not in captions and now.get(key) is not None
+    captions.pop(key, None)
+    if inherited:
+        captions[key] = None
 
 
 def _some_text(raw: Any) -> str:
@@ -214,9 +273,12 @@ def _some_text(raw: Any) -> str:
     return text
 
 
-def _extension_of(root: Path) -> str:
-    """Of caption files, by what there is more of."""
-    counts = {each: sum(1 for path in root.rglob(f"*{each}")) for each in EXTENSIONS}
+def _extension_of(root: Path, preferred: str | None, *, recursive: bool) -> str:
+    """Of caption files: the preferred one where there is any, else what there is more of."""
+    names = [path.name for path in (root.rglob("*") if recursive else root.iterdir())]
+    counts = {each: sum(name.endswith(each) for name in names) for each in (preferred, *EXTENSIONS) if each}
+    if preferred is not None and (counts[preferred] or not any(counts.values())):
+        return preferred
     return max(EXTENSIONS, key=lambda each: counts[each])
 
 
@@ -229,15 +291,39 @@ def _has_inner_pictures(folder: Path) -> bool:
     return any(path.suffix.lower() in image_extensions() for each in inner for path in each.rglob("*"))
 
 
-def _odd(problem: UsageError) -> str:
-    place = (problem.where or "").removeprefix("pictures/")
-    return f"{place}: {problem.why or problem.what}" if place else problem.what
+def _odd(index: SourceIndex) -> tuple[str, ...]:
+    return tuple(f"{skip.key}: {skip.reason}" for skip in index.skipped)
 
 
-def _bare(groups: tuple[tuple[str, ...], ...], index: SourceIndex) -> list[tuple[str, ...]]:
-    return [tuple(name.removeprefix(f"{index.source}/") for name in group) for group in groups]
+def _to_mend(problems: tuple[UsageError, ...]) -> UsageError:
+    """What no setting leaves out; one error for all of them."""
+    first = problems[0]
+    if len(problems) == 1 and first.where is None:
+        return first
+    told = [f"{each.where}: {each.what}" if each.where else each.what for each in problems]
+    return UsageError(
+        "something has to be mended first", why=_some(told, "; "), fix=first.fix or "mend it, then answer again"
+    )
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _tiny(index: SourceIndex, size: int) -> Iterator[str]:
+    """Pictures that are far smaller than the others: they would be blown up."""
+    small = [f"{each.key} ({each.width} x {each.height})" for each in index.records
+             if each.width * each.height * 16 < size * size]  # fmt: skip
+    if small:
+        yield f"much smaller than the others: {_some(small)}"
+
+
+def _twins(report: DataReport, index: SourceIndex) -> list[list[str]]:
+    return [[name.removeprefix(f"{index.source}/") for name in group] for group in report.duplicates]
+
+
+def _first(label: str, lines: Sequence[str]) -> list[str]:
+    """The first of many lines, and how many there are besides."""
+    more = [f"{label}: {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return [*(f"{label}: {each}" for each in lines[:_SHOWN]), *more]
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return separator.join(names[:_SHOWN]) + more

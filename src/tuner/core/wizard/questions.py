@@ -75,12 +75,14 @@ class Interview:
             raw = self.asker.put(question)
             try:
                 value = question.read(_among(question, raw))
-            except UsageError as problem:
+            except (UsageError, OSError) as error:
+                # What the file system has against a path is an answer that will not do, too.
+                problem = error if isinstance(error, UsageError) else UsageError(error.strerror or str(error))
                 named = UsageError(
                     problem.what, where=f"{question.id}: {shown(raw)}", why=problem.why, fix=problem.fix
                 )  # fmt: skip
                 if not self.asker.patient:
-                    raise named from problem
+                    raise named from error
                 self.asker.refuse(named)
             else:
                 self.given[question.id] = raw

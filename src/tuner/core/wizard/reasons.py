@@ -21,13 +21,37 @@ FALLBACK = "fallback describes the {count} pictures without a caption"
 UNCAPTIONED = "{count} pictures without a caption are left out"
 PREFIX = "prefix puts the word before every caption: {lacking} of {count} lack it"
 FEWER_BITS = "faster here, with slightly different results"
+_MODEL = re.compile(r"recognised as \S+( \S+)?")
+_PRESET = re.compile(r"^// Preset (?:quick|balanced|thorough|faster): [^\r\n]*(\r?\n)", re.MULTILINE)
 _LEVER = re.compile(r"[\d.]+ \w+ (less|more) than without, .*")
 _NUMBER = re.compile(r"\d+|\{\w+\}")
 
 
 def is_own(comment: str) -> bool:
     """Whether the wizard wrote a comment; numbers in it may be others by now."""
-    return _NUMBER.sub("#", comment) in _known() or _LEVER.fullmatch(comment) is not None
+    known = _NUMBER.sub("#", comment) in _known()
+    return known or _MODEL.fullmatch(comment) is not None or _LEVER.fullmatch(comment) is not None
+
+
+def is_lever(comment: str) -> bool:
+    """Whether the wizard says with it that the planner chose a value."""
+    return comment in (PLANNED, FEWER_BITS) or _LEVER.fullmatch(comment) is not None
+
+
+def model(family: str, flavour: str) -> str:
+    """For the comment above the section of the model."""
+    return f"recognised as {family} {flavour}".rstrip()
+
+
+def preset(name: str, cost: str) -> str:
+    """A line of the head: what was chosen, and what the planner said about it."""
+    return f"Preset {name}: {cost}."
+
+
+def with_preset(head: str, line: str | None) -> str:
+    """The text before the document with another line about the preset, or without it; as it is where it has none."""
+    written = "" if line is None else one_line(f"// {line}")
+    return _PRESET.sub(lambda found: written + found[1] if written else "", head, count=1)
 
 
 @cache

@@ -71,7 +71,8 @@ def find_ways(
 def _ways(
     document: Mapping[str, Any], pace: Pace, card: Card, catalog: Catalog, *, base: FilePath, scratch: FilePath
 ) -> list[Way]:
-    plain = {**document, "cache": {**document.get("cache", {}), "dir": str(scratch)}}
+    cache = document.get("cache")
+    plain = {**document, "cache": {**(cache if isinstance(cache, Mapping) else {}), "dir": str(scratch)}}
     try:
         config, facts, work = prepare(load_config(plain, env={}, base_dir=base), catalog=catalog)
         if card.memory is None:

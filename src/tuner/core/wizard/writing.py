@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+
 from tuner.core.atomic import write_bytes
 from tuner.core.config.edit import unified_diff
 from tuner.core.errors import UsageError
@@ -25,7 +27,7 @@ def write(outcome: Outcome) -> None:
             raise UsageError("the file has changed meanwhile", where=str(path), why="somebody else wrote it",
                              fix="start again")  # fmt: skip
         else:
-            write_bytes(path.resolve(), data)
+            write_bytes(path.resolve(), data, mode=stat.S_IMODE(path.stat().st_mode))
     except FileExistsError as error:
         raise UsageError("this file exists meanwhile", where=str(path), fix="choose another name") from error
     except OSError as error:

@@ -98,7 +98,40 @@ def _train_blocks(value: Any, given: Given) -> Settings | Refused:
     return Settings(groups[value])
 
 
+MOST_UNITS = 35
+"""Two blocks of each kind stay on the device there."""
+SPLIT_MODE = 18
+"""Units that an old option stands for."""
+
+
+def _units(units: int) -> Settings | Refused:
+    """One unit is half a double block and one and a half single ones, about 640 MB in bfloat16."""
+    if units > MOST_UNITS:
+        return Refused("not_applicable", f"sd-scripts refuses more than {MOST_UNITS} as well")
+    double, single = units // 2, 2 * (units - units // 2)
+    return Settings({"memory.swap_blocks": double + single}, f"{double} double blocks and {single} single ones there")
+
+
+def _swapped(value: Any, given: Given) -> Settings | Refused:
+    return _units(value)
+
+
+def _swapped_by_kind(value: Any, given: Given) -> Settings | Refused:
+    double, single = (int(given.get(name) or 0) for name in ("double_blocks_to_swap", "single_blocks_to_swap"))
+    return _units(double + single // 2)
+
+
+_SWAPPED: tuple[ForeignOption, ...] = (
+    option("blocks_to_swap", kind="int", convert=_swapped, off=(None, 0),
+           note="n there are n // 2 double blocks and twice the rest of single ones, 35 at most"),
+    option("double_blocks_to_swap", kind="int", convert=_swapped_by_kind, off=(None, 0)),
+    option("single_blocks_to_swap", kind="int", convert=_swapped_by_kind, off=(None, 0)),
+    option("split_mode", kind="flag", convert=lambda value, given: _units(SPLIT_MODE), off=(None, False),
+           note="an old option that stands for 18 swapped blocks"),
+)  # fmt: skip
+
 _SHARED: tuple[ForeignOption, ...] = (
+    *_SWAPPED,
     option("model_type", kind="text", convert=lambda value, given: Settings(
         {"model.flavour": "chroma"} if value == "chroma" else {}, "the flavour is read from the weights")),
     option("clip_l", "model.text_encoders.clip_l.path", "text"),
@@ -117,6 +150,7 @@ _SHARED: tuple[ForeignOption, ...] = (
 )  # fmt: skip
 
 _RANKS = {f"{name}_dim": name for name in CLASSES}
+
 
 _NETWORK: tuple[ForeignOption, ...] = (
     *encoder_options(
