@@ -224,3 +224,13 @@ def test_a_shift_that_the_default_does_not_use_is_said_to_be_unused() -> None:
     result = lora("anima", "--discrete_flow_shift 3 --logit_mean 1")
     assert result.config["noise"] == {"timesteps": "sigmoid"}
     assert status(result, "discrete_flow_shift") == status(result, "logit_mean") == "not_applicable"
+
+
+def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
+    result = lora("flux", "--network_args rank_dropout=0.1 --train_batch_size 2 --train_batch_size 4"
+                          " --network_args module_dropout=0.2")  # fmt: skip
+    assert result.config["network"].get("module_dropout") == 0.2
+    assert "rank_dropout" not in result.config["network"]
+    assert [each.note for each in result.rows if each.name == "network_args"] == ["given again in word 16, which wins"]
+    first = next(each for each in result.rows if each.name == "train_batch_size")
+    assert first.note == "given again in word 14, which wins"

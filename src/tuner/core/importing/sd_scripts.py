@@ -150,11 +150,15 @@ def _file_options(document: Document) -> list[Given]:
 
 
 def _spread(given: Sequence[Given], into: Translation) -> list[Given]:
-    """Options that are lists of ``key=value``, as one option each."""
+    """Options that are lists of ``key=value``, as one option each; a list that is given again replaces the first."""
     found = []
+    last = {each.name: each for each in given}
     for each in given:
         if each.name not in _NESTED:
             found.append(each)
+            continue
+        if last[each.name] is not each:
+            into.add(each, "mapped", f"given again in {last[each.name].where}, which wins")
             continue
         entries = each.value if isinstance(each.value, list) else [each.value]
         if not entries:
@@ -219,6 +223,7 @@ def _data(
         for each in places.values():
             into.add(each, "not_applicable", "dataset_config wins, there too")
         write_sets(into, importer.document(data))
+        importer.tell_overridden()
     elif "in_json" in places:
         write_sets(into, DataImport(into, line).table(places["in_json"], places.get("train_data_dir")))
     elif file is None and places:

@@ -118,8 +118,12 @@ class DataImport:
         self.into, self.known = into, known
         self.told: dict[str, Row] = {}
         self.line: Level = {}
+        self.levels = [self.line]
         for each in line:
-            self._read(self.line, each, LINE, SPELLINGS.get(each.name, each.name), typed=False)
+            name = SPELLINGS.get(each.name, each.name)
+            if name in self.line:
+                self.line[name].row.note = f"given again in {each.where}, which wins"
+            self._read(self.line, each, LINE, name, typed=False)
 
     def document(self, document: Document) -> list[SetDraft]:
         """The sets of a data set file."""
@@ -201,7 +205,15 @@ class DataImport:
             shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in (*place, key))[1:]
             given = Given(key, value, document.where((*place, key)), shown)
             self._read(level, given, kind, SPELLINGS.get(key, key) if key == "caption_extention" else key, typed=True)
+        self.levels.append(level)
         return level
+
+    def tell_overridden(self) -> None:
+        """Say of values that came to nothing that another level decides; once the sets are written."""
+        for level in self.levels:
+            for name, each in level.items():
+                if not each.row.keys and not each.row.note and each.value not in (OPTIONS[name].off, False):
+                    each.row.note = "every data set or subset says otherwise"
 
     def _read(self, level: Level, given: Given, kind: str, name: str, *, typed: bool) -> None:
         known = OPTIONS.get(name)

@@ -183,7 +183,7 @@ GENERAL = (
     option("log_prefix", "log.run", "text", needs=("log_with", ("wandb", "all"))),
     option("wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
     option("log_tracker_name", "log.project", "text", needs=("log_with", ("wandb", "all"))),
-    option("log_tracker_config", "log.args", "text", needs=("log_with", ("wandb", "all"))),
+    *unbuilt("log_tracker_config", "arguments of trackers from a file; write them into log.args", "text"),
     *ignored("log_config", "the settings of a run are in its folder", "flag"),
     *ignored("wandb_api_key huggingface_token", _SECRET),
     option("console_log_level", "log.level", "text", convert=lambda value, given: Settings(
