@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import error, heading, out, out_json, result_alone, table, warn
-from tuner.cli.settings import add_setting_options, load
+from tuner.cli.settings import add_setting_options, load, same_settings
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         out_json({"images": plan.images, "validation_images": plan.validation_images})
         return 0
     out(f"cached: {plan.images} images for training, {plan.validation_images} held out")
+    out(f"next: {same_settings(arguments, 'train')}")
     return 0
 
 

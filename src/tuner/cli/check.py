@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import heading, out, out_json, table, warn
-from tuner.cli.settings import add_config_arguments, load
+from tuner.cli.settings import add_config_arguments, load, same_settings
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tuner.core.registry import Catalog
 
-    return report(load(arguments, Catalog()), as_json=arguments.json)
+    code = report(load(arguments, Catalog()), as_json=arguments.json)
+    if code == 0 and not arguments.json:
+        out(f"next: {same_settings(arguments, 'train')}")
+    return code
 
 
 def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
