@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,20 +113,12 @@ def _show(info: CacheInfo) -> None:
 
 
 def _verify(arguments: argparse.Namespace, configs: list[str]) -> int:
-    from rich.console import Console
-
     from tuner.core.data.upkeep import verify_cache
-    from tuner.core.track.progress import Progress
 
     folders = [Path(arguments.dir)] if arguments.dir is not None else _folders(arguments, configs)
     found = []
     for folder in folders:
-        with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
-
-            def tick(done: int, total: int, progress: Progress = progress) -> None:
-                progress.total = total
-                progress.advance(done)
-
+        with _entries_read() as tick:
             found.append(verify_cache(folder, tick))
     if arguments.json:
         out_json([each.as_dict() for each in found])
@@ -147,7 +141,10 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
         raise UsageError(
             "prune needs configurations", why="they say what is still needed", fix="tuner cache prune config.json"
         )
-    found = [doomed_files(folder, used) for folder, used in _used(arguments, configs).items()]
+    found = []
+    for folder, used in _used(arguments, configs).items():
+        with _entries_read() as tick:
+            found.append(doomed_files(folder, used, tick))
     count, size = sum(len(each.files) for each in found), sum(each.bytes for each in found)
     if not arguments.json:
         for each in found:
@@ -169,6 +166,22 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
     else:
         out(f"removed {count} files, {byte_size(size)}" if removing else f"{count} files would go: add --yes")
     return 0
+
+
+@contextmanager
+def _entries_read() -> Iterator[Callable[[int, int], None]]:
+    """Progress of reading a cache, on standard error."""
+    from rich.console import Console
+
+    from tuner.core.track.progress import Progress
+
+    with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
+
+        def tick(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done)
+
+        yield tick
 
 
 def _agreed(question: str) -> bool:
