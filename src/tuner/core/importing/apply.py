@@ -123,7 +123,8 @@ def outcome(option: ForeignOption, value: Any, values: Mapping[str, Any]) -> Set
     if option.needs is not None:
         other, wanted = option.needs
         if values.get(other) not in wanted if wanted else not values.get(other):
-            which = " or ".join(map(str, wanted)) if wanted and len(wanted) < 4 and all(wanted) else ""
+            words = [each for each in wanted if isinstance(each, str)]
+            which = " or ".join(words) if len(words) == len(wanted) < 4 else ""
             return Refused("not_applicable", f"without {other} {which}".rstrip() + " it does nothing there either")
     if option.convert is not None:
         return option.convert(value, values)

@@ -52,11 +52,20 @@ def import_files(paths: Sequence[Path], catalog: Catalog, *, model: str | None, 
             home = path.absolute().parent
             continue
         document = read_document(path)
-        if isinstance(document.value, dict) and ("datasets" in document.value or "general" in document.value):
+        if _is_data_set(document.value):
             data = document
         else:
             options += _file_options(document)
     return _import(line or CommandLine((), None, ()), options, data, catalog, model, base, home)
+
+
+def _is_data_set(value: Any) -> bool:
+    """Whether a file describes data sets; options may stand in tables of any name, ``general`` too."""
+    if not isinstance(value, dict):
+        return False
+    general = value.get("general")
+    named = not isinstance(general, dict) or all(is_data_option(key) for key in general)
+    return "datasets" in value or ("general" in value and named)
 
 
 def import_words(words: Sequence[str], catalog: Catalog, *, model: str | None, base: Path) -> Imported:
