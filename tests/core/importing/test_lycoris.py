@@ -103,16 +103,6 @@ def test_arguments_of_lycoris_do_nothing_elsewhere() -> None:
     assert status(lora("flux", "--network_module lycoris.kohya --network_args preset=x.toml"), "preset") == "not_built"
 
 
-def test_rotations_keep_their_number_of_blocks_and_their_limit() -> None:
-    result = lora("flux", "--network_module networks.oft_flux --network_dim 4 --network_alpha 1e-3")
-    assert result.config["network"] == {
-        "type": "oft", "block_count": 4, "constraint": 1e-3, "targets": ["img_attn", "txt_attn"]
-    }  # fmt: skip
-    assert "components" not in result.config.get("train", {})
-    every = lora("flux", "--network_module networks.oft_flux --network_args enable_all_linear=True")
-    assert every.config["network"] == {"type": "oft", "block_count": 4, "constraint": 1.0}
-
-
 @pytest.mark.parametrize("family", ["anima", "flux", "sd3"])
 def test_modules_that_are_chosen_by_class_exist_in_every_model(family: str, tmp_path: Path) -> None:
     make = {"anima": make_tiny_anima, "flux": make_tiny_flux, "sd3": make_tiny_sd3}[family]

@@ -133,17 +133,6 @@ def repositories(by_flavour: Mapping[str, str], usual: str, note: str = "") -> t
     )
 
 
-def adapted_by_default(preset: str, note: str) -> ForeignOption:
-    """Row of the modules that SimpleTuner adapts where nothing else chooses them."""
-
-    def convert(value: Any, given: Given) -> Settings:
-        chosen = given.get("peft_lora_target_modules") or given.get("lora_type") not in (None, "standard")
-        wanted = given.get("model_type") == "lora" and not chosen
-        return Settings({"network.preset": value} if wanted else {})
-
-    return option("peft_lora_preset", kind="text", convert=convert, default=preset, note=note)
-
-
 _BITS = {
     "int8-quanto": "int8", "int8-torchao": "int8", "int4-quanto": "int4", "int4-torchao": "int4", "fp8-quanto": "fp8",
     "fp8uz-quanto": "fp8", "fp8-torchao": "fp8", "nf4-bnb": "nf4",
@@ -160,6 +149,16 @@ def low_bits(names: str, key: str) -> ForeignOption:
         return Settings({key: method}, "one scale per row (int8, fp8) or per 64 weights here", changed=True)
 
     return option(names, kind="text", convert=convert, off=(None, "no_change", ""))
+
+
+def usual_preset(name: str, note: str) -> ForeignOption:
+    """The modules that a standard LoRA adapts unless they are chosen. Adapters of LyCORIS choose in their own file."""
+
+    def convert(value: Any, given: Given) -> Settings:
+        return Settings() if given.get("peft_lora_target_modules") else Settings({"network.preset": value}, note)
+
+    needs = ("lora_type", (None, "standard"))
+    return option("peft_lora_preset", kind="text", convert=convert, default=name, needs=needs)
 
 
 # --- helpers for the tables of sd-scripts -----------------------------------------------------------------------------

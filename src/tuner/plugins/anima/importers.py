@@ -11,7 +11,6 @@ from tuner.core.config.foreign import (
     Given,
     Refused,
     Settings,
-    adapted_by_default,
     encoder_options,
     ignored,
     low_bits,
@@ -20,6 +19,7 @@ from tuner.core.config.foreign import (
     preview_options,
     repositories,
     split_pairs,
+    usual_preset,
 )
 
 _NO_SHIFT = "it does nothing for this model there, although it is accepted"
@@ -159,7 +159,7 @@ _SIMPLETUNER = (
                 "preview-3": "CalamitousFelicitousness/Anima-Preview-3-sdnext-diffusers",
                 "preview-2": "CalamitousFelicitousness/Anima-Preview-2-sdnext-diffusers",
                 "preview": "CalamitousFelicitousness/Anima-sdnext-diffusers"}, "preview-3"),
-            adapted_by_default("attention", "attention is what that program adapts unless it is told otherwise"),
+            usual_preset("attention", "attention is what that program adapts unless it is told otherwise"),
             option("validation_guidance", "sample.cfg", "float", default=7.5, default_with=PREVIEWS),
             low_bits("text_encoder_1_precision", "quantize.text_encoder.qwen3"),
         ),

@@ -10,7 +10,6 @@ from tuner.core.config.foreign import (
     ForeignOption,
     Given,
     Settings,
-    adapted_by_default,
     block_choice,
     encoder_options,
     ignored,
@@ -21,6 +20,7 @@ from tuner.core.config.foreign import (
     rank_rules,
     repositories,
     unbuilt,
+    usual_preset,
 )
 
 from .names import CLASSES, EMBEDDER_KINDS
@@ -114,9 +114,7 @@ _SIMPLETUNER = (
             *repositories({
                 "medium": "stabilityai/stable-diffusion-3.5-medium",
                 "large": "stabilityai/stable-diffusion-3.5-large"}, "medium"),
-            adapted_by_default(
-                "x_attn", "attention of the image is what that program adapts unless it is told otherwise"
-            ),
+            usual_preset("x_attn", "attention of the image is what that program adapts unless it is told otherwise"),
             option("validation_guidance", "sample.cfg", "float", default=7.5, default_with=PREVIEWS),
             option("pretrained_t5_model_name_or_path", "model.text_encoders.t5.path", "text"),
             option("t5_padding", "text_encoder.zero_padding", "text", values={"zero": True}, off=(None, "unmodified")),
