@@ -188,7 +188,10 @@ def _agreed(question: str) -> bool:
     """Ask on a terminal; elsewhere nobody can answer."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _folders(arguments: argparse.Namespace, configs: list[str]) -> list[Path]:
