@@ -182,7 +182,7 @@ GENERAL = (
     option("logging_dir", kind="text", convert=to.logging_dir),
     *ignored("log_prefix", "it begins the name of a folder of logs; here that is the run's own"),
     option("wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
-    option("log_tracker_name", "log.project", "text", needs=("log_with", ("wandb", "all"))),
+    option("log_tracker_name", "log.project", "text"),
     *unbuilt("log_tracker_config", "arguments of trackers from a file; write them into log.args", "text"),
     *ignored("log_config", "the settings of a run are in its folder", "flag"),
     *ignored("wandb_api_key huggingface_token", _SECRET),
