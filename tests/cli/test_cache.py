@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.core.train.conftest import make_config, model_files, pictures  # noqa: F401  # a tiny real model
+from tests.fixtures.terminal import Terminal
 from tuner.cli.main import main
 from tuner.core.data.inuse import cache_alone, cache_in_use
 from tuner.core.data.keys import HASHES
@@ -204,3 +205,21 @@ def test_what_the_run_itself_needs_is_never_pruned(
 def test_wrong_use_is_told(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", *words]) == 2
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("info",), ("verify",), ("prune",)])
+def test_the_next_command_is_the_one_that_was_meant(words: tuple[str, ...], capsys: Any) -> None:
+    assert main(["cache", *words]) == 2
+    assert f"fix: tuner cache {words[0]} config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\x04", False)])
+def test_on_a_terminal_prune_asks(answer: str, removed: bool, write: Write, cache_dir: Path, tmp_path: Path) -> None:
+    assert main(["cache", write()]) == 0
+    other = write("other", data__sets__0__resolution=32)
+    before = len(entries(cache_dir))
+    with Terminal("cache", "prune", other, folder=tmp_path) as terminal:
+        terminal.expect("files? [y/N]")
+        terminal.type(answer)
+        assert terminal.end() == 0
+    assert (len(entries(cache_dir)) < before) is removed

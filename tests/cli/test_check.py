@@ -136,3 +136,8 @@ def test_environment_variables_are_settings(
 @pytest.fixture(autouse=True)
 def in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_check_names_the_next_command(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", project.config(), "--set", "train.seed=5"]) == 0
+    assert capsys.readouterr().out.endswith(f"next: tuner train {project.config()} --set train.seed=5\n")

@@ -127,3 +127,37 @@ def test_a_folder_of_simpletuner_is_imported(folder: Path, capsys: pytest.Captur
 def test_a_source_that_cannot_be_read_is_named(folder: Path, capsys, arguments: tuple[str, ...]) -> None:
     assert main(["config", "import", *arguments]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["sd-scripts", "simpletuner"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '[{"id": "a"}, 3]', '{"datasets": [3]}', '{"datasets": [{"subsets": [3]}]}', '{"general": 3, "a": 1}'],
+)
+def test_a_file_of_another_shape_is_told(
+    tool: str, text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "source.json").write_text(text, encoding="utf-8")
+    assert main(["config", "import", tool, "source.json"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("target", ["images", "data.toml/new.json"])
+def test_a_place_that_cannot_be_written_is_told(target: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "images").mkdir()
+    assert imported(capsys, "sd-scripts", "data.toml", "--out", target, "--overwrite")[0] == 2
+    assert main(["config", "import", "sd-scripts", "data.toml", "--out", target, "--overwrite"]) == 2
+    assert "error: this file or folder cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["anima", "flux", "sd3"])
+def test_what_is_mapped_resolves_before_the_weights_are_here(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"{name}_train_network.py --pretrained_model_name_or_path models/{name}/base.safetensors"
+    (folder / "run.sh").write_text(f"{command} --dataset_config data.toml --mixed_precision bf16", encoding="utf-8")
+    assert imported(capsys, "sd-scripts", "run.sh", "--out", "runs/one.json")[0] == 0
+    assert main(["config", "resolve", "runs/one.json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"]["path"] == str(folder / "models" / name / "base.safetensors")
+    assert "base.safetensors is not here" in err

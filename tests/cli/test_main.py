@@ -192,3 +192,13 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
     assert colours(Terminal())  # type: ignore[arg-type]
     monkeypatch.setenv("NO_COLOR", "1")
     assert not colours(Terminal())  # type: ignore[arg-type]
+
+
+def test_characters_that_a_stream_lacks_end_no_command(tmp_path: Path) -> None:
+    picture = {"model_family": "flux", "validation_prompt": "\U0001f7eb"}
+    (tmp_path / "config.json").write_text(json.dumps(picture, ensure_ascii=False), encoding="utf-8")
+    called = [sys.executable, "-m", "tuner", "config", "import", "simpletuner", str(tmp_path), "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(called, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["config"]["sample"]["prompts"] == ["\U0001f7eb"]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import error, heading, out, out_json, result_alone, table, warn
-from tuner.cli.settings import add_setting_options, load
+from tuner.cli.settings import add_setting_options, load, same_settings
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     words: list[str] = arguments.what
     if words and words[0] in ACTIONS:
         _refuse_unused(arguments, words)
+        arguments.command = f"cache {words[0]}"
         return {"info": _info, "verify": _verify, "prune": _prune}[words[0]](arguments, words[1:])
     for name in ("dir", "yes"):
         if getattr(arguments, name):
@@ -54,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         out_json({"images": plan.images, "validation_images": plan.validation_images})
         return 0
     out(f"cached: {plan.images} images for training, {plan.validation_images} held out")
+    out(f"next: {same_settings(arguments, 'train')}")
     return 0
 
 
@@ -109,20 +113,12 @@ def _show(info: CacheInfo) -> None:
 
 
 def _verify(arguments: argparse.Namespace, configs: list[str]) -> int:
-    from rich.console import Console
-
     from tuner.core.data.upkeep import verify_cache
-    from tuner.core.track.progress import Progress
 
     folders = [Path(arguments.dir)] if arguments.dir is not None else _folders(arguments, configs)
     found = []
     for folder in folders:
-        with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
-
-            def tick(done: int, total: int, progress: Progress = progress) -> None:
-                progress.total = total
-                progress.advance(done)
-
+        with _entries_read() as tick:
             found.append(verify_cache(folder, tick))
     if arguments.json:
         out_json([each.as_dict() for each in found])
@@ -145,7 +141,10 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
         raise UsageError(
             "prune needs configurations", why="they say what is still needed", fix="tuner cache prune config.json"
         )
-    found = [doomed_files(folder, used) for folder, used in _used(arguments, configs).items()]
+    found = []
+    for folder, used in _used(arguments, configs).items():
+        with _entries_read() as tick:
+            found.append(doomed_files(folder, used, tick))
     count, size = sum(len(each.files) for each in found), sum(each.bytes for each in found)
     if not arguments.json:
         for each in found:
@@ -169,11 +168,30 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _entries_read() -> Iterator[Callable[[int, int], None]]:
+    """Progress of reading a cache, on standard error."""
+    from rich.console import Console
+
+    from tuner.core.track.progress import Progress
+
+    with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
+
+        def tick(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done)
+
+        yield tick
+
+
 def _agreed(question: str) -> bool:
     """Ask on a terminal; elsewhere nobody can answer."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _folders(arguments: argparse.Namespace, configs: list[str]) -> list[Path]:

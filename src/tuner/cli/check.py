@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import heading, out, out_json, table, warn
-from tuner.cli.settings import add_config_arguments, load
+from tuner.cli.settings import add_config_arguments, load, same_settings
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,15 +23,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tuner.core.registry import Catalog
 
-    return report(load(arguments, Catalog()), as_json=arguments.json)
+    code = report(load(arguments, Catalog()), as_json=arguments.json)
+    if code == 0 and not arguments.json:
+        out(f"next: {same_settings(arguments, 'train')}")
+    return code
 
 
 def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
     """Print what the check found; problems are raised."""
+    from rich.console import Console
+
+    from tuner.core.track.progress import Progress
     from tuner.core.train.check import check
 
+    console = Console(stderr=True)
     try:
-        found = check(raw, resuming=resuming)
+        # Not as lines in a log: there the problems alone are of interest.
+        with Progress("pictures", None, "files", console=console) if console.is_terminal else nullcontext() as progress:
+
+            def tick(done: int, total: int) -> None:
+                if progress is not None:
+                    progress.total = total
+                    progress.advance(done)
+
+            found = check(raw, resuming=resuming, on_progress=tick)
     except UsageError as problem:
         if as_json:
             out_json({"ok": False, "problems": [_fields(each) for each in problem.parts or (problem,)]})

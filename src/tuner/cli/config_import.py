@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
+    from tuner.core.atomic import write_text
     from tuner.core.importing.write import config_text, relocated
 
     base = Path(arguments.base or ".").absolute()
@@ -42,8 +43,7 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     result = _import(arguments, catalog, base)
     if target is not None:
         result = relocated(result, base, target.absolute().parent)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(config_text(result), encoding="utf-8")
+        write_text(target, config_text(result))
     if arguments.json:
         out_json(result.as_dict() | {"path": None if target is None else str(target)})
         return result.exit_code

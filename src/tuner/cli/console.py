@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -18,8 +19,16 @@ def out(text: str) -> None:
 
 
 def out_json(value: Any) -> None:
-    """The result for a script."""
-    out(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """The result for a script. Every character has an escape in JSON, for streams that cannot write them all."""
+    plain = "utf" not in (sys.stdout.encoding or "").lower()
+    out(json.dumps(value, indent=2, ensure_ascii=plain, default=str))
+
+
+def never_fail_to_write() -> None:
+    """Characters that the encoding of a stream lacks are written as escapes instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def error(text: str) -> None:

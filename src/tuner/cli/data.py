@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import error, heading, out, out_json, table, warn
-from tuner.cli.settings import add_config_arguments, load
+from tuner.cli.settings import add_config_arguments, load, same_settings
 
 if TYPE_CHECKING:
     from tuner.core.data.tags import CaptionReport
@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         _show(found, None if arguments.all else SHOWN)
         for path in sheets:
             out(f"sheet: {path}")
+        if not found.problems:
+            out(f"next: {same_settings(arguments, 'check')}")
     return 2 if found.problems else 0
 
 

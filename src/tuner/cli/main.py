@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from tuner.cli.console import error, out, warn
+from tuner.cli.console import error, never_fail_to_write, out, warn
 from tuner.core.errors import UsageError
 
 COMMANDS = {
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
+    never_fail_to_write()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
@@ -57,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough.
         sys.stderr.close()
         return 0
+    except OSError as problem:
+        # A folder that cannot be written, a full disk: what the user's machine refused, not what the program got wrong.
+        if problem.filename is None and problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = "a file is in the way of a folder" if isinstance(problem, FileExistsError) else problem.strerror
+        error(str(UsageError("this file or folder cannot be used", where=problem.filename, why=why)))
+        return UsageError.exit_code
 
 
 def _open_closed_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,16 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="override: --set optimizer.lr=2e-4"
     )
+
+
+def same_settings(arguments: argparse.Namespace, command: str) -> str:
+    """``command`` with the configuration of these arguments, as one would type it."""
+    words = ["tuner", *command.split(), *([arguments.config] if arguments.config else [])]
+    for name, value in (("--model", arguments.model), ("--preset", arguments.preset)):
+        words += [name, value] if value else []
+    for value in arguments.sets:
+        words += ["--set", value]
+    return shlex.join(words)
 
 
 def load(arguments: argparse.Namespace, catalog: Catalog) -> RawConfig:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.core.data.pictures import pattern, picture
 from tuner.core.config import DataConfig
-from tuner.core.data.inspect import DataReport, inspect_data
+from tuner.core.data.inspect import DataReport, broken_files, inspect_data
 
 
 def inspect(tmp_path: Path, *sources: dict, decode: bool = True) -> DataReport:
@@ -75,3 +75,12 @@ def test_problems_of_all_sources_come_together(tmp_path):
         f"the folder {tmp_path / 'three'} does not exist",
     ]
     assert [source.images for source in report.sources] == [0, 0, 0]
+
+
+def test_decoding_tells_how_far_it_is(tmp_path):
+    for number in range(3):
+        picture(tmp_path / "one" / f"{number}.png", caption="a")
+    paths = sorted((tmp_path / "one").glob("*.png"))
+    told: list[tuple[int, int]] = []
+    assert broken_files(paths, 2, lambda done, total: told.append((done, total))) == []
+    assert told == [(1, 3)] * 3

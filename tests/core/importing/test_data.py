@@ -188,6 +188,7 @@ def test_a_value_that_another_level_overrides_everywhere_is_still_a_row(tmp_path
     )
     result = dataset(tmp_path, text)
     assert row(result, "general.num_repeats").keys == []
+    assert row(result, "general.num_repeats").note == "every data set or subset says otherwise"
     assert result.config["data"]["sets"][0]["sources"][0].get("repeats", 1) == 1
     assert result.options == 4
 

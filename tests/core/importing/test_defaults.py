@@ -165,11 +165,8 @@ def test_updates_in_the_backward_pass_have_no_limit_on_the_norm() -> None:
     assert "clip_grad" not in lora("flux", "").config["train"]
 
 
-def test_rotations_of_a_script_are_rotations_here() -> None:
-    network = lora("flux", "--network_module networks.oft_flux --network_dim 8").config["network"]
-    assert network == {"type": "oft", "block_count": 8, "constraint": 1e-3, "targets": ["img_attn", "txt_attn"]}
+def test_files_have_the_layout_of_their_kind() -> None:
     every = lora("flux", "--network_module networks.oft_flux --network_args enable_all_linear=True")
-    assert every.config["network"] == {"type": "oft", "block_count": 4, "constraint": 1e-3}
     assert every.config["checkpoint"]["format"] == "sd-scripts-oft"
     products = lora("anima", "--network_module networks.loha --network_dim 8")
     assert products.config["network"] == {"type": "loha", "rank": 8, "alpha": 1.0}
@@ -227,3 +224,13 @@ def test_a_shift_that_the_default_does_not_use_is_said_to_be_unused() -> None:
     result = lora("anima", "--discrete_flow_shift 3 --logit_mean 1")
     assert result.config["noise"] == {"timesteps": "sigmoid"}
     assert status(result, "discrete_flow_shift") == status(result, "logit_mean") == "not_applicable"
+
+
+def test_of_an_option_that_is_given_twice_the_last_counts() -> None:
+    result = lora("flux", "--network_args rank_dropout=0.1 --train_batch_size 2 --train_batch_size 4"
+                          " --network_args module_dropout=0.2")  # fmt: skip
+    assert result.config["network"].get("module_dropout") == 0.2
+    assert "rank_dropout" not in result.config["network"]
+    assert [each.note for each in result.rows if each.name == "network_args"] == ["given again in word 16, which wins"]
+    first = next(each for each in result.rows if each.name == "train_batch_size")
+    assert first.note == "given again in word 14, which wins"

@@ -326,6 +326,24 @@ def test_an_environment_file_is_read_with_its_own_names(tmp_path: Path) -> None:
     assert result.options == 10
 
 
+def test_options_for_data_backends_that_are_not_there_are_not_said_to_be_mapped(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"model_family": "sd3", "resolution": 512, "data_backend_config": "none.json"})
+    result = import_path(tmp_path, CATALOG, model=None, base=tmp_path)
+    assert status(result, "resolution") == "missing"
+
+
+def test_a_table_of_options_may_be_called_general(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.toml", "[general]\nlearning_rate = 1e-3\nshuffle_caption = true\n")
+    result = import_files([path], CATALOG, model="flux", base=tmp_path)
+    assert result.config["optimizer"]["lr"] == 1e-3
+
+
+def test_a_toml_file_of_simpletuner_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "config.toml", 'model_family = "sd3"\nmodel_type = "lora"\nlora_rank = 4\n')
+    result = import_path(tmp_path, CATALOG, model=None, base=tmp_path)
+    assert result.config["network"]["rank"] == 4
+
+
 def test_a_prompt_library_becomes_prompt_lines(tmp_path: Path) -> None:
     write(tmp_path, "library.json", {"one": "a cat", "two": "a dog"})
     keys = {"user_prompt_library": "elsewhere/library.json", "validation_prompt": "a bird", "validation_steps": 10}

@@ -54,7 +54,7 @@ def test_variables_are_filled_in_and_other_commands_are_named(tmp_path: Path) ->
     beside = {each.option: each.status for each in result.rows if each.beside}
     assert beside == {
         "MODELS": "mapped", "OUT": "mapped", "EXTRA": "mapped", "SAVING": "mapped",
-        "CUDA_VISIBLE_DEVICES=0": "not_applicable", "set -e": "not_applicable", "cd /opt/scripts": "not_applicable",
+        "CUDA_VISIBLE_DEVICES": "not_applicable", "set -e": "not_applicable", "cd /opt/scripts": "not_applicable",
         "tee log.txt": "not_applicable", "echo done": "not_applicable",
     }  # fmt: skip
     assert result.options == 2 + 12
@@ -104,3 +104,10 @@ def test_files_are_found_beside_the_script(tmp_path: Path) -> None:
     path = write(tmp_path / "runs", "run.sh", "flux_train_network.py --dataset_config C:\\configs\\d.toml")
     result = import_files([path], CATALOG, model=None, base=tmp_path)
     assert result.config["data"]["sets"][0]["resolution"] == 512
+
+
+def test_secrets_are_not_in_the_report(tmp_path: Path) -> None:
+    text = "export WANDB_API_KEY=hush\nwandb login hush\nHF_TOKEN=hush accelerate launch flux_train.py"
+    result = imported(tmp_path, f"{text} --wandb_api_key hush --huggingface_token=hush --seed 3\n")
+    assert "hush" not in str(result.as_dict())
+    assert result.config["train"]["seed"] == 3

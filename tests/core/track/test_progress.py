@@ -122,3 +122,11 @@ def test_a_stage_inside_another_gets_the_bar_and_gives_it_back() -> None:
 def test_sizes_and_durations_read_well() -> None:
     assert [byte_size(count) for count in (12, 3400, 5_600_000, 7_890_000_000)] == ["12 B", "3 kB", "6 MB", "7.89 GB"]
     assert [duration(seconds) for seconds in (5, 65.4, 3600 * 2 + 61)] == ["0:05", "1:05", "2:01:01"]
+
+
+def test_a_length_that_is_learned_later_reaches_the_bar() -> None:
+    out = io.StringIO()
+    with Progress("files", None, "files", console=Console(file=out, force_terminal=True, width=100)) as progress:
+        progress.total = 6
+        progress.advance(6)
+    assert "6/6" in out.getvalue()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -145,6 +146,7 @@ class _Scan:
         store.update({}, [name for name in stored if name not in wanted])
         names = list(unknown)
         read: dict[str, Probe] = {}
+        begun = time.monotonic()
         for start in range(0, len(names), CHUNK):
             part = names[start : start + CHUNK]
             probes = dict(
@@ -154,7 +156,8 @@ class _Scan:
             store.update({name: (wanted[name].size, wanted[name].mtime_ns, each) for name, each in usable.items()})
             read |= probes
             if len(names) > CHUNK:
-                log.info("%s: %d of %d files read", self.source.id, len(read), len(names))
+                left = (time.monotonic() - begun) * (len(names) - len(read)) / len(read)
+                log.info("%s: %d of %d files read, about %.0f s left", self.source.id, len(read), len(names), left)
         self.hashed = len(read)
         return known | read
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,21 @@ def inspect_data(data: DataConfig, cache_dir: Path, *, verify: str = "stat", dec
     return inspect_indices(data, list(scan_sources(data, cache_dir, verify=verify).values()), decode=decode)
 
 
-def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode: bool = True) -> DataReport:
-    """``inspect_data`` for sources that have been scanned; their problems come first."""
+def inspect_indices(
+    data: DataConfig,
+    indices: Sequence[SourceIndex],
+    *,
+    decode: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """``inspect_data`` for sources that have been scanned; their problems come first.
+
+    on_progress: called with (files that were just decoded, all).
+    """
     problems = [problem for index in indices for problem in index.problems]
     records = [record for index in indices for record in index.records]
     if decode:
-        problems.extend(decode_errors(records, data.workers.scan))
+        problems.extend(decode_errors(records, data.workers.scan, on_progress))
     sources = {source.id: source for each in data.sets for source in each.sources}
     roles = {name: source.role for name, source in sources.items()}
     groups = _same_bytes(records)
@@ -90,16 +99,28 @@ def inspect_indices(data: DataConfig, indices: Sequence[SourceIndex], *, decode:
     )
 
 
-def decode_errors(records: Sequence[ImageRecord], workers: int | None = None) -> list[UsageError]:
+def decode_errors(
+    records: Sequence[ImageRecord],
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[UsageError]:
     """The error of every image or mask that cannot be decoded. workers: threads; None for one per CPU core."""
     files = dict.fromkeys(path for record in records for path in (record.path, record.mask_path) if path is not None)
-    return broken_files(files, workers)
+    return broken_files(files, workers, on_progress)
 
 
-def broken_files(files: Iterable[Path], workers: int | None = None) -> list[UsageError]:
-    """The error of every file that cannot be decoded."""
+def broken_files(
+    files: Collection[Path], workers: int | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> list[UsageError]:
+    """The error of every file that cannot be decoded; on_progress is called with (1, all) after each."""
+    found = []
     with ThreadPoolExecutor(max_workers=thread_count(workers)) as pool:
-        return [error for error in pool.map(_decode_error, files) if error is not None]
+        for error in pool.map(_decode_error, files):
+            if error is not None:
+                found.append(error)
+            if on_progress is not None:
+                on_progress(1, len(files))
+    return found
 
 
 def thread_count(workers: int | None) -> int:

@@ -21,6 +21,7 @@ HASHES = "identities.json"
 """File of a cache folder that remembers the hashes of weight files."""
 _CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000
+_LARGE = 500_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class FileHashes:
             known = self._known.get(name)
             if known and (known.get("size"), known.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns):
                 return str(known["digest"])
+            if stat.st_size > _LARGE:
+                logger.info("reading %s (%.1f GB) once, to know it again by its content", file, stat.st_size / 1e9)
             digest = _hash_file(file)
         except OSError as error:
             raise UsageError("cannot read a model file", where=str(file), why=error.strerror) from error

@@ -138,13 +138,19 @@ def verify_cache(folder: Path, on_progress: Callable[[int, int], None] | None = 
     return CacheCheck(folder=folder, entries=count, broken=broken, changed=FileHashes(folder / HASHES).changed())
 
 
-def doomed_files(folder: Path, used: Collection[str]) -> Doomed:
-    """What can be removed when only the entries ``used`` are needed; nothing is removed here."""
+def doomed_files(folder: Path, used: Collection[str], on_progress: Callable[[int, int], None] | None = None) -> Doomed:
+    """What can be removed when only the entries ``used`` are needed; nothing is removed here.
+
+    on_progress: called with (entries that were just read, all).
+    """
     store = _open(folder)
+    count = sum(1 for _ in store.names())
+    tick = None if on_progress is None else (lambda done: on_progress(done, count))
     leftovers = store.leftovers()
     unused = [path for path in store.prune(used, dry_run=True) if path not in leftovers]
-    broken = [path for path in store.broken() if path not in unused]
-    kept = sum(1 for _ in store.names()) - len(unused) - len(broken)
+    gone = set(unused)
+    broken = [path for path in store.broken(tick) if path not in gone]
+    kept = count - len(unused) - len(broken)
     return Doomed(
         folder=folder, unused=tuple(unused), broken=tuple(broken), leftovers=tuple(leftovers), kept=kept
     )  # fmt: skip

@@ -9,9 +9,11 @@ from typing import Any
 from tuner.core.config.foreign import ForeignOption, Refused, Settings, literal
 from tuner.core.config.jsonc import Path
 from tuner.core.config.messages import nearest
+from tuner.core.config.planned import SECRETS
 from tuner.core.importing.report import Row, Status
 from tuner.core.importing.source import Given, shown_value
 
+HIDDEN = "***"
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off", ""}
 
@@ -66,8 +68,9 @@ class Translation:
         note: str = "",
         keys: Mapping[str, Any] | None = None,
     ) -> Row:
-        """A row, and the keys that it sets."""
-        row = Row(given.where, given.label, given.value, status, note=note, name=given.name)
+        """A row, and the keys that it sets. Secrets are not shown: reports are passed on."""
+        value = HIDDEN if given.name.lower() in SECRETS else given.value
+        row = Row(given.where, given.label, value, status, note=note, name=given.name)
         for key, value in (keys or {}).items():
             row.keys += self.put(key, value)
         self.rows.append(row)
@@ -123,7 +126,8 @@ def outcome(option: ForeignOption, value: Any, values: Mapping[str, Any]) -> Set
     if option.needs is not None:
         other, wanted = option.needs
         if values.get(other) not in wanted if wanted else not values.get(other):
-            which = " or ".join(map(str, wanted)) if wanted and len(wanted) < 4 and all(wanted) else ""
+            words = [each for each in wanted if isinstance(each, str)]
+            which = " or ".join(words) if len(words) == len(wanted) < 4 else ""
             return Refused("not_applicable", f"without {other} {which}".rstrip() + " it does nothing there either")
     if option.convert is not None:
         return option.convert(value, values)

@@ -52,11 +52,20 @@ def import_files(paths: Sequence[Path], catalog: Catalog, *, model: str | None, 
             home = path.absolute().parent
             continue
         document = read_document(path)
-        if isinstance(document.value, dict) and ("datasets" in document.value or "general" in document.value):
+        if _is_data_set(document.value):
             data = document
         else:
             options += _file_options(document)
     return _import(line or CommandLine((), None, ()), options, data, catalog, model, base, home)
+
+
+def _is_data_set(value: Any) -> bool:
+    """Whether a file describes data sets; options may stand in tables of any name, ``general`` too."""
+    if not isinstance(value, dict):
+        return False
+    general = value.get("general")
+    named = not isinstance(general, dict) or all(is_data_option(key) for key in general)
+    return "datasets" in value or ("general" in value and named)
 
 
 def import_words(words: Sequence[str], catalog: Catalog, *, model: str | None, base: Path) -> Imported:
@@ -139,6 +148,8 @@ def _unfilled(result: Imported) -> list[str]:
 def _file_options(document: Document) -> list[Given]:
     """Options of a ``--config_file``; its tables have no meaning and are flattened."""
     found = []
+    if not isinstance(document.value, dict):
+        raise UsageError("neither options nor a data set: it is no table", where=document.name)
     for key, value in document.value.items():
         if isinstance(value, dict):
             found += [Given(name, inner, document.where((key, name)), f"{key}.{name}") for name, inner in value.items()]
@@ -148,11 +159,15 @@ def _file_options(document: Document) -> list[Given]:
 
 
 def _spread(given: Sequence[Given], into: Translation) -> list[Given]:
-    """Options that are lists of ``key=value``, as one option each."""
+    """Options that are lists of ``key=value``, as one option each; a list that is given again replaces the first."""
     found = []
+    last = {each.name: each for each in given}
     for each in given:
         if each.name not in _NESTED:
             found.append(each)
+            continue
+        if last[each.name] is not each:
+            into.add(each, "mapped", f"given again in {last[each.name].where}, which wins")
             continue
         entries = each.value if isinstance(each.value, list) else [each.value]
         if not entries:
@@ -217,6 +232,7 @@ def _data(
         for each in places.values():
             into.add(each, "not_applicable", "dataset_config wins, there too")
         write_sets(into, importer.document(data))
+        importer.tell_overridden()
     elif "in_json" in places:
         write_sets(into, DataImport(into, line).table(places["in_json"], places.get("train_data_dir")))
     elif file is None and places:

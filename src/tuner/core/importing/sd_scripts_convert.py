@@ -75,8 +75,8 @@ def alpha(value: Any, given: Given) -> Settings | Refused:
     if given.get("dim_from_weights"):
         return Refused("not_applicable", "network_weights decides")
     if rotates(given):
-        note = "of rotations it is the limit, and 0.001 there unless it is given"
-        return Settings({"network.constraint": float(value) if "network_alpha" in given else 1e-3}, note)
+        note = "of rotations it is the limit, and 1 there unless it is given; 1e-4 to 1e-2 are useful"
+        return Settings({"network.constraint": float(value)}, note)
     if value == 0:
         return Settings({}, "0 stands for the rank there, which is what is used without it here")
     if lycoris.in_command_line(given):

@@ -118,8 +118,12 @@ class DataImport:
         self.into, self.known = into, known
         self.told: dict[str, Row] = {}
         self.line: Level = {}
+        self.levels = [self.line]
         for each in line:
-            self._read(self.line, each, LINE, SPELLINGS.get(each.name, each.name), typed=False)
+            name = SPELLINGS.get(each.name, each.name)
+            if name in self.line:
+                self.line[name].row.note = f"given again in {each.where}, which wins"
+            self._read(self.line, each, LINE, name, typed=False)
 
     def document(self, document: Document) -> list[SetDraft]:
         """The sets of a data set file."""
@@ -133,9 +137,12 @@ class DataImport:
         drafts: list[SetDraft] = []
         for number, entry in enumerate(root["datasets"]):
             place: JsonPath = ("datasets", number)
+            subsets = (entry.get("subsets") or []) if isinstance(entry, dict) else None
+            if not isinstance(subsets, list) or not all(isinstance(each, dict) for each in subsets):
+                raise UsageError("a data set is a table with a list of subsets, which are tables",
+                                 where=document.where(place))  # fmt: skip
             rest = {key: value for key, value in entry.items() if key != "subsets"}
             level = self._level(document, place, rest, DATASET)
-            subsets = entry.get("subsets") or []
             kinds = {"metadata_file" in each for each in subsets if "conditioning_data_dir" not in each}
             if not subsets or len(kinds) > 1:
                 why = "it has no subsets" if not subsets else "subsets with and without metadata_file cannot be mixed"
@@ -198,7 +205,15 @@ class DataImport:
             shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in (*place, key))[1:]
             given = Given(key, value, document.where((*place, key)), shown)
             self._read(level, given, kind, SPELLINGS.get(key, key) if key == "caption_extention" else key, typed=True)
+        self.levels.append(level)
         return level
+
+    def tell_overridden(self) -> None:
+        """Say of values that came to nothing that another level decides; once the sets are written."""
+        for level in self.levels:
+            for name, each in level.items():
+                if not each.row.keys and not each.row.note and each.value not in (OPTIONS[name].off, False):
+                    each.row.note = "every data set or subset says otherwise"
 
     def _read(self, level: Level, given: Given, kind: str, name: str, *, typed: bool) -> None:
         known = OPTIONS.get(name)

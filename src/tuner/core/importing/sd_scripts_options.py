@@ -180,10 +180,10 @@ GENERAL = (
     option("log_with", "log.to", "text", values={
         "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}),
     option("logging_dir", kind="text", convert=to.logging_dir),
-    option("log_prefix", "log.run", "text", needs=("log_with", ("wandb", "all"))),
+    *ignored("log_prefix", "it begins the name of a folder of logs; here that is the run's own"),
     option("wandb_run_name", "log.run", "text", needs=("log_with", ("wandb", "all"))),
-    option("log_tracker_name", "log.project", "text", needs=("log_with", ("wandb", "all"))),
-    option("log_tracker_config", "log.args", "text", needs=("log_with", ("wandb", "all"))),
+    option("log_tracker_name", "log.project", "text"),
+    *unbuilt("log_tracker_config", "arguments of trackers from a file; write them into log.args", "text"),
     *ignored("log_config", "the settings of a run are in its folder", "flag"),
     *ignored("wandb_api_key huggingface_token", _SECRET),
     option("console_log_level", "log.level", "text", convert=lambda value, given: Settings(

@@ -20,7 +20,7 @@ from tuner.core.importing.source import Document, Given, command_line, located, 
 from tuner.core.registry import Catalog
 
 TOOL = "simpletuner"
-_NAMES = ("config.json", "config.env")
+_NAMES = ("config.json", "config.toml", "config.env")
 _BACKENDS = "data_backend_config"
 _LIBRARY = "user_prompt_library"
 FALLBACKS = (
@@ -39,14 +39,14 @@ _DATA = (
 
 
 def import_path(path: Path, catalog: Catalog, *, model: str | None, base: Path) -> Imported:
-    """Import a folder with ``config.json`` or ``config.env``, one of these files, or a data backend file alone."""
+    """Import a folder with ``config.json``, ``.toml`` or ``.env``, one of these files, or a data backend file alone."""
     if path.is_dir():
         found = next((path / name for name in _NAMES if (path / name).is_file()), None)
         if found is None:
-            raise UsageError("this folder has no config.json or config.env", where=str(path))
+            raise UsageError(f"this folder has none of {', '.join(_NAMES)}", where=str(path))
         path = found
     beside: list[Given] = []
-    if path.suffix != ".json":
+    if path.suffix.lower() not in (".json", ".toml"):
         families = [option for each in choices(catalog, TOOL) for option in each.family.options]
         given, beside = _env(path, {name for each in (*families, *_DATA, *GENERAL) for name in each.names})
     else:
@@ -140,6 +140,9 @@ def _backends(into: Translation, values: Mapping[str, Any], row: Row | None, hom
             if each.name in FALLBACKS and not each.keys and not each.note:
                 each.note = "every data backend says its own"
         return
+    for each in into.rows:
+        if each.name in FALLBACKS and not each.keys and not each.note:
+            each.status, each.note = "missing", "for data backends that do not say it, and their file is not there"
     source = {"id": "images", "path": "images", "recursive": True, "captions": {"rule": "simpletuner"}}
     share = float(values.get("caption_dropout_probability", 0.1) or 0)
     if share:

@@ -104,6 +104,9 @@ class Backends:
     def __init__(self, into: Translation, document: Document, run: Mapping[str, Any], base: Path) -> None:
         if not isinstance(document.value, list):
             raise UsageError("a data backend file is a list of entries", where=document.name)
+        for number, each in enumerate(document.value):
+            if not isinstance(each, Mapping):
+                raise UsageError("an entry of a data backend file is an object", where=document.where((number,)))
         self.into, self.run, self.base = into, run, base
         self.entries = [Entry(into, document, i, each) for i, each in enumerate(document.value)]
         self.dropout = self._dropout_row()

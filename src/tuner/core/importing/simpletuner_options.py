@@ -8,7 +8,7 @@ from __future__ import annotations
 from tuner.core.config.foreign import PREVIEWS, Refused, Settings, ignored, low_bits, option, unbuilt
 from tuner.core.importing import simpletuner_convert as to
 
-_TRACKED = ("report_to", ("wandb", "comet_ml", "all"))
+_TRACKED = ("report_to", ("wandb", "comet_ml", "all", "tensorboard"))
 _UPLOADS = ("push_to_hub", (True,))
 _NO_BETAS = "it belongs to noise-prediction models with a schedule of betas"
 _OTHER_MODELS = "it belongs to other model families"

@@ -77,16 +77,24 @@ def script_command(text: str, name: str, known: Callable[[str], bool]) -> Comman
     optioned = [each for each in script.commands if any(word.startswith("--") for word, _ in each)]
     chosen = next(iter(wanted or having[-1:] or optioned or script.commands), [])
     beside = [
-        (Given(name, " ".join(each.words), each.where), "filled in" if each.used else "the command does not use it")
+        (Given(name, " ".join(each.words), each.where), "filled in" if each.used else "no option holds it")
         for name, each in script.variables.items()
     ]
     assigned = leading_assignments(chosen)
-    beside += [(Given(word, None, where), "set for that command alone; set it for tuner where it matters")
-               for word, where in assigned.items()]  # fmt: skip
-    beside += [(Given(" ".join(word for word, _ in each), None, each[0][1]), "another command of the script")
+    for word, where in assigned.items():
+        name, _, value = word.partition("=")
+        beside.append((Given(name, value, where), "set for that command alone; set it for tuner where it matters"))
+    beside += [(Given(_without_key(each), None, each[0][1]), "another command of the script")
                for each in script.commands if each is not chosen]  # fmt: skip
     line = command_line(chosen[len(assigned) :])
     return CommandLine(line.launcher, line.script, line.options, tuple(beside))
+
+
+def _without_key(command: Sequence[Word]) -> str:
+    """A command as text; what follows ``login`` may be a key."""
+    words = [word for word, _ in command]
+    kept = words[: words.index("login") + 1] if "login" in words else words
+    return " ".join([*kept, *(["***"] if len(kept) < len(words) else [])])
 
 
 def _file_name(word: str) -> str:

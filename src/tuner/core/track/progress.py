@@ -23,7 +23,7 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """A stage of ``total`` things (None: unknown) called ``unit``, ``done`` of them already when it starts.
+    """A stage of ``total`` things (None: unknown yet) called ``unit``, ``done`` of them already when it starts.
 
     ``advance`` says that more are done. Fields it is given stay shown until replaced: ``loss``, ``images_per_second``
     and ``memory_bytes`` have their own format, others are shown by name. plain None: plain when the output is no
@@ -124,7 +124,7 @@ class Progress:
 
     def _update_bar(self) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, detail=self.detail())
+            self._bar.update(self._task, completed=self.done, total=self.total, detail=self.detail())
 
     def _print_line(self) -> None:
         self._last_line, self._shown = self._clock(), self.done

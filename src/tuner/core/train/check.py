@@ -55,11 +55,17 @@ class CheckReport:
 
 
 def check(
-    raw: Mapping[str, Any], *, base_dir: Path | None = None, resuming: bool = False, catalog: Catalog | None = None
+    raw: Mapping[str, Any],
+    *,
+    base_dir: Path | None = None,
+    resuming: bool = False,
+    catalog: Catalog | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check everything a run with this configuration needs. Raises one UsageError that lists all problems.
 
-    resuming: the run folder is meant to hold an earlier run.
+    resuming: the run folder is meant to hold an earlier run. on_progress: called with (files that were just decoded,
+    all).
     """
     catalog = catalog or Catalog()
     document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
@@ -89,7 +95,7 @@ def check(
     if found:
         # Data settings that contradict each other cannot be followed.
         problems.raise_if_any()
-    indices, warnings = _look_at_data(config, problems)
+    indices, warnings = _look_at_data(config, problems, on_progress)
     plan = _plan(config, opened.facts if opened else None, indices, problems)
     if opened is None or plan is None:
         problems.raise_if_any()
@@ -153,10 +159,12 @@ def _folder_problems(config: RunConfig, *, resuming: bool) -> list[UsageError]:
     return found
 
 
-def _look_at_data(config: RunConfig, problems: Problems) -> tuple[dict[str, SourceIndex], list[str]]:
+def _look_at_data(
+    config: RunConfig, problems: Problems, on_progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, SourceIndex], list[str]]:
     """Scan every source and decode every image, so that all bad ones are listed; also what is rarely meant."""
     indices = scan_sources(config.data, Path(config.cache.dir), verify=config.cache.verify)
-    found = inspect_indices(config.data, list(indices.values()))
+    found = inspect_indices(config.data, list(indices.values()), on_progress=on_progress)
     problems.extend(found.problems)
     return indices, found.warnings()
 
