@@ -57,7 +57,7 @@ class Builder:
     scratch: FilePath
     document: dict[str, Any] = field(default_factory=dict)
     comments: dict[Path, str] = field(default_factory=dict)
-    edge: int | None = None
+    prompted: bool = False
 
     @property
     def base(self) -> FilePath:
@@ -101,6 +101,8 @@ class Builder:
             found = settings_of(goal, pace, images, preset, cpu=cpu, was_full=was_full and goal != FULL)
             if size_at is not None:
                 self._put_edge(found, edge_of(edge, pace, facts), size_at, facts)
+            if self.prompted:
+                self._put_samples(found, None if size_at is None else found.values[size_at])
             return found
 
         ways = find_ways(
@@ -115,8 +117,6 @@ class Builder:
         for key, value in way.changes.items():
             chosen.put(key, value, _reason(way.reasons.get(key, "")))
         self.apply(chosen)
-        if size_at is not None:
-            self.edge = chosen.values[size_at]
         return way
 
     def _ask_edge(self, edge: int, facts: ModelFacts | None) -> int:
@@ -178,6 +178,7 @@ class Builder:
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def choose_prompt(self, suggestion: str) -> None:
+        """Comes before the preset, because drawing takes memory too."""
         prompt = self.interview.ask(
             Question(
                 id="prompt",
@@ -187,17 +188,22 @@ class Builder:
                 default=suggestion or NOTHING,
             )
         )
+        self.prompted = bool(prompt)
         if prompt:
             every = value_at(self.document, ("checkpoint", "every"))
             self.put(("sample", "prompts"), [prompt], reasons.PROMPTS)
             if value_at(self.document, ("sample", "every")) is None and every is not None:
                 self.put(("sample", "every"), every)
-            small = self.edge is not None and self.edge < SMALL
-            if small and value_at(self.document, ("sample", "size")) is None:
-                self.put(("sample", "size"), self.edge, reasons.SAMPLE_SIZE)
         elif value_at(self.document, ("sample",)) is not None:
             self.put(("sample", "prompts"), GONE)
             self.put(("sample", "every"), GONE)
+
+    def _put_samples(self, settings: Settings, edge: int | None) -> None:
+        """How often and how large the prompt is drawn, where nothing is said about it yet."""
+        if value_at(self.document, ("sample", "every")) is None:
+            settings.put("sample.every", settings.values["checkpoint", "every"])
+        if edge is not None and edge < SMALL and value_at(self.document, ("sample", "size")) is None:
+            settings.put("sample.size", edge, reasons.SAMPLE_SIZE)
 
     def _is_taken(self, folder: str) -> bool:
         """Whether there is something in a folder that is named from the configuration's."""

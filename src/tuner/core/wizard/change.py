@@ -82,11 +82,11 @@ class _Edit:
             self._model()
         if "pictures" in parts:
             self._pictures()
-        if "goal" in parts:
-            self._goal()
         if "prompt" in parts:
             prompts = value_at(builder.document, ("sample", "prompts"))
             builder.choose_prompt(prompts[0] if isinstance(prompts, list) and prompts else "")
+        if "goal" in parts:
+            self._goal()
         if "name" in parts:
             builder.choose_folder("")
 

@@ -38,9 +38,9 @@ def configure_new(interview: Interview, catalog: Catalog, target: FilePath | Non
     images, size = pictures.pictures.images, pictures.pictures.size
     if images >= HOLD_OUT:
         builder.put(("validate", "split"), 0.1, reasons.HELD_OUT)
+    builder.choose_prompt(_suggested(pictures))
     way = builder.choose_way(model.facts, images, best_edge(size, model.facts), ("data", "sets", 0, "resolution"))
     builder.put(("checkpoint", "dir"), GONE)
-    builder.choose_prompt(_suggested(pictures))
     builder.choose_folder(name)
     text = new_text(builder.document, builder.comments, _head(way))
     return Outcome(path=target, text=text, before=None, plan=way.plan)
