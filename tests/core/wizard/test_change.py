@@ -82,6 +82,23 @@ def test_the_planner_starts_afresh_for_another_card_and_the_head_follows(config:
     assert "less than without" not in text
 
 
+def test_what_followed_from_the_last_size_and_card_follows_the_new_ones(config: Path) -> None:
+    size = {"size": 256, "card": "cpu"}
+    config.write_text(changed(config, GOAL | size)[0], encoding="utf-8")
+    document = parse(config.read_text(encoding="utf-8"), "x").value
+    assert document["data"]["sets"][0]["buckets"] == {"step": 16, "min": 128}
+    assert (document["precision"], document["sample"]["size"]) == ({"compute": "fp32"}, 256)
+    text, _ = changed(config, GOAL | {"size": 64, "card": "12GB"})
+    document = parse(text, "after").value
+    assert document["data"]["sets"][0]["buckets"] == {"step": 16, "min": 32}
+    assert ("precision" in document, document["sample"]["size"]) == (False, 64)
+    config.write_text(text.replace("// finer steps than usual, for small pictures", "// mine"), encoding="utf-8")
+    text, _ = changed(config, GOAL | {"size": 1024, "card": "12GB"})
+    document = parse(text, "after").value
+    assert document["data"]["sets"][0]["buckets"] == {"step": 16, "min": 32}
+    assert "size" not in document["sample"]
+
+
 def test_levers_of_the_users_own_stay(config: Path) -> None:
     document = parse(config.read_text(encoding="utf-8"), "x").value | {"quantize": {"denoiser": "int8"}}
     config.write_text(json.dumps(document, indent=2), encoding="utf-8")
@@ -99,6 +116,26 @@ def test_what_was_said_about_the_old_model_and_pictures_goes(config: Path, model
     text, _ = changed(config, {"change": ["prompt"], "prompt": "a cat"})
     assert "// Preset balanced: " in text
     assert '// drawn at each of these steps, and by the base model to compare\n    "prompts": ["a cat"]' in text
+
+
+@pytest.mark.parametrize("prompts", [["a dog", "a cat"], "prompts.txt"], ids=str)
+def test_several_prompts_stay_unless_one_takes_their_place(prompts: Any, config: Path) -> None:
+    document = parse(config.read_text(encoding="utf-8"), "x").value
+    document["sample"]["prompts"] = prompts
+    config.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    assert changed(config, {"change": ["prompt"]})[0] == config.read_text(encoding="utf-8")
+    text, _ = changed(config, {"change": ["prompt"], "prompt": "a cow"})
+    assert parse(text, "after").value["sample"]["prompts"] == ["a cow"]
+
+
+def test_without_a_prompt_nothing_that_needs_one_is_left(config: Path) -> None:
+    document = parse(config.read_text(encoding="utf-8"), "x").value
+    document["sample"] |= {"negative": "blurry", "sampler": "heun"}
+    document["attention"] = {"sample_backend": "math"}
+    config.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    text, told = changed(config, {"change": ["prompt"], "prompt": "-"})
+    assert not {"sample", "attention"} & set(parse(text, "after").value)
+    assert "problems" not in told
 
 
 def test_what_is_wrong_besides_is_told(config: Path) -> None:

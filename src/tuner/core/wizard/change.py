@@ -24,7 +24,7 @@ from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import ChosenModel, ask_family, choose_model
 from tuner.core.wizard.pictures import ChosenPictures, Pictures, choose_pictures, look_at_pictures
 from tuner.core.wizard.questions import Interview, Option, Question
-from tuner.core.wizard.reasons import is_lever, is_own, preset, with_preset
+from tuner.core.wizard.reasons import is_own, preset, with_preset
 from tuner.core.wizard.ways import Way
 
 
@@ -38,7 +38,7 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     before = target.read_bytes().decode("utf-8")
     edit = _Edit(
         Builder(interview=interview, catalog=catalog, target=target, scratch=scratch, document=_plain(target, before)),
-        levers=keys_under(before, str(target), is_lever),
+        own=keys_under(before, str(target), is_own),
     )
     edit.run()
     builder = edit.builder
@@ -49,12 +49,16 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     return Outcome(path=target, text=text, before=before, plan=None if edit.way is None else edit.way.plan)
 
 
+_SAMPLE_SIZE: Path = ("sample", "size")
+_FOLLOWS: tuple[Path, ...] = (("optimizer", "offload"), ("precision", "compute"), _SAMPLE_SIZE)
+
+
 @dataclass(slots=True)
 class _Edit:
-    """One pass over the parts that the user wants to change. levers: keys that the planner chose earlier."""
+    """One pass over the parts that the user wants to change. own: keys that stand under a comment of the wizard's."""
 
     builder: Builder
-    levers: list[Path]
+    own: list[Path]
     model: ChosenModel | None = None
     pictures: ChosenPictures | None = None
     way: Way | None = None
@@ -83,8 +87,7 @@ class _Edit:
         if "pictures" in parts:
             self._pictures()
         if "prompt" in parts:
-            prompts = value_at(builder.document, ("sample", "prompts"))
-            builder.choose_prompt(prompts[0] if isinstance(prompts, list) and prompts else "")
+            builder.choose_prompt("")
         if "goal" in parts:
             self._goal()
         if "name" in parts:
@@ -154,10 +157,7 @@ class _Edit:
 
     def _goal(self) -> None:
         builder = self.builder
-        # The planner starts afresh: what a smaller card needed is no wish of the user's.
-        for path in self.levers:
-            if path[0] in ("memory", "quantize") or path == ("optimizer", "offload"):
-                builder.put(path, GONE)
+        self._forget()
         facts = self.model.facts if self.model is not None else self._facts()
         images, size = self._counted()
         sets = value_at(builder.document, ("data", "sets"))
@@ -171,6 +171,13 @@ class _Edit:
         if size_at is None:
             builder.interview.tell("there are several sizes: they stay as they are")
         self.way = builder.choose_way(facts, images, edge, size_at)
+
+    def _forget(self) -> None:
+        """Take out what followed from the last card and size: it is no wish of the user's, and may not fit any more."""
+        for path in self.own:
+            if path[0] in ("memory", "quantize") or path in _FOLLOWS or path[-1] == "buckets":
+                self.builder.put(path, GONE)
+                self.builder.draws = self.builder.draws or path == _SAMPLE_SIZE
 
     def _facts(self) -> ModelFacts | None:
         plain = {**self._absolute(), "cache": {"dir": str(self.builder.scratch)}}
