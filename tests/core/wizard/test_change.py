@@ -92,6 +92,8 @@ def test_what_followed_from_the_last_size_and_card_follows_the_new_ones(config: 
     document = parse(text, "after").value
     assert document["data"]["sets"][0]["buckets"] == {"step": 16, "min": 32}
     assert ("precision" in document, document["sample"]["size"]) == (False, 64)
+    drawn, _ = changed(config, GOAL | {"change": ["goal", "prompt"], "size": 64, "card": "12GB", "prompt": "-"})
+    assert "sample" not in parse(drawn, "after").value
     config.write_text(text.replace("// finer steps than usual, for small pictures", "// mine"), encoding="utf-8")
     text, _ = changed(config, GOAL | {"size": 1024, "card": "12GB"})
     document = parse(text, "after").value

@@ -103,7 +103,7 @@ class Builder:
             found = settings_of(goal, pace, images, preset, cpu=cpu, was_full=was_full and goal != FULL)
             if size_at is not None:
                 self._put_edge(found, edge_of(edge, pace, facts), size_at, facts)
-            if self.draws:
+            if self.draws and value_at(self.document, ("sample", "prompts")):
                 self._put_samples(found, None if size_at is None else found.values[size_at])
             return found
 
