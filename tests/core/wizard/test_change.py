@@ -161,6 +161,23 @@ def test_captions_of_the_whole_configuration_are_known(config: Path) -> None:
     assert text == config.read_text(encoding="utf-8")
 
 
+def test_a_file_of_something_else_is_left_alone(config: Path) -> None:
+    before = '{"version": "1.0", "model": {"vocab": {}}, "decoder": null}'
+    config.write_text(before, encoding="utf-8")
+    with pytest.raises(UsageError, match="no configuration of this program"):
+        changed(config, {"change": ["prompt"], "prompt": "a cat"})
+    assert config.read_text(encoding="utf-8") == before
+
+
+def test_a_configuration_that_names_no_model_is_known_as_such(config: Path) -> None:
+    document = parse(config.read_text(encoding="utf-8"), "x").value
+    del document["model"]["family"]
+    config.write_text(json.dumps(document), encoding="utf-8")
+    interview, told = asked({"change": ["prompt"], "prompt": "a cat"})
+    assert configure_existing(interview, Catalog(), config, scratch(config)).names_model is False
+    assert not any("problems" in each for each in told)
+
+
 def test_permissions_stay_and_a_read_only_file_is_refused_at_once(config: Path) -> None:
     config.chmod(0o600)
     interview, _ = asked({"change": ["prompt"], "prompt": "a cat"})

@@ -40,12 +40,14 @@ KEEP = "="
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """path: where ``text`` belongs. before: what the file holds now, None for a new one. plan: of the chosen preset."""
+    """path: where ``text`` belongs. before: what the file holds now, None for a new one. plan: of the chosen preset.
+    names_model: whether it says which model it is for, so that the command line need not."""
 
     path: FilePath
     text: str
     before: str | None
     plan: Plan | None
+    names_model: bool = True
 
 
 @dataclass(slots=True, kw_only=True)

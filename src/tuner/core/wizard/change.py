@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from tuner.core.config import RawConfig, load_config
+from tuner.core.config import RawConfig, RunConfig, load_config
 from tuner.core.config.edit import edited_text, keys_under
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path, parse
@@ -46,7 +46,8 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     start = parse(text, str(target)).values[()][0] + text.startswith("\ufeff")
     text = edit.head(text[:start]) + text[start:]
     edit.tell_problems()
-    return Outcome(path=target, text=text, before=before, plan=None if edit.way is None else edit.way.plan)
+    plan = None if edit.way is None else edit.way.plan
+    return Outcome(path=target, text=text, before=before, plan=plan, names_model=edit.names_model)
 
 
 _SAMPLE_SIZE: Path = ("sample", "size")
@@ -100,9 +101,13 @@ class _Edit:
             return with_preset(text, preset(self.way.name, self.way.cost()))
         return with_preset(text, None) if self.model is not None or self.pictures is not None else text
 
+    @property
+    def names_model(self) -> bool:
+        return isinstance(value_at(self.builder.document, ("model", "family")), str)
+
     def tell_problems(self) -> None:
         """What is wrong with the configuration all the same: nothing of it was asked about."""
-        if not isinstance(value_at(self.builder.document, ("model", "family")), str):
+        if not self.names_model:
             return  # the command line names the model, and its keys with it
         try:
             typed_config(self._absolute(), self.builder.catalog)
@@ -113,7 +118,7 @@ class _Edit:
     def _name_family(self) -> None:
         """A file that leaves the model to the command line gets its name: nothing about it can be known without."""
         builder = self.builder
-        if not isinstance(value_at(builder.document, ("model", "family")), str):
+        if not self.names_model:
             family = ask_family(builder.interview, builder.catalog)
             section = value_at(builder.document, ("model",))
             builder.put(("model",), {"family": family, **(section if isinstance(section, dict) else {})})
@@ -225,6 +230,15 @@ def _sources(document: Mapping[str, Any]) -> dict[str, Path]:
 def _plain(target: FilePath, text: str) -> dict[str, Any]:
     value = parse(text, str(target)).value
     assert isinstance(value, dict)
+    known = {field.alias or name for name, field in RunConfig.model_fields.items()}
+    foreign = [key for key in value if key not in known]
+    if 2 * len(foreign) > len(value):
+        raise UsageError(
+            "this is no configuration of this program",
+            where=str(target),
+            why=f"it holds {', '.join(foreign[:5])}",
+            fix="choose another name; tuner config import reads those of other trainers",
+        )
     return value
 
 
