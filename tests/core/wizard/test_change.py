@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.fixtures.runs import make_pictures
 from tests.fixtures.tiny_anima import make_tiny_anima
 from tests.fixtures.tiny_flux import make_tiny_flux
 from tuner.core.config.jsonc import parse
+from tuner.core.data.probe import probe_all
 from tuner.core.errors import UsageError
 from tuner.core.registry import Catalog
 from tuner.core.wizard.answers import FileAsker
@@ -62,6 +64,29 @@ def changed(path: Path, answers: dict[str, Any]) -> tuple[str, str]:
     outcome = configure_existing(interview, Catalog(), path, scratch(path))
     interview.asker.finish()
     return outcome.text, "\n".join(told)
+
+
+@pytest.mark.parametrize("trigger", ["mila", "-"])
+def test_every_picture_is_read_once(
+    trigger: str, config: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def probe(paths: list[Path], *given: Any, **more: Any) -> list[Any]:
+        read.extend(path.name for path in paths)
+        return probe_all(paths, *given, **more)
+
+    monkeypatch.setattr("tuner.core.data.index.probe_all", probe)
+    pictures = [f"{number}.png" for number in range(4)]
+    for name in pictures:  # a file that was written just now is read again in any case
+        os.utime(tmp_path / "pictures" / name, (1e9, 1e9))
+    given = {"pictures": "pictures", "trigger": trigger, "goal": "style", "card": "cpu", "prompt": "-", "size": 64}
+    configure_new(asked(model(models, "flux") | given)[0], Catalog(), tmp_path / "other.json", tmp_path / "once")
+    assert read == pictures
+    read.clear()
+    interview, _ = asked({"change": ["pictures", "goal"], "goal": "style", "card": "cpu"})
+    configure_existing(interview, Catalog(), config, tmp_path / "twice")
+    assert read == pictures
 
 
 GOAL = {"change": ["goal"], "goal": "style"}

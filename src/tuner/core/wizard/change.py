@@ -210,6 +210,7 @@ def _look(source: Mapping[str, Any], scratch: FilePath) -> Pictures:
     return look_at_pictures(
         FilePath(source["path"]),
         scratch,
+        source["id"],
         recursive=bool(source.get("recursive")),
         captions=captions if isinstance(captions, Mapping) else None,
     )
