@@ -39,7 +39,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a problem of the user's, 3 done in part, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_closed_streams()
+    for stream in ("stdout", "stderr"):
+        # Closed by whoever started the program: there is nobody to write to.
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
@@ -57,13 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough.
         sys.stderr.close()
         return 0
-
-
-def _open_closed_streams() -> None:
-    """What is written to a stream that the shell has closed (``>&-``) goes nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
 
 
 def _run(name: str, arguments: list[str]) -> int:
