@@ -21,7 +21,12 @@ class Menus(types.ModuleType):
         super().__init__("questionary")
         self.answers, self.given = list(answers), list[dict[str, Any]]()
         self.text = self.path = self.confirm = self.select = self.checkbox = self._ask
-        self.Choice = lambda title, value: value
+        self.titles: list[str] = []
+        self.Choice = self._choice
+
+    def _choice(self, title: str, value: object) -> object:
+        self.titles.append(title)
+        return value
 
     def _ask(self, text: str, **given: Any) -> Menus:
         self.given.append(given)
@@ -82,6 +87,21 @@ def test_another_place_than_those_offered_can_be_typed(menus: Menus) -> None:
 
     menus.answers = [ELSEWHERE, "/b"]
     assert asker.put(question(kind="place", options=options, default="/a")) == "/b"
+
+
+def test_lines_that_a_menu_would_cut_are_told_above_it(
+    menus: Menus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = Option(value="quick", title="quick: rank 16, 1024 px, 500 steps; 15.3 GB, about 2 h")
+    menus.answers = ["quick", "/models/very/deep/in/a/folder/of/weights"]
+    asker = QuestionaryAsker()
+    asker.put(question(kind="choice", options=(long, Option(value="slow", title="slow"))))
+    assert menus.titles == ["quick", "slow"]
+    assert "15.3 GB, about 2 h" in capsys.readouterr().out
+    path = "/models/very/deep/in/a/folder/of/weights"
+    assert asker.put(question(kind="place", options=(Option(value=path, title=path),))) == path
+    assert menus.titles[2] == "…s/very/deep/in/a/folder/of/weights"
 
 
 def test_closed_input_is_told_before_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,7 @@ def test_a_person_answers_on_a_terminal_and_the_file_trains(
         terminal.answer("In which folder are your pictures?", "pictures")
         terminal.expect("4 pictures, 128 x 72 to 96 x 96; 4 with a caption")
         terminal.answer("Which word", "mila")
+        terminal.answer("Which prompt", "-")
         terminal.answer("What is it to learn?", "1")
         terminal.answer("At which size", "64")
         terminal.answer("Which card", "cpu")
@@ -110,7 +111,6 @@ def test_a_person_answers_on_a_terminal_and_the_file_trains(
             "quick", "balanced", "thorough"
         ]  # fmt: skip
         terminal.expect("plan for cpu:")
-        terminal.answer("Which prompt", "-")
         terminal.answer("What is the training to be called?", "")
         assert not (work / "config.json").exists()
         terminal.answer("Write this file?", "y")
@@ -154,11 +154,11 @@ def test_a_full_terminal_gets_menus_where_they_are_installed(work: Path) -> None
         line("Where is the t5 tokenizer", "\x1b[A\x1b[A")  # around to the last entry but one: the hub
         line("In which folder are your pictures?", "pictures")
         line("Which word shall call up", "mila")
+        line("Which prompt shall be drawn", "")
         line("What is it to learn?", "\x1b[B")
         line("At which size", "\x1564")  # Ctrl-U clears what is suggested
         line("Which card will", "cpu")
         line("Which of them?", "")
-        line("Which prompt shall be drawn", "")
         line("What is the training to be called?", "")
         line("Write this file?", "n")
         assert terminal.end() == 0
@@ -178,6 +178,7 @@ def test_a_script_answers_from_a_file(work: Path, capsys: pytest.CaptureFixture[
     assert "plan for NVIDIA GeForce RTX 4090" in shown
     assert "balanced: rank 16, 64 px, 1600 steps; " in shown
     assert read()["validate"] == {"split": 0.1}
+    assert "  preview: " in shown
     written = read()
     assert written["checkpoint"] == {"every": 200, "dir": "out/first"}
     assert written["sample"] == {"prompts": ["mila on a boat"], "every": 200, "size": 64}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 YES, NO = ("y", "yes", "true"), ("n", "no", "false")
+_MARGIN = 5
+"""Columns of a menu before its texts, and one after."""
 ELSEWHERE = object()
 """What stands for a place that is not among the suggestions."""
 
@@ -152,12 +155,24 @@ class QuestionaryAsker:
     def _choice(self, question: Question[Any]) -> object:
         import questionary
 
-        choices = [questionary.Choice(option.title, option.value) for option in question.options]
+        choices = [questionary.Choice(title, option.value)
+                   for title, option in zip(self._titles(question), question.options, strict=True)]  # fmt: skip
         if question.kind == "place":
             choices.append(questionary.Choice("another place", ELSEWHERE))
         known = [option.value for option in question.options]
         default = question.default if question.default in known else None
         return questionary.select(question.text, choices=choices, default=default).unsafe_ask()
+
+    def _titles(self, question: Question[Any]) -> list[str]:
+        """What the entries of a menu say: a menu cuts its lines, so long ones are told above it, where they wrap."""
+        width = shutil.get_terminal_size().columns - _MARGIN
+        if all(len(option.title) <= width for option in question.options):
+            return [option.title for option in question.options]
+        for option in question.options:
+            self.lines._print(f"  {option.title}")
+        # Of a path the end tells most.
+        return [value if len(value) <= width else f"…{value[1 - width :]}"
+                for value in (option.value for option in question.options)]  # fmt: skip
 
 
 def _hint(question: Question[Any]) -> str:

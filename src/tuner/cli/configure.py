@@ -5,6 +5,7 @@ An existing CONFIG is changed: comments and order stay, and the difference is sh
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,8 +60,9 @@ def finish(interview: Interview, outcome: Outcome) -> int:
         return 0
     write(outcome)
     out(f"{'wrote' if outcome.before is None else 'changed'} {outcome.path}")
-    out(f"next: tuner check {outcome.path}")
-    out(f"then: tuner train {outcome.path}")
+    place = f"{shlex.quote(str(outcome.path))}{'' if outcome.names_model else ' --model NAME'}"
+    out(f"next: tuner check {place}")
+    out(f"then: tuner train {place}")
     return 0
 
 

@@ -334,11 +334,11 @@ def test_a_killed_scan_goes_on_from_what_it_stored(folder, monkeypatch):
         picture(folder / f"{number}.png", seed=number, caption="x")
     read: list[str] = []
 
-    def probe_or_die(paths, workers, *, decode):
+    def probe_or_die(paths, workers, *, decode, on_progress):
         if len(read) >= 4:
             raise KeyboardInterrupt
         read.extend(path.name for path in paths)
-        return probe_all(paths, workers, decode=decode)
+        return probe_all(paths, workers, decode=decode, on_progress=on_progress)
 
     monkeypatch.setattr("tuner.core.data.index.CHUNK", 2)
     monkeypatch.setattr("tuner.core.data.index.probe_all", probe_or_die)

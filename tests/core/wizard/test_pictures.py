@@ -79,6 +79,16 @@ def test_a_folder_without_any_usable_picture_says_what_is_wrong_with_them(folder
     assert "0.png: the file is empty" in str(error.value)
 
 
+def test_many_pictures_are_looked_at_with_progress_where_somebody_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tuner.core.wizard.pictures._MANY", 3)
+    assert "looking at" not in chosen(folder)[1] + capsys.readouterr().out
+    asker = FileAsker({"pictures": str(folder)}, "answers.json", lambda text: None, patient=True)
+    choose_pictures(Interview(asker), folder.parent / "watched")
+    assert "looking at the pictures: 4/4 images" in capsys.readouterr().out
+
+
 def test_a_path_that_the_file_system_refuses_is_a_wrong_answer(folder: Path) -> None:
     with pytest.raises(UsageError, match="name too long"):
         chosen(folder / ("x" * 5000))

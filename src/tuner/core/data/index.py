@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -41,15 +41,23 @@ class Found:
     missing: bool = False
 
 
-def scan_source(source: SourceConfig, cache_dir: Path, *, data: DataConfig, verify: str = "stat") -> SourceIndex:
+def scan_source(
+    source: SourceConfig,
+    cache_dir: Path,
+    *,
+    data: DataConfig,
+    verify: str = "stat",
+    on_progress: Callable[[int], None] | None = None,
+) -> SourceIndex:
     """Index one source.
 
     cache_dir: ``cache.dir``, where the stored index lies. data: for ``on_missing``, ``on_corrupt`` and the number of
-    workers. verify: ``stat`` trusts unchanged files, ``full`` reads every file again.
+    workers. verify: ``stat`` trusts unchanged files, ``full`` reads every file again. on_progress is called with 1
+    after each file that is read.
 
     Never raises for the data: everything wrong with it is in ``problems``, so that several sources can be told at once.
     """
-    scan = _Scan(source, Path(source.path).expanduser(), cache_dir, data, verify)
+    scan = _Scan(source, Path(source.path).expanduser(), cache_dir, data, verify, on_progress)
     files = scan.list_images()
     if not scan.problems:
         scan.describe(files)
@@ -83,6 +91,7 @@ class _Scan:
     cache_dir: Path
     data: DataConfig
     verify: str
+    on_progress: Callable[[int], None] | None = None
     records: list[ImageRecord] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     problems: list[UsageError] = field(default_factory=list)
@@ -149,8 +158,9 @@ class _Scan:
         begun = time.monotonic()
         for start in range(0, len(names), CHUNK):
             part = names[start : start + CHUNK]
+            paths = [unknown[name].path for name in part]
             probes = dict(
-                zip(part, probe_all([unknown[name].path for name in part], workers, decode=decode), strict=True)
+                zip(part, probe_all(paths, workers, decode=decode, on_progress=self.on_progress), strict=True)
             )
             usable = {name: each for name, each in probes.items() if each.error is None}
             store.update({name: (wanted[name].size, wanted[name].mtime_ns, each) for name, each in usable.items()})

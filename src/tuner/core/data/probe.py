@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -80,10 +80,20 @@ def probe(path: Path, *, decode: bool = False) -> Probe:
     return _described(data, digest, decode=decode)
 
 
-def probe_all(paths: Iterable[Path], workers: int, *, decode: bool = False) -> list[Probe]:
-    """``probe`` of many files in order; hashing, reading and decoding release the interpreter: threads are enough."""
+def probe_all(
+    paths: Iterable[Path], workers: int, *, decode: bool = False, on_progress: Callable[[int], None] | None = None
+) -> list[Probe]:
+    """``probe`` of many files in order; hashing, reading and decoding release the interpreter: threads are enough.
+
+    on_progress is called with 1 after each file.
+    """
+    found = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        return list(pool.map(partial(probe, decode=decode), paths))
+        for each in pool.map(partial(probe, decode=decode), paths):
+            found.append(each)
+            if on_progress is not None:
+                on_progress(1)
+    return found
 
 
 def _described(data: bytes, digest: str, *, decode: bool) -> Probe:

@@ -34,22 +34,26 @@ from tuner.core.wizard.questions import NOTHING, Interview, Option, Question, te
 from tuner.core.wizard.ways import Way, find_ways
 
 PLANNED_FIRST = "balanced"
+KEEP = "="
+"""What is typed to leave several prompts, or those of a file, as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """path: where ``text`` belongs. before: what the file holds now, None for a new one. plan: of the chosen preset."""
+    """path: where ``text`` belongs. before: what the file holds now, None for a new one. plan: of the chosen preset.
+    names_model: whether it says which model it is for, so that the command line need not."""
 
     path: FilePath
     text: str
     before: str | None
     plan: Plan | None
+    names_model: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
 class Builder:
     """Collects what the answers mean. target: the file; paths in it start at its folder. scratch: a folder that is
-    thrown away, for what is learned about pictures."""
+    thrown away, for what is learned about pictures. draws: whether it is to say how often and how large is drawn."""
 
     interview: Interview
     catalog: Catalog
@@ -57,7 +61,7 @@ class Builder:
     scratch: FilePath
     document: dict[str, Any] = field(default_factory=dict)
     comments: dict[Path, str] = field(default_factory=dict)
-    edge: int | None = None
+    draws: bool = False
 
     @property
     def base(self) -> FilePath:
@@ -101,6 +105,8 @@ class Builder:
             found = settings_of(goal, pace, images, preset, cpu=cpu, was_full=was_full and goal != FULL)
             if size_at is not None:
                 self._put_edge(found, edge_of(edge, pace, facts), size_at, facts)
+            if self.draws and value_at(self.document, ("sample", "prompts")):
+                self._put_samples(found, None if size_at is None else found.values[size_at])
             return found
 
         ways = find_ways(
@@ -115,8 +121,6 @@ class Builder:
         for key, value in way.changes.items():
             chosen.put(key, value, _reason(way.reasons.get(key, "")))
         self.apply(chosen)
-        if size_at is not None:
-            self.edge = chosen.values[size_at]
         return way
 
     def _ask_edge(self, edge: int, facts: ModelFacts | None) -> int:
@@ -178,26 +182,42 @@ class Builder:
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def choose_prompt(self, suggestion: str) -> None:
+        """Comes before the preset, because drawing takes memory too."""
+        now = value_at(self.document, ("sample", "prompts"))
+        several = "" if not isinstance(now, str) else f"those of {now}"
+        if isinstance(now, list) and len(now) == 1:
+            suggestion = str(now[0])
+        elif isinstance(now, list) and now:
+            several = f"the {len(now)} prompts"
+        keep = f" {KEEP} keeps {several} that there are." if several else ""
         prompt = self.interview.ask(
             Question(
                 id="prompt",
                 text="Which prompt shall be drawn now and then, to see how it goes?",
-                help=f"{NOTHING} for no pictures, which saves their time.",
+                help=f"{NOTHING} for no pictures, which saves their time.{keep}",
                 read=text_or_nothing,
-                default=suggestion or NOTHING,
+                default=KEEP if several else suggestion or NOTHING,
             )
         )
+        if several and prompt == KEEP:
+            return
+        self.draws = bool(prompt)
         if prompt:
             every = value_at(self.document, ("checkpoint", "every"))
             self.put(("sample", "prompts"), [prompt], reasons.PROMPTS)
             if value_at(self.document, ("sample", "every")) is None and every is not None:
                 self.put(("sample", "every"), every)
-            small = self.edge is not None and self.edge < SMALL
-            if small and value_at(self.document, ("sample", "size")) is None:
-                self.put(("sample", "size"), self.edge, reasons.SAMPLE_SIZE)
-        elif value_at(self.document, ("sample",)) is not None:
-            self.put(("sample", "prompts"), GONE)
-            self.put(("sample", "every"), GONE)
+        else:
+            # None of these has an effect without a prompt, which is an error in a configuration.
+            self.put(("sample",), GONE)
+            self.put(("attention", "sample_backend"), GONE)
+
+    def _put_samples(self, settings: Settings, edge: int | None) -> None:
+        """How often and how large the prompt is drawn, where nothing is said about it yet."""
+        if value_at(self.document, ("sample", "every")) is None:
+            settings.put("sample.every", settings.values["checkpoint", "every"])
+        if edge is not None and edge < SMALL and value_at(self.document, ("sample", "size")) is None:
+            settings.put("sample.size", edge, reasons.SAMPLE_SIZE)
 
     def _is_taken(self, folder: str) -> bool:
         """Whether there is something in a folder that is named from the configuration's."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from tuner.core.config import RawConfig, load_config
+from tuner.core.config import RawConfig, RunConfig, load_config
 from tuner.core.config.edit import edited_text, keys_under
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path, parse
@@ -24,7 +24,7 @@ from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import ChosenModel, ask_family, choose_model
 from tuner.core.wizard.pictures import ChosenPictures, Pictures, choose_pictures, look_at_pictures
 from tuner.core.wizard.questions import Interview, Option, Question
-from tuner.core.wizard.reasons import is_lever, is_own, preset, with_preset
+from tuner.core.wizard.reasons import is_own, preset, with_preset
 from tuner.core.wizard.ways import Way
 
 
@@ -38,7 +38,7 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     before = target.read_bytes().decode("utf-8")
     edit = _Edit(
         Builder(interview=interview, catalog=catalog, target=target, scratch=scratch, document=_plain(target, before)),
-        levers=keys_under(before, str(target), is_lever),
+        own=keys_under(before, str(target), is_own),
     )
     edit.run()
     builder = edit.builder
@@ -46,15 +46,20 @@ def configure_existing(interview: Interview, catalog: Catalog, target: FilePath,
     start = parse(text, str(target)).values[()][0] + text.startswith("\ufeff")
     text = edit.head(text[:start]) + text[start:]
     edit.tell_problems()
-    return Outcome(path=target, text=text, before=before, plan=None if edit.way is None else edit.way.plan)
+    plan = None if edit.way is None else edit.way.plan
+    return Outcome(path=target, text=text, before=before, plan=plan, names_model=edit.names_model)
+
+
+_SAMPLE_SIZE: Path = ("sample", "size")
+_FOLLOWS: tuple[Path, ...] = (("optimizer", "offload"), ("precision", "compute"), _SAMPLE_SIZE)
 
 
 @dataclass(slots=True)
 class _Edit:
-    """One pass over the parts that the user wants to change. levers: keys that the planner chose earlier."""
+    """One pass over the parts that the user wants to change. own: keys that stand under a comment of the wizard's."""
 
     builder: Builder
-    levers: list[Path]
+    own: list[Path]
     model: ChosenModel | None = None
     pictures: ChosenPictures | None = None
     way: Way | None = None
@@ -82,11 +87,10 @@ class _Edit:
             self._model()
         if "pictures" in parts:
             self._pictures()
+        if "prompt" in parts:
+            builder.choose_prompt("")
         if "goal" in parts:
             self._goal()
-        if "prompt" in parts:
-            prompts = value_at(builder.document, ("sample", "prompts"))
-            builder.choose_prompt(prompts[0] if isinstance(prompts, list) and prompts else "")
         if "name" in parts:
             builder.choose_folder("")
 
@@ -97,9 +101,13 @@ class _Edit:
             return with_preset(text, preset(self.way.name, self.way.cost()))
         return with_preset(text, None) if self.model is not None or self.pictures is not None else text
 
+    @property
+    def names_model(self) -> bool:
+        return isinstance(value_at(self.builder.document, ("model", "family")), str)
+
     def tell_problems(self) -> None:
         """What is wrong with the configuration all the same: nothing of it was asked about."""
-        if not isinstance(value_at(self.builder.document, ("model", "family")), str):
+        if not self.names_model:
             return  # the command line names the model, and its keys with it
         try:
             typed_config(self._absolute(), self.builder.catalog)
@@ -110,7 +118,7 @@ class _Edit:
     def _name_family(self) -> None:
         """A file that leaves the model to the command line gets its name: nothing about it can be known without."""
         builder = self.builder
-        if not isinstance(value_at(builder.document, ("model", "family")), str):
+        if not self.names_model:
             family = ask_family(builder.interview, builder.catalog)
             section = value_at(builder.document, ("model",))
             builder.put(("model",), {"family": family, **(section if isinstance(section, dict) else {})})
@@ -154,10 +162,7 @@ class _Edit:
 
     def _goal(self) -> None:
         builder = self.builder
-        # The planner starts afresh: what a smaller card needed is no wish of the user's.
-        for path in self.levers:
-            if path[0] in ("memory", "quantize") or path == ("optimizer", "offload"):
-                builder.put(path, GONE)
+        self._forget()
         facts = self.model.facts if self.model is not None else self._facts()
         images, size = self._counted()
         sets = value_at(builder.document, ("data", "sets"))
@@ -171,6 +176,13 @@ class _Edit:
         if size_at is None:
             builder.interview.tell("there are several sizes: they stay as they are")
         self.way = builder.choose_way(facts, images, edge, size_at)
+
+    def _forget(self) -> None:
+        """Take out what followed from the last card and size: it is no wish of the user's, and may not fit any more."""
+        for path in self.own:
+            if path[0] in ("memory", "quantize") or path in _FOLLOWS or path[-1] == "buckets":
+                self.builder.put(path, GONE)
+                self.builder.draws = self.builder.draws or path == _SAMPLE_SIZE
 
     def _facts(self) -> ModelFacts | None:
         plain = {**self._absolute(), "cache": {"dir": str(self.builder.scratch)}}
@@ -198,6 +210,7 @@ def _look(source: Mapping[str, Any], scratch: FilePath) -> Pictures:
     return look_at_pictures(
         FilePath(source["path"]),
         scratch,
+        source["id"],
         recursive=bool(source.get("recursive")),
         captions=captions if isinstance(captions, Mapping) else None,
     )
@@ -218,6 +231,15 @@ def _sources(document: Mapping[str, Any]) -> dict[str, Path]:
 def _plain(target: FilePath, text: str) -> dict[str, Any]:
     value = parse(text, str(target)).value
     assert isinstance(value, dict)
+    known = {field.alias or name for name, field in RunConfig.model_fields.items()}
+    foreign = [key for key in value if key not in known]
+    if 2 * len(foreign) > len(value):
+        raise UsageError(
+            "this is no configuration of this program",
+            where=str(target),
+            why=f"it holds {', '.join(foreign[:5])}",
+            fix="choose another name; tuner config import reads those of other trainers",
+        )
     return value
 
 

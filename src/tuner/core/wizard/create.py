@@ -14,7 +14,7 @@ from tuner.core.wizard.builder import Builder, Outcome
 from tuner.core.wizard.document import GONE, new_text
 from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import choose_model
-from tuner.core.wizard.pictures import ChosenPictures, choose_pictures
+from tuner.core.wizard.pictures import ChosenPictures, choose_pictures, known_as
 from tuner.core.wizard.questions import Interview, Question
 from tuner.core.wizard.ways import Way
 
@@ -33,14 +33,15 @@ def configure_new(interview: Interview, catalog: Catalog, target: FilePath | Non
     pictures = choose_pictures(interview, scratch)
     name = slug(pictures.trigger or pictures.pictures.root.name)
     builder.put(("data", "sets"), [{"resolution": pictures.pictures.size, "sources": [{}]}])
+    known_as(name, pictures.pictures.root, scratch)
     builder.put_pictures(pictures, ("data", "sets", 0, "sources", 0), name)
     builder.put(("checkpoint", "dir"), f"out/{name}")
     images, size = pictures.pictures.images, pictures.pictures.size
     if images >= HOLD_OUT:
         builder.put(("validate", "split"), 0.1, reasons.HELD_OUT)
+    builder.choose_prompt(_suggested(pictures))
     way = builder.choose_way(model.facts, images, best_edge(size, model.facts), ("data", "sets", 0, "resolution"))
     builder.put(("checkpoint", "dir"), GONE)
-    builder.choose_prompt(_suggested(pictures))
     builder.choose_folder(name)
     text = new_text(builder.document, builder.comments, _head(way))
     return Outcome(path=target, text=text, before=None, plan=way.plan)

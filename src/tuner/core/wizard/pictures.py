@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from tuner.core.data.index import scan_source
 from tuner.core.data.inspect import DataReport, inspect_indices
 from tuner.core.data.probe import image_extensions
 from tuner.core.data.records import ImageRecord, Size, SourceIndex
+from tuner.core.data.store import index_path
 from tuner.core.errors import UsageError
+from tuner.core.track.progress import Progress
 from tuner.core.wizard import reasons
 from tuner.core.wizard.questions import NOTHING, Interview, Question, text_or_nothing
 
@@ -26,7 +29,9 @@ _ORIGIN = ("rule", "from", "extension", "fixed", "metadata")
 """Keys of an existing source that tell where its captions come from."""
 _SHOWN = 5
 _MANY = 300
-"""From so many pictures on the look takes long enough to be announced."""
+"""From so many pictures on the look takes long enough to be watched."""
+LOOKED_AT = "pictures"
+"""The name of the source that a folder is looked at as, before it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ def choose_pictures(
 
     now: the source of an existing configuration; effect: the same with what it inherits.
     """
+    name = str((now or {}).get("id", LOOKED_AT))
     own, captions = _captions(now), _captions(effect or now)
     before = None if now is None else _text(now.get("path"))
     pictures = interview.ask(
@@ -92,7 +98,7 @@ def choose_pictures(
             kind="place",
             text="In which folder are your pictures?",
             help="A text file of the same name beside a picture is its caption.",
-            read=partial(_read_folder, interview, cache, captions),
+            read=partial(_read_folder, interview, cache, captions, name),
             default=before,
         )
     )
@@ -100,7 +106,7 @@ def choose_pictures(
     inner = not pictures.recursive and _has_inner_pictures(pictures.root)
     deep = (effect or now or {}).get("recursive") is True
     if inner and interview.confirm("subfolders", "Take the pictures in its subfolders as well?", default=deep):
-        pictures = look_at_pictures(pictures.root, cache, recursive=True, captions=captions)
+        pictures = look_at_pictures(pictures.root, cache, name, recursive=True, captions=captions)
         interview.tell(*pictures.lines())
     chosen = ChosenPictures(pictures=pictures, source={"path": str(pictures.root)})
     if pictures.recursive:
@@ -120,9 +126,16 @@ def _captions(source: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def look_at_pictures(
-    root: Path, cache: Path, *, recursive: bool = False, captions: Mapping[str, Any] | None = None
+    root: Path,
+    cache: Path,
+    name: str = LOOKED_AT,
+    *,
+    recursive: bool = False,
+    captions: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Pictures:
     """What is in a folder; every file is read whole. captions: where they come from, as an existing source says it.
+    name: of the source, whose plan then need not read the files again.
 
     UsageError when it holds no picture that can be used, and for captions that cannot be read: leaving those out is no
     setting, so the user has to mend them.
@@ -130,14 +143,14 @@ def look_at_pictures(
     told = {key: value for key, value in (captions or {}).items() if key in _ORIGIN}
     extension = told["extension"] = _extension_of(root, _text(told.get("extension")), recursive=recursive)
     source = {
-        "id": "pictures",
+        "id": name,
         "path": str(root),
         "recursive": recursive,
         "captions": {**told, "on_missing": "empty", "allow_empty": True},
     }
     # Damage behind a sound header is found too: training would stop at it.
     data = _data({"sets": [{"sources": [source]}], "on_corrupt": "skip", "on_missing": "skip"})
-    index = scan_source(data.sets[0].sources[0], cache, data=data)
+    index = scan_source(data.sets[0].sources[0], cache, data=data, on_progress=on_progress)
     report = inspect_indices(data, [index], decode=False)
     if not index.records and index.skipped:
         raise UsageError("no picture can be used", where=str(root), why=_some(_odd(index), "; "))
@@ -178,7 +191,14 @@ def _data(document: Mapping[str, Any]) -> DataConfig:
         raise UsageError("the settings of the captions are wrong", where=where, why=error.errors()[0]["msg"]) from error
 
 
-def _read_folder(interview: Interview, cache: Path, captions: Mapping[str, Any], raw: Any) -> Pictures:
+def known_as(name: str, root: Path, cache: Path) -> None:
+    """What was learned about the files of a folder, for a source of another name."""
+    learned = index_path(cache, LOOKED_AT, root)
+    if name != LOOKED_AT and learned.is_file():
+        shutil.copy(learned, index_path(cache, name, root))
+
+
+def _read_folder(interview: Interview, cache: Path, captions: Mapping[str, Any], name: str, raw: Any) -> Pictures:
     text = str(raw).strip()
     if not text:
         raise UsageError("a folder is needed")
@@ -189,9 +209,12 @@ def _read_folder(interview: Interview, cache: Path, captions: Mapping[str, Any],
     count = sum(
         path.suffix.lower() in image_extensions() for path in (root.rglob("*") if recursive else root.iterdir())
     )
-    if count > _MANY:
-        interview.tell(f"looking at {count} pictures: each file is read once")
-    return look_at_pictures(root, cache, recursive=recursive, captions=captions)
+    if count < _MANY or not interview.asker.patient:
+        return look_at_pictures(root, cache, name, recursive=recursive, captions=captions)
+    with Progress("looking at the pictures", count, "images") as progress:
+        return look_at_pictures(
+            root, cache, name, recursive=recursive, captions=captions, on_progress=progress.advance
+        )  # fmt: skip
 
 
 def _ask_captions(interview: Interview, chosen: ChosenPictures, own: Mapping[str, Any], now: Mapping[str, Any]) -> None:

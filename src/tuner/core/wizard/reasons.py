@@ -33,11 +33,6 @@ def is_own(comment: str) -> bool:
     return known or _MODEL.fullmatch(comment) is not None or _LEVER.fullmatch(comment) is not None
 
 
-def is_lever(comment: str) -> bool:
-    """Whether the wizard says with it that the planner chose a value."""
-    return comment in (PLANNED, FEWER_BITS) or _LEVER.fullmatch(comment) is not None
-
-
 def model(family: str, flavour: str) -> str:
     """For the comment above the section of the model."""
     return f"recognised as {family} {flavour}".rstrip()
