@@ -29,6 +29,13 @@ def _rate(group: str, pattern: str) -> ForeignOption:
     return option(f"{group}_lr", kind="float", convert=convert)
 
 
+def _adapter_rate(value: Any, given: Given) -> Settings:
+    """Whole models: the LLM adapter is part of what trains, unless its rate is 0."""
+    if float(value) == 0:
+        return Settings({"train.components": ["denoiser"]}, "the adapter stays as it is")
+    return Settings({"optimizer.lr_by_component.llm_adapter": float(value)})
+
+
 def _sampling(value: Any, given: Given) -> Settings:
     return Settings({"noise.timesteps": value})
 
@@ -85,7 +92,6 @@ _SHARED = (
     _rate("cross_attn", r"denoiser:.*cross_attn.*"),
     _rate("mlp", r"denoiser:.*mlp\.layer.*"),
     _rate("mod", r"denoiser:.*_modulation.*"),
-    _rate("llm_adapter", r"llm_adapter:.*"),
     # which modules
     option("network_args.exclude_patterns", convert=patterns("network.exclude")),
     option("network_args.include_patterns", convert=patterns("network.include")),
@@ -103,9 +109,17 @@ _SD_SCRIPTS = (
     ForeignFamily(
         names=("anima_train_network.py",),
         modules=("networks.lora_anima",),
-        options=(*encoder_options(("qwen3",), ("qwen3",), cached_rest=True), *_SHARED),
+        options=(
+            *encoder_options(("qwen3",), ("qwen3",), cached_rest=True),
+            _rate("llm_adapter", r"llm_adapter:.*"),
+            *_SHARED,
+        ),
     ),
-    ForeignFamily(names=("anima_train.py",), settings={"train.mode": "full"}, options=_SHARED),
+    ForeignFamily(
+        names=("anima_train.py",),
+        settings={"train.mode": "full", "train.components": ["denoiser", "llm_adapter"]},
+        options=(option("llm_adapter_lr", kind="float", convert=_adapter_rate), *_SHARED),
+    ),
 )
 
 _SIMPLETUNER = (
