@@ -154,7 +154,7 @@ def optimizers(setting: Setting) -> Suite:
 
         return make
 
-    return {name: arm(name) for name, entry in BUILTIN.items() if entry.package is None}
+    return {name: arm(name) for name in ("adamw", *BUILTIN) if BUILTIN[name].package is None}
 
 
 def full(setting: Setting) -> Suite:

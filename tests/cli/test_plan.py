@@ -65,6 +65,11 @@ def test_too_little_memory_gets_a_plain_no(config: str, capsys: pytest.CaptureFi
     assert "does not fit into 3.00 GB: the least that is needed is" in capsys.readouterr().out
 
 
+def test_memory_of_a_device_that_has_none_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--device", "cpu", "--vram", "8GB"]) == 2
+    assert "a CPU has no memory of its own" in capsys.readouterr().err
+
+
 def test_a_model_that_declares_no_costs_has_no_plan(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", project.config()]) == 2
     message = capsys.readouterr().err

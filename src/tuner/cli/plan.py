@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from tuner.core.errors import UsageError
     from tuner.core.plan.devices import ANY_GPU, device_here, device_named, parse_size
     from tuner.core.plan.plan import predict
     from tuner.core.plan.prepare import prepare
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     memory = None if arguments.vram is None else parse_size(arguments.vram, "--vram")
     device = device_named(arguments.device) if arguments.device else device_here() or ANY_GPU
+    if memory is not None and device.kind == "cpu":
+        raise UsageError("a CPU has no memory of its own", where="--vram", fix="name a GPU, or leave --vram out")
     catalog = Catalog()
     config, facts, work = prepare(load(arguments, catalog), catalog=catalog)
     if memory is not None:

@@ -101,6 +101,22 @@ def test_whole_models_lose_no_updates_where_they_lose_none_there() -> None:
     assert "loses small updates" in row(free, "full_bf16").note
 
 
+@pytest.mark.parametrize(
+    ("option", "components", "rates"),
+    [
+        ("", ["denoiser", "llm_adapter"], None),
+        ("--llm_adapter_lr 0", ["denoiser"], None),
+        ("--llm_adapter_lr 2e-6", ["denoiser", "llm_adapter"], {"llm_adapter": 2e-6}),
+    ],
+)
+def test_a_whole_model_trains_the_parts_that_it_trains_there(
+    option: str, components: list[str], rates: dict[str, float] | None
+) -> None:
+    result = words(f"anima_train.py --learning_rate 1e-5 --max_train_steps 9 --output_dir out {option}")
+    assert result.config["train"]["components"] == components
+    assert result.config["optimizer"].get("lr_by_component") == rates
+
+
 def test_rows_are_as_many_as_options_and_none_is_lost() -> None:
     given = ("--network_args train_double_block_indices=0-3 single_dim=4 in_dims=[4,0,0,0,4] no_such=1"
              " --optimizer_type AdamW --optimizer_args weight_decay=0.1 betas=0.9,0.99 --learning_rat 3"

@@ -197,8 +197,9 @@ def test_rounding_and_updates_inside_the_backward_pass_work_together() -> None:
     assert same(Rig(torch.bfloat16, fuse="parameter", **keys).fused(3, []), Rig(torch.bfloat16, **keys).steps(3))
 
 
-def test_state_in_host_memory_changes_nothing() -> None:
-    assert same(Rig(name="adafactor", offload=True).steps(3), Rig(name="adafactor").steps(3))
+@pytest.mark.parametrize("keys", [{"name": "adafactor"}, {"name": "prodigy", "lr": 1.0}, {"name": "torch.optim.NAdam"}])
+def test_state_in_host_memory_changes_nothing(keys: dict[str, Any]) -> None:
+    assert same(Rig(**keys, offload=True).steps(3), Rig(**keys).steps(3))
 
 
 def test_state_leaves_the_device_after_each_update(monkeypatch: pytest.MonkeyPatch) -> None:

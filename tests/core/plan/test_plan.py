@@ -233,3 +233,15 @@ def test_amounts_of_memory_are_read_with_their_units():
     for text in ("much", "0GB", "-3"):
         with pytest.raises(UsageError, match="no amount of memory"):
             parse_size(text, "--vram")
+
+
+def test_state_that_cannot_come_over_in_parts_is_there_as_a_whole_for_the_update():
+    config, facts, work = prepared("anima")
+
+    def peak(name: str) -> float:
+        changes = {"train.mode": "full", "optimizer.name": name, "optimizer.offload": True}
+        plan = predict(changed_config(config, changes), facts, work, device_named("h200"))
+        return plan.phase("step").parts["activations and gradients"]
+
+    assert peak("prodigy") == pytest.approx((2 + 16) * facts.costs.parameters)
+    assert peak("adamw") < peak("prodigy") / 2

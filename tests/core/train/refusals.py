@@ -38,8 +38,8 @@ _BY_SERVICE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fused-update": {"every backward pass would be an update of its own": ("accumulated", "float32-gradients")},
     "schedule-free": {
         "an average already": ("average", "average-feedback"),
-        "switches between two kinds of weights": ("stochastic", "kahan"),
-        "not known to update every parameter by itself": ("fused-update", "state-offloaded"),
+        "switches between two kinds of weights": ("stochastic", "kahan", "state-offloaded"),
+        "not known to update every parameter by itself": ("fused-update",),
     },
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tests.core.train.test_modes import stop_after
 from tuner.core.adapters import checkpoints
 from tuner.core.errors import UsageError
+from tuner.core.optim.names import BUILTIN
 from tuner.core.registry import open_run
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
@@ -206,6 +208,12 @@ def test_what_belongs_to_whole_models_is_refused_for_adapters(make_config, optio
 def test_rounding_to_the_nearest_is_warned_of(make_config, caplog):
     train(full(make_config, precision={"compute": "bf16"}, train__steps=1))
     assert "updates below 1/256 of a weight are lost" in caplog.text
+
+
+def test_an_optimizer_that_keeps_what_rounding_loses_is_not_warned_of(make_config, caplog, monkeypatch):
+    monkeypatch.setitem(BUILTIN, "adamw", replace(BUILTIN["adamw"], rounds=True))
+    train(full(make_config, precision={"compute": "bf16"}, train__steps=1))
+    assert "are lost" not in caplog.text
 
 
 def test_the_base_cannot_be_measured_again_in_another_way(make_config):

@@ -13,6 +13,7 @@ from tuner.core.optim import FusedUpdate
 from tuner.core.registry import open_run
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
+from tuner.core.train.step import total_norm
 
 FREE = {"train__clip_grad": None, "schedule": {"name": "constant"}}
 
@@ -100,6 +101,15 @@ def test_bfloat16_gradients_added_up_in_float32_go_on_exactly(make_config, tmp_p
     )
     assert whole.read_bytes() == parts.read_bytes()
     assert whole.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_gradients_is_not_rounded_to_their_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(30, 40, generator=generator).to(dtype) for _ in range(3)]
+    exact = torch.cat([each.double().flatten() for each in gradients]).norm()
+    torch.testing.assert_close(total_norm(gradients).double(), exact, rtol=1e-6, atol=0)
+    assert total_norm([]) == 0
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ class Entry:
     separate: a parameter's update depends on nothing but its own gradient and state, so parameters can be updated one
     after the other, during the backward pass for instance. counts: updates are counted by group, not by parameter, so
     that the count must go back when the next part of a group is updated. own_rate: it scales lr by an estimate of its
-    own, so all groups must share one rate near 1. bytes: of state per value of a large float32 matrix. fixed: arguments
-    that make the name what it is.
+    own, so all groups must share one rate near 1. rounds: it keeps what bfloat16 weights lack by itself. bytes: of
+    state per value of a large float32 matrix. fixed: arguments that make the name what it is.
     """
 
     module: str
@@ -24,6 +24,7 @@ class Entry:
     separate: bool = False
     counts: bool = False
     own_rate: bool = False
+    rounds: bool = False
     bytes: float = 8
     fixed: Mapping[str, Any] = field(default_factory=dict)
 

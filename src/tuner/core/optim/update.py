@@ -27,6 +27,8 @@ CHUNK_BYTES = 1 << 28
 """Float32 copies of weights, and state on loan from host memory, that exist at one time."""
 Lent = tuple[Tensor, Tensor]
 """A copy of a parameter and the gradient."""
+SWITCHES = "it switches between two kinds of weights by itself"
+"""Why a schedule-free optimizer cannot have its weights or its state elsewhere."""
 REST = "kahan"
 """Name of the state that Kahan rounding adds: what the bfloat16 weight lacks."""
 
@@ -70,10 +72,11 @@ class Update:
                     fix="take it out",
                 )
             if is_schedule_free(self.optimizer):
-                raise _cannot(config, "rounding", "it switches between two kinds of weights by itself")
-        for key, wanted in (("fuse", config.fuse != "off"), ("offload", config.offload)):
-            if wanted and not self.separate:
-                raise _cannot(config, key, "it is not known to update every parameter by itself")
+                raise _cannot(config, "rounding", SWITCHES)
+        if config.fuse != "off" and not self.separate:
+            raise _cannot(config, "fuse", "it is not known to update every parameter by itself")
+        if config.offload and is_schedule_free(self.optimizer):
+            raise _cannot(config, "offload", SWITCHES)
 
     def __call__(self, step: int) -> None:
         """Update number ``step``, counted from 1."""

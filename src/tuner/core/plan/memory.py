@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tuner.core.config.network import SPLITTING
 from tuner.core.data.texts import live_components
+from tuner.core.optim.names import entry_of
 from tuner.core.plan.devices import Device
 from tuner.core.plan.trained import FULL, component_values, streamed_count, whole_values
 from tuner.core.plan.weights import BYTES, Weights, dtype_of, largest_layer, part_bytes
@@ -113,7 +114,11 @@ def trained_memory(
         gradients += item * streamed / blocks * min(IN_FLIGHT, blocks)
     per_value = state_bytes + (2 if optimizer.rounding == "kahan" else 0)
     state = values * per_value
-    if optimizer.rounding != "nearest" or optimizer.offload or streamed:
+    entry = entry_of(optimizer.name)
+    if optimizer.offload and (entry is None or not entry.separate):
+        # All of its state comes over for the update.
+        gradients += values * per_value
+    elif optimizer.rounding != "nearest" or optimizer.offload or streamed:
         gradients += min(2 * OPTIMIZER_CHUNK, 8 * values)
     away = values if optimizer.offload else streamed
     average = 4 * values if config.ema.enabled else 0

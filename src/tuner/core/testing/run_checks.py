@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -18,6 +20,20 @@ from tuner.core.train.folder import RunFolder
 
 NEAR = 1e-3
 """Relative: encoders and blocks see other batch shapes in the variants of a run."""
+
+QUANTIZED = 0.1
+"""Relative: what int8 weights change about a loss; random weights have errors as large as they get."""
+SAME: Mapping[str, Mapping[str, Any]] = {
+    "attention kept": {"memory": {"checkpointing": "keep_attention"}},
+    "products kept": {"memory": {"checkpointing": "selective", "checkpoint_every": 2}},
+    "inputs offloaded": {"memory": {"checkpointing": "block", "offload_activations": "async"}},
+    "neutral": {
+        "guidance": {"distill": {"scale": 1}, "differential": 1},
+        "ema": {"enabled": True},
+        "optimizer": {"offload": True},
+    },
+}
+"""Settings by service."""
 
 
 class RunChecks:
@@ -37,6 +53,26 @@ class RunChecks:
     def test_a_checkpointed_run_trains_the_same(self, bench: Bench) -> None:
         folder = bench.train("recomputed", memory={"checkpointing": "block"})
         assert losses(folder) == pytest.approx(losses(bench.trained), rel=NEAR)
+
+    @pytest.mark.parametrize("name", SAME)
+    def test_services_that_compute_otherwise_train_to_the_same_bits(self, bench: Bench, name: str) -> None:
+        """As do those that are on and change nothing."""
+        folder = bench.train(name.replace(" ", "-"), train={"steps": 2}, **SAME[name])
+        expected = {step: loss for step, loss in losses(bench.trained).items() if step <= 2}
+        assert losses(folder) == expected
+
+    def test_attention_of_one_sample_at_a_time_trains_the_same(self, bench: Bench) -> None:
+        folder = bench.train("split", train={"steps": 2}, attention={"backend": "math", "split": True})
+        expected = {step: loss for step, loss in losses(bench.trained).items() if step <= 2}
+        assert losses(folder) == pytest.approx(expected, rel=NEAR)
+
+    def test_an_adapter_learns_on_quantized_weights(self, bench: Bench) -> None:
+        if "quantize.int8" in bench.facts.capabilities:
+            return
+        folder = bench.train("quantized", train={"steps": 2}, quantize={"denoiser": "int8"})
+        expected = {step: loss for step, loss in losses(bench.trained).items() if step <= 2}
+        assert losses(folder) != expected
+        assert losses(folder) == pytest.approx(expected, rel=QUANTIZED)
 
     def test_a_streamed_run_trains_the_same(self, bench: Bench) -> None:
         """Blocks in host memory, as many as may be; more than that are refused."""

@@ -202,12 +202,25 @@ class TrainStep:
     def _clip(self) -> float:
         """Limit the gradients as ``train.clip_grad`` says; returns their norm before that."""
         clip = self.config.train.clip_grad
+        total = total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         if clip is not None and clip.norm is not None:
-            return float(torch.nn.utils.clip_grad_norm_(self.parameters, clip.norm))
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip.norm, total)
         if clip is not None and clip.value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters, clip.value)
-        return norm
+        return float(total)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of all gradients together, float32 whatever they are: in bfloat16 it, and with it their limit, would be off
+    by up to 1/256."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        by_device.setdefault(gradient.device, []).append(gradient)
+    norms = [norm for group in by_device.values() for norm in torch._foreach_norm(group, 2, torch.float32)]
+    if not norms:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
 
 
 def _not_finite(step: int, seen: Sequence[tuple[Batch, Tensor, Tensor]]) -> UsageError:

@@ -22,6 +22,7 @@ from tuner.core.optim import (
     eval_weights,
     learning_rates,
 )
+from tuner.core.optim.names import entry_of
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
@@ -303,7 +304,8 @@ class Trainer:
         """What is allowed and hardly ever meant."""
         config = self.config
         bf16 = config.train.mode == "full" and config.precision.compute == "bf16"
-        if bf16 and config.optimizer.rounding == "nearest":
+        optimizer = entry_of(config.optimizer.name)
+        if bf16 and config.optimizer.rounding == "nearest" and not (optimizer and optimizer.rounds):
             yield (
                 "weights train in bfloat16 and are rounded to the nearest: updates below 1/256 of a weight are lost; "
                 'set optimizer.rounding to "stochastic" or "kahan"'

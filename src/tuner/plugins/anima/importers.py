@@ -42,6 +42,13 @@ def _is_old(given: Given) -> bool:
     return "timestep_sampling" not in given and any(name in given for name in _OLD)
 
 
+def _adapter_rate(value: Any, given: Given) -> Settings:
+    """Whole models: the LLM adapter is part of what trains, unless its rate is 0."""
+    if float(value) == 0:
+        return Settings({"train.components": ["denoiser"]}, "the adapter stays as it is")
+    return Settings({"optimizer.lr_by_component.llm_adapter": float(value)})
+
+
 def _sampling(value: Any, given: Given) -> Settings:
     return Settings() if _is_old(given) else Settings({"noise.timesteps": value})
 
@@ -116,7 +123,6 @@ _SHARED = (
     _rate("cross_attn", r"denoiser:.*cross_attn.*"),
     _rate("mlp", r"denoiser:.*mlp\.layer.*"),
     _rate("mod", r"denoiser:.*_modulation.*"),
-    _rate("llm_adapter", r"llm_adapter:.*"),
     # which modules
     option("network_args.exclude_patterns", convert=patterns("network.exclude")),
     option("network_args.include_patterns", convert=patterns("network.include")),
@@ -143,10 +149,15 @@ _SD_SCRIPTS = (
                 default="modulation",
                 note="the first version of the script adapts modulation layers as well",
             ),
+            _rate("llm_adapter", r"llm_adapter:.*"),
             *_SHARED,
         ),
     ),
-    ForeignFamily(names=("anima_train.py",), settings={"train.mode": "full"}, options=_SHARED),
+    ForeignFamily(
+        names=("anima_train.py",),
+        settings={"train.mode": "full", "train.components": ["denoiser", "llm_adapter"]},
+        options=(option("llm_adapter_lr", kind="float", convert=_adapter_rate), *_SHARED),
+    ),
 )
 
 _SIMPLETUNER = (
