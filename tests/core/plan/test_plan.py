@@ -213,3 +213,11 @@ def test_amounts_of_memory_are_read_with_their_units():
     for text in ("much", "0GB", "-3"):
         with pytest.raises(UsageError, match="no amount of memory"):
             parse_size(text, "--vram")
+
+
+def test_an_encoder_on_the_cpu_takes_host_memory_instead_of_the_device() -> None:
+    plain = {each.name: each for each in planned("flux").phases}
+    moved = {each.name: each for each in planned("flux", text_encoder={"device": {"t5": "cpu"}}).phases}
+    assert moved["captions"].device < 0.1 * plain["captions"].device
+    assert moved["captions"].host > 0.9 * plain["captions"].device
+    assert moved["step"] == plain["step"]

@@ -25,7 +25,6 @@ PLANNED: Mapping[str, str] = {
     "model.control_channels": "control inputs",
     "model.delete_downloads_after_load": "removing downloads",
     "model.token_routing": "token routing",
-    "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
     # data
     "data.conditioning": "conditioning images",

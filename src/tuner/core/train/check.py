@@ -18,6 +18,7 @@ from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
 from tuner.core.data.records import SourceIndex
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.data.text_cache import planned_texts
+from tuner.core.data.texts import check_homes
 from tuner.core.errors import Problems, UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import check_optimizer
@@ -104,10 +105,11 @@ def check(
 
 
 def check_network(config: RunConfig, facts: ModelFacts) -> None:
-    """Raise a UsageError for patterns that match no module, a start file that is no weight file, and adapters that do
-    not belong to the model they are to be merged into, or to act on in pictures."""
+    """Raise a UsageError for patterns that match no module, a start file that is no weight file, adapters that do not
+    belong to the model they are to be merged into, or to act on in pictures, and encoders in the wrong place."""
     read_additions(config, facts)
     read_extra(config, facts)
+    check_homes(config, facts)
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
     if config.train.mode == "full":
