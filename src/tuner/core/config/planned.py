@@ -58,7 +58,6 @@ PLANNED: Mapping[str, str] = {
     # outputs
     "checkpoint.include": "a choice of exported components",
     "checkpoint.min_free_gb": "a low-disk guard",
-    "checkpoint.start_at": "starting at a step of one's choice",
     "sample.cfg_start": "guidance from a later step on",
     "sample.command": "an external program for samples",
     "sample.preview_every": "previews while sampling",
