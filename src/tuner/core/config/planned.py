@@ -69,7 +69,7 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "model.prediction_type": "models here predict the velocity of a flow; it is not a choice",
     "model.unet": "models here are transformers; give their weights as model.path",
     "model.clip_skip": "it belongs to the text encoders of older models",
-    "model.load_to": "tensors go straight to where they are used; what is quantized or streamed passes through host memory",
+    "model.load_to": "tensors go straight to where they are used, quantized and streamed ones by way of host memory",
     "text_encoder.when_idle": "encoders leave memory once captions are encoded, unless every step needs them",
     "latents.when_idle": "the autoencoder leaves memory once pictures are encoded or decoded, unless steps need it",
     "latents.slicing": "pictures are decoded one by one; cache.vae_batch_size says how many are encoded together",
