@@ -143,7 +143,7 @@ def _model_sections() -> Iterator[str]:
 
 
 def _planned() -> Iterator[str]:
-    from tuner.core.config.planned import PLANNED, PLANNED_VALUES
+    from tuner.core.config.planned import NOT_APPLICABLE, PLANNED, PLANNED_VALUES
 
     yield "## Planned keys\n"
     yield "Refused today with a message that says so; they belong to features that are not built yet.\n"
@@ -153,6 +153,12 @@ def _planned() -> Iterator[str]:
     for key, value, why in sorted(rows):
         shown = key.replace(".*", "[]") if key.startswith(("data", "log")) else key
         yield f"| `{shown}`{f' = `{value}`' if value else ''} | {_cell(why)} |"
+    yield ""
+    yield "## Keys without a use here\n"
+    yield "Settings of other trainers that are always so here, or mean nothing. They are refused with these reasons.\n"
+    yield "| Key | Why |\n|---|---|"
+    for key, why in sorted(NOT_APPLICABLE.items()):
+        yield f"| `{key}` | {_cell(why)} |"
     yield ""
 
 

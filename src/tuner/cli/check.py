@@ -59,6 +59,10 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
     heading("files")
     for name, text in found.files.items():
         out(f"  {name}: {text}")
+    if found.adapter:
+        heading("adapter")
+    for line in found.adapter:
+        out(f"  {line}")
     heading("data")
     table(
         ("source", "role", "images", "per epoch", "held out"),

@@ -80,6 +80,7 @@ def a_set(**settings: Any) -> dict[str, Any]:
         ({"network": {"dropout": 1}}, "network.dropout: at 1 nothing would be trained"),
         ({"sample": {"every": 5}}, "sample.every: has no effect without sample.prompts"),
         ({"log": {"dir": "x"}}, "log.dir: has no effect without trackers"),
+        ({"checkpoint": {"dir": "x", "start_at": 100}}, "checkpoint.start_at: nothing is left to do: the run has 100"),
         ({"log": {"run": "x"}}, "log.run: has no effect without wandb in log.to"),
         ({"log": {"to": ["tensorboard"], "project": "x"}}, "log.project: has no effect without wandb in log.to"),
         ({"log": {"config": False}}, "log.config: has no effect without tensorboard or wandb in log.to"),

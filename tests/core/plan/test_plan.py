@@ -245,3 +245,11 @@ def test_state_that_cannot_come_over_in_parts_is_there_as_a_whole_for_the_update
 
     assert peak("prodigy") == pytest.approx((2 + 16) * facts.costs.parameters)
     assert peak("adamw") < peak("prodigy") / 2
+
+
+def test_an_encoder_on_the_cpu_takes_host_memory_instead_of_the_device() -> None:
+    plain = {each.name: each for each in planned("flux").phases}
+    moved = {each.name: each for each in planned("flux", text_encoder={"device": {"t5": "cpu"}}).phases}
+    assert moved["captions"].device < 0.1 * plain["captions"].device
+    assert moved["captions"].host > 0.9 * plain["captions"].device
+    assert moved["step"] == plain["step"]

@@ -242,6 +242,37 @@ def test_a_checkpoint_can_be_continued_in_a_new_folder(make_config, tmp_path):
     assert list(losses(tmp_path / "branch/run")) == [3, 4]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_alone_go_on_at_a_step_as_the_run_that_went_there(make_config, tmp_path, accumulate):
+    """With an optimizer that remembers nothing, the weights and the step are all there is."""
+    options = {
+        "optimizer": {"name": "sgd", "lr": 0.5}, "train__steps": 7, "train__accumulate": accumulate,
+        "sample__prompts": ["a dog --w 64 --h 64 --s 1 --l 1"], "sample__at_start": True,
+    }  # fmt: skip
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    train(make_config(checkpoint={"dir": str(whole), "every": 4}, **options))
+    start = whole / "checkpoints/step-000004/whole-step00000004.safetensors"
+    config = make_config(
+        checkpoint={"dir": str(rest), "every": 2, "start_at": 4},
+        network={"rank": 4, "init_from": str(start)},
+        **options,
+    )
+    train(config)
+    expected = {step: loss for step, loss in losses(whole).items() if step > 4}
+    assert losses(rest) == pytest.approx(expected, rel=1e-5)
+    rates = [[event["lr"] for event in read_events(folder / "events.jsonl") if event["kind"] == "step"]
+             for folder in (whole, rest)]  # fmt: skip
+    assert rates[1] == rates[0][4:]
+    assert [path.name for path in sorted((rest / "checkpoints").iterdir())] == ["step-000006", "step-000007"]
+    assert (rest / "samples/step-000004/000.png").is_file()
+
+
+def test_a_start_after_the_end_is_refused(make_config):
+    config = make_config(checkpoint__start_at=500, train={"epochs": 2})
+    with pytest.raises(UsageError, match="nothing is left to do: the run has 12 steps"):
+        train(config)
+
+
 def test_a_used_folder_is_not_overwritten(make_config, tmp_path):
     train(make_config(train__steps=2))
     before = adapter(tmp_path / "out")

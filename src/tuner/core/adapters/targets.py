@@ -142,11 +142,22 @@ def join_fused(
     return tuple(found)
 
 
-def check_targets(network: NetworkConfig, components: Iterable[str], facts: ModelFacts) -> None:
-    """Raise what `select_targets` would, where `facts.modules` names the modules: before any weight is read."""
-    paths = {component: facts.modules.get(component, ()) for component in components}
-    if network.rank != "from_file" and all(paths.values()):
-        select_targets(paths, network, facts)
+def check_targets(network: NetworkConfig, components: Iterable[str], facts: ModelFacts) -> tuple[Target, ...]:
+    """What `select_targets` gives or raises, where the modules are known before any weight is read; () elsewhere."""
+    paths = {component: known_modules(facts, component) for component in components}
+    if network.rank == "from_file" or not all(paths.values()):
+        return ()
+    return select_targets(paths, network, facts)
+
+
+def known_modules(facts: ModelFacts, component: str) -> tuple[str, ...]:
+    """Paths of the modules that may be adapted, as far as the plugin tells them: from headers, or with its costs."""
+    if facts.modules.get(component) or facts.costs is None:
+        return facts.modules.get(component, ())
+    if component == "denoiser":
+        return tuple(facts.costs.layers())
+    part = facts.costs.parts.get(component)
+    return () if part is None else tuple(part.layers)
 
 
 def norm_targets(paths: Mapping[str, Sequence[str]], network: NetworkConfig, facts: ModelFacts) -> tuple[Target, ...]:

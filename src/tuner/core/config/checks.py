@@ -177,6 +177,9 @@ def _outputs(config: RunConfig) -> Iterator[Problem]:
     if config.log.dir is not None and not config.log.to:
         yield ("log", "dir"), "has no effect without trackers in log.to", 'add "to": ["tensorboard"]'
     yield from _trackers(config)
+    start, steps = config.checkpoint.start_at, config.train.steps
+    if start is not None and steps is not None and start >= steps:
+        yield ("checkpoint", "start_at"), f"nothing is left to do: the run has {steps} steps", "raise train.steps"
     if config.checkpoint.keep_last is not None and config.checkpoint.every is None:
         yield ("checkpoint", "keep_last"), "has no effect without checkpoint.every", "set checkpoint.every"
     rolling = config.checkpoint.rolling

@@ -155,6 +155,7 @@ def _names(config: RunConfig, facts: ModelFacts, formats: tuple[str, ...]) -> It
     named = (
         (("text_encoder", "max_tokens"), config.text_encoder.max_tokens, facts.max_tokens),
         (("precision", "text_encoder"), config.precision.text_encoder, facts.text_components),
+        (("text_encoder", "device"), config.text_encoder.device, facts.text_components),
         (("network", "blocks"), config.network.blocks, facts.lora.groups),
     )
     for place, given, known in named:

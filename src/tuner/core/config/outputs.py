@@ -71,6 +71,10 @@ class CheckpointConfig(Section):
     """Save the average as well, where ``ema`` keeps one: ``ema_`` and the name of the file."""
     resume: str = "none"
     """``none``, ``auto`` for the newest state in the run folder, or the path of a checkpoint."""
+    start_at: Annotated[int, Field(ge=1)] | None = None
+    """Begin a run that has no state to resume as if so many updates were done: for weights that trained elsewhere, as
+    ``network.init_from``. Rates, dates, names of files and the order of the data go on from there; ``train.steps``
+    still is the whole length, and the optimizer knows nothing yet."""
     strict_data: bool = False
     """Refuse to resume when images or captions changed. Off: say what changed and go on with the next epoch."""
     on_interrupt: Literal["save", "stop"] = "save"

@@ -25,7 +25,6 @@ PLANNED: Mapping[str, str] = {
     "model.control_channels": "control inputs",
     "model.delete_downloads_after_load": "removing downloads",
     "model.token_routing": "token routing",
-    "text_encoder.device": "encoders on a device of their own",
     "text_encoder.weighted_prompts": "weighted captions",
     # data
     "data.conditioning": "conditioning images",
@@ -59,7 +58,6 @@ PLANNED: Mapping[str, str] = {
     # outputs
     "checkpoint.include": "a choice of exported components",
     "checkpoint.min_free_gb": "a low-disk guard",
-    "checkpoint.start_at": "starting at a step of one's choice",
     "sample.cfg_start": "guidance from a later step on",
     "sample.command": "an external program for samples",
     "sample.preview_every": "previews while sampling",
@@ -71,9 +69,9 @@ NOT_APPLICABLE: Mapping[str, str] = {
     "model.prediction_type": "models here predict the velocity of a flow; it is not a choice",
     "model.unet": "models here are transformers; give their weights as model.path",
     "model.clip_skip": "it belongs to the text encoders of older models",
-    "model.load_to": "tensors always go straight to where they are used; the whole model is never held in host memory",
+    "model.load_to": "tensors go straight to where they are used, quantized and streamed ones by way of host memory",
     "text_encoder.when_idle": "encoders leave memory once captions are encoded, unless every step needs them",
-    "latents.when_idle": "the autoencoder is in memory only while pictures are encoded or decoded",
+    "latents.when_idle": "the autoencoder leaves memory once pictures are encoded or decoded, unless steps need it",
     "latents.slicing": "pictures are decoded one by one; cache.vae_batch_size says how many are encoded together",
     "data.fill_small_buckets": "data.short_batches 'fill' fills every batch, also those of small buckets",
     "data.rescan": "folders are looked through at every start, for one stat per file; see cache.verify",

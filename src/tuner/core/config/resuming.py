@@ -5,7 +5,7 @@ from __future__ import annotations
 FREE_ON_RESUME = (
     "train.steps", "train.epochs", "train.cpu_threads", "sample", "validate.every", "validate.max_batches",
     "validate.pool", "validate.timesteps", "log", "checkpoint", "memory", "compile",
-    "cache.dir", "cache.verify", "data.workers", "data.prefetch",
+    "text_encoder.device", "cache.dir", "cache.verify", "data.workers", "data.prefetch",
 )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ class TextEncoderConfig(Section):
 
     max_tokens: dict[str, Count] = Field(default_factory=dict)
     """Token limit by tokenizer; longer captions are cut. Left out: the model's own limit."""
+    device: dict[str, Literal["accelerator", "cpu"]] = Field(default_factory=dict)
+    """By text encoder: where captions are encoded ahead. ``cpu`` is slow, and needs no memory of a GPU. Left out: the
+    accelerator."""
     mask_padding: dict[str, bool] = Field(default_factory=dict)
     """By the model's names: hide padding tokens from attention. Pictures must then be made the same way."""
     zero_padding: bool = False

@@ -169,7 +169,7 @@ def _encoders(
         },
         "fields": {name: [list(field.shape), field.dtype, field.trim] for name, field in fields.items()},
         "max_tokens": dict(facts.max_tokens),
-        "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens", "dropout"}),
+        "options": config.text_encoder.model_dump(mode="json", exclude={"max_tokens", "dropout", "device"}),
     }
 
 

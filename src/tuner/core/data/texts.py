@@ -26,6 +26,18 @@ def live_components(config: RunConfig, facts: ModelFacts) -> tuple[str, ...]:
     return tuple(name for name in facts.components if name in live)
 
 
+def check_homes(config: RunConfig, facts: ModelFacts) -> None:
+    """UsageError for an encoder on the CPU that every step runs: it would wait for it."""
+    for name in live_components(config, facts):
+        if config.text_encoder.device.get(name) == "cpu":
+            raise UsageError(
+                f"{name} runs in every step, and cannot stay on the CPU",
+                where=f"text_encoder.device.{name}",
+                why="it trains, or its encodings are not cached",
+                fix='take it out, or set cache.text to "disk"',
+            )
+
+
 def planned_texts(plan: DataPlan, config: RunConfig) -> list[str]:
     """Every distinct text that the run will ask for, ``""`` included.
 

@@ -200,13 +200,21 @@ def _encoding(config: RunConfig, facts: ModelFacts, costs: CostRules) -> Phase:
     names = [name for name in facts.text_components if name not in live_components(config, facts)]
     if not names:
         return Phase(name="captions", device=0, host=0)
-    weights = sum(part_bytes(config, facts, costs, name) for name in names)
+    at_host = [name for name in names if config.text_encoder.device.get(name) == "cpu"]
+    on_device = [name for name in names if name not in at_host]
+    weights = sum(part_bytes(config, facts, costs, name) for name in on_device)
     tokens = max(facts.max_tokens.values(), default=0) * config.cache.text_batch_size
-    working = max(costs.parts[name].work * BYTES[dtype_of(config, facts, name)] for name in names) * tokens
+    busy = {name: costs.parts[name].work * BYTES[dtype_of(config, facts, name)] * tokens for name in names}
+    working = max((busy[name] for name in on_device), default=0)
+    resident = sum(part_bytes(config, facts, costs, name) for name in at_host)
     return Phase(
         name="captions",
         device=weights + working,
-        host=max(part_bytes(config, facts, costs, name, stored=False) for name in names),
+        host=resident
+        + max(
+            max((busy[name] for name in at_host), default=0),
+            max((part_bytes(config, facts, costs, name, stored=False) for name in on_device), default=0),
+        ),
         parts={"weights": weights, "at work": working},
     )
 

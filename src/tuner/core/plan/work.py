@@ -68,7 +68,7 @@ def work_of_plan(plan: DataPlan, config: RunConfig) -> Work:
             for (width, height, batch), batches in counted.items()
             if batches
         ),
-        updates=plan.total_steps(config.train),
+        updates=plan.total_steps(config.train) - (config.checkpoint.start_at or 0),
         captions=len(planned_texts(plan, config)) if config.cache.text != "off" else 0,
         pixels=cached_pixels(plan),
     )
@@ -90,4 +90,5 @@ def assumed_work(config: RunConfig, facts: ModelFacts) -> Work:
     tiers = expand_tiers(config.data, config.train.batch_size, facts.resolution_multiple, problems)
     problems.raise_if_any()
     shapes = tuple(Shape(width=each.resolution[0], height=each.resolution[1], batch=each.batch_size) for each in tiers)
-    return Work(shapes=shapes, updates=config.train.steps, seen=False)
+    steps = config.train.steps
+    return Work(shapes=shapes, updates=steps and steps - (config.checkpoint.start_at or 0), seen=False)

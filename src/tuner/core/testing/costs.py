@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+from tuner.core.adapters.layers import is_adaptable
 
 if TYPE_CHECKING:
     from tuner.core.costs import CostRules, Layer
@@ -29,10 +32,20 @@ def cost_problems(facts: ModelFacts, models: Models) -> Iterator[str]:
         yield f"costs.parts lacks {name!r}"
     if models.denoiser is not None:
         yield from _sizes("denoiser", models.denoiser, costs.parameters, costs.layers())
+        yield from _missing(facts, "denoiser", models.denoiser, costs.layers())
     for name, part in costs.parts.items():
         module = models.component(name)
         if module is not None:
             yield from _sizes(name, module, part.parameters, part.layers)
+            yield from _missing(facts, name, module, part.layers)
+
+
+def _missing(facts: ModelFacts, name: str, module: nn.Module, layers: Mapping[str, Layer]) -> Iterator[str]:
+    """Modules that adapters may touch and that the costs do not name: patterns are checked against the costs."""
+    allowed = facts.lora.include.get(name, ())
+    for path, own in module.named_modules():
+        if is_adaptable(own) and path not in layers and any(re.fullmatch(pattern, path) for pattern in allowed):
+            yield f"costs lack {path} of {name}, which adapters may be put beside"
 
 
 def _levels(costs: CostRules) -> Iterator[str]:

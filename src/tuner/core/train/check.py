@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tuner.core.adapters.targets import check_targets
+from tuner.core.adapters.targets import Target, check_targets
 from tuner.core.compute.attention_kernels import check_attention
 from tuner.core.config import RawConfig, RunConfig, examine_config, load_config
+from tuner.core.config.network import has_rank
 from tuner.core.data.index import scan_sources
 from tuner.core.data.inspect import inspect_indices
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_indices
 from tuner.core.data.records import SourceIndex
 from tuner.core.data.report import PlanReport, report_plan
 from tuner.core.data.text_cache import planned_texts
+from tuner.core.data.texts import check_homes
 from tuner.core.errors import Problems, UsageError
 from tuner.core.files import safetensors_header
 from tuner.core.optim import check_optimizer
 from tuner.core.plan.disk import latent_bytes, text_bytes
+from tuner.core.plan.trained import adapter_values, component_layers
 from tuner.core.plan.work import cached_pixels
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Opened, family_of, model_schema, open_facts
 from tuner.core.track.trackers import check_trackers
@@ -42,10 +46,12 @@ SHOWN = 5
 
 @dataclass(kw_only=True)
 class CheckReport:
-    """What a check found. files, disk: name to a line of text. plan: the data as it would be trained."""
+    """What a check found. files, disk: name to a line of text. plan: the data as it would be trained. adapter: what
+    would train, a line for each kind of modules; empty where the modules are not known yet, and for whole models."""
 
     plan: PlanReport
     files: dict[str, str] = field(default_factory=dict)
+    adapter: list[str] = field(default_factory=list)
     disk: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -100,7 +106,12 @@ def check(
     if opened is None or plan is None:
         problems.raise_if_any()
         raise AssertionError("a part is missing without a problem")
-    report = CheckReport(plan=report_plan(plan, config.train), files=_file_lines(opened), warnings=warnings)
+    report = CheckReport(
+        plan=report_plan(plan, config.train),
+        files=_file_lines(opened),
+        adapter=adapter_lines(config, opened.facts),
+        warnings=warnings,
+    )
     texts = _collected(problems, lambda: planned_texts(plan, config)) if config.cache.text != "off" else []
     if texts:
         _check_lengths(texts, config, catalog, report)
@@ -110,15 +121,36 @@ def check(
 
 
 def check_network(config: RunConfig, facts: ModelFacts) -> None:
-    """Raise a UsageError for patterns that match no module, a start file that is no weight file, and adapters that do
-    not belong to the model they are to be merged into, or to act on in pictures."""
+    """Raise a UsageError for patterns that match no module, a start file that is no weight file, adapters that do not
+    belong to the model they are to be merged into, or to act on in pictures, and encoders in the wrong place."""
     read_additions(config, facts)
     read_extra(config, facts)
+    check_homes(config, facts)
     if config.network.init_from is not None:
         safetensors_header(config.network.init_from)
     if config.train.mode == "full":
         return
     check_targets(config.network, config.train.components, facts)
+
+
+def adapter_lines(config: RunConfig, facts: ModelFacts) -> list[str]:
+    """What an adapter is put beside: modules whose paths differ in numbers are one line."""
+    if config.train.mode == "full":
+        return []
+    kinds: dict[tuple[str, str], list[Target]] = {}
+    for target in check_targets(config.network, config.train.components, facts):
+        path = re.sub(r"(?<![^.])\d+(?![^.])", "*", target.path)
+        size = f", rank {target.rank}, alpha {target.alpha:g}" if has_rank(config.network) else ""
+        rate = "" if target.lr is None else f", rate {target.lr:g}"
+        kinds.setdefault((f"{target.component} {path}", f"{target.kind}{size}{rate}"), []).append(target)
+    found = []
+    for (path, settings), targets in kinds.items():
+        values = ""
+        if facts.costs is not None:
+            layers = component_layers(facts.costs, targets[0].component)
+            values = f", {sum(adapter_values(each, layers) for each in targets):,} values"
+        found.append(f"{path}: {len(targets)} modules, {settings}{values}")
+    return [*found, "norms of these components"] if found and config.network.train_norms else found
 
 
 def _collected(problems: Problems, action: Callable[[], T]) -> T | None:

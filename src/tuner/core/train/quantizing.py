@@ -66,13 +66,14 @@ def load_components(
     before everything else.
 
     What is quantized is loaded into host memory and goes to the device weight by weight, so that the device never holds
-    it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it. prepare: comes
-    between merging and quantization.
+    it in full. A denoiser with streamed blocks stays in host memory: streaming moves the rest of it; so does an encoder
+    that ``text_encoder.device`` keeps there. prepare: comes between merging and quantization.
     """
     config, facts = run.config, run.facts
     homes = dict.fromkeys(components, device)
     if config.memory.swap_blocks and "denoiser" in homes:
         homes["denoiser"] = torch.device("cpu")
+    homes |= {name: torch.device("cpu") for name in components if config.text_encoder.device.get(name) == "cpu"}
     methods = {name: method for name, method in config.quantize.methods().items() if name in components}
     models = Models()
     for home in dict.fromkeys(homes.values()):

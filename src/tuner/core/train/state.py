@@ -17,6 +17,7 @@ from tuner.core.train.checkpoint import Position, State
 if TYPE_CHECKING:
     import torch
 
+    from tuner.core.config import RunConfig
     from tuner.core.data.ledger import Ledger
     from tuner.core.data.plan import DataPlan
     from tuner.core.optim import Ema
@@ -80,6 +81,20 @@ class RunState:
 def network_part(state: State) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint, as `network_tensors` names them."""
     return _below(state.tensors, "network/")
+
+
+def first_position(config: RunConfig, plan: DataPlan, total: int) -> Position:
+    """Where a run begins that has no state: at its first update, or after those that ``checkpoint.start_at`` skips."""
+    start = config.checkpoint.start_at or 0
+    if start >= total:
+        raise UsageError(
+            f"nothing is left to do: the run has {total} steps",
+            where="checkpoint.start_at",
+            fix="raise train.steps or train.epochs",
+        )
+    epoch, done = divmod(start, plan.steps_per_epoch(config.train.accumulate))
+    batch = done * config.train.accumulate
+    return Position(step=start, epoch=epoch, batch=batch, seed=config.train.seed, fingerprint=plan.fingerprint)
 
 
 def check_continues(state: State, folder: RunFolder, *, total: int, seed: int) -> None:

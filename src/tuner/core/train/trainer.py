@@ -40,7 +40,7 @@ from tuner.core.train.mounting import mount_extra
 from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
-from tuner.core.train.state import RunState, check_continues, network_part, next_position
+from tuner.core.train.state import RunState, check_continues, first_position, network_part, next_position
 from tuner.core.train.step import TrainStep
 from tuner.core.train.updates import Stops, build_update, rate_scale
 from tuner.core.train.validation import Validator
@@ -91,7 +91,7 @@ class Trainer:
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
-        self.position = Position(step=0, epoch=0, batch=0, seed=self.config.train.seed, fingerprint=plan.fingerprint)
+        self.position = first_position(self.config, plan, self.total)
         self.average = LossAverage()
         self.ledger = Ledger(plan)
         self.state = RunState(
@@ -124,8 +124,8 @@ class Trainer:
         self._announce()
         with Interrupt() as interrupt, open_trackers(self.config.log, self.folder.path, self.position.step) as trackers:
             self.trackers = trackers
-            if self.position.step == 0 and self.config.sample.at_start:
-                self._preview(0)
+            if state is None and self.config.sample.at_start:
+                self._preview(self.position.step)
             loop = self._loop(interrupt)
             self.probe.start()
             with self._progress() as self.bar:

@@ -60,7 +60,7 @@ _SHARED: tuple[ForeignOption, ...] = (
     *ignored("timestep_sampling discrete_flow_shift model_prediction_type guidance_scale sigmoid_scale", _OTHER_SCRIPT),
     *ignored("cpu_offload_checkpointing", "it does not work for this model there"),
     *ignored("t5xxl_dtype", "it does nothing there either"),
-    option("t5xxl_device", "text_encoder.device.t5", "text"),
+    option("t5xxl_device", "text_encoder.device.t5", "text", values={"cuda": "accelerator", "cuda:0": "accelerator"}),
     *ignored("use_t5xxl_cache_only", "encoders that do not train are always cached", "flag"),
     *preview_options(size=512, steps=30, cfg=7.5),
 )  # fmt: skip
