@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an average": (
         {"network__init": "pissa", "ema": {"enabled": True, "init_from": "a.safetensors"}}, "twice the rank",
     ),
-    "nothing quantized": ({"network__init": "loftq"}, "denoiser is not quantized"),
+    "nothing quantized": ({"network__init": "loftq"}, "denoiser of train.components is not quantized"),
     "too much rank": ({"network": {"rank": 4096, "init": "pissa"}}, "more than its weight has"),
 }  # fmt: skip
 
