@@ -171,13 +171,13 @@ def _unusable(raw: RawConfig, path: Path, value: Any) -> UsageError | None:
                 where=raw.where(path),
                 why="only safetensors files are safe",
             )
-        return _not_built(raw, path, f"{dotted(path)} = {value!r}", values[value])
+        return _not_built(raw, path, f"{dotted(path)} = {value!r}", values[value], "choose another value")
     return None
 
 
-def _not_built(raw: RawConfig, path: Path, name: str, feature: str) -> UsageError:
+def _not_built(raw: RawConfig, path: Path, name: str, feature: str, fix: str = "take it out") -> UsageError:
     return UsageError(
-        f"{name} is planned and not built yet", where=raw.where(path), why=f"it is for: {feature}", fix="take it out"
+        f"{name} is planned and not built yet", where=raw.where(path), why=f"it is for: {feature}", fix=fix
     )
 
 
