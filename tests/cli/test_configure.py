@@ -373,6 +373,19 @@ def test_without_anybody_to_ask_it_says_how_to_answer(
     assert "tuner configure --answers FILE" in capsys.readouterr().err
 
 
+def test_a_place_where_no_file_can_be_written_is_told_before_any_question(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "nowhere.json").symlink_to(work / "gone")
+    for target, told in (
+        ("x" * 5000, "this cannot be the name of a file"),
+        ("answers.json/config.json", "answers.json is no folder to write to"),
+        ("nowhere.json", "this file exists"),
+    ):
+        assert configure({}, target) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_configuration_is_told_before_any_question(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

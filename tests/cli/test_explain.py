@@ -81,6 +81,10 @@ def test_a_section_lists_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     inner = {each["key"]: each for each in key(capsys, "memory")["inner"]}
     assert inner["memory.swap_blocks"]["default"] == "0"
     assert key(capsys, "data")["inner"][-1]["key"] == "data.on_corrupt"
+    inner = {each["key"]: each for each in key(capsys, "data.defaults")["inner"]}
+    assert inner["data.defaults.repeats"]["meaning"] == (
+        "For all of data.sets[].sources[]: How often each image comes in an epoch."
+    )
 
 
 def test_planned_and_inapplicable_keys_say_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +95,7 @@ def test_planned_and_inapplicable_keys_say_why(capsys: pytest.CaptureFixture[str
 
 def test_a_misspelt_key_is_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean network.rank" in told(capsys, "netwrok.rnak", code=2)
+    assert "did you mean train.steps" in told(capsys, "TRAIN.STEPS", code=2)
     assert "explain what?" in told(capsys, code=2)
 
 

@@ -8,7 +8,7 @@ import argparse
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from tuner.cli.console import heading, out, out_json
 from tuner.core.errors import UsageError
@@ -38,11 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
     target = Path(arguments.config).expanduser() if arguments.config else None
     catalog = Catalog()
     with tempfile.TemporaryDirectory(prefix="tuner-configure-") as scratch:
-        if target is not None and target.exists():
+        if _exists(target):
             outcome = configure_existing(interview, catalog, target, Path(scratch))
         else:
             outcome = configure_new(interview, catalog, target, Path(scratch))
     return finish(interview, outcome) if not arguments.json else _finish_as_json(interview, outcome)
+
+
+def _exists(target: Path | None) -> TypeGuard[Path]:
+    try:
+        return target is not None and target.exists()
+    except OSError as error:
+        raise UsageError("this cannot be the name of a file", where=str(target), why=error.strerror) from error
 
 
 def finish(interview: Interview, outcome: Outcome) -> int:

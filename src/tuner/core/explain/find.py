@@ -105,9 +105,9 @@ class Keys:
 
     def _unknown(self, text: str, wanted: Path) -> UsageError:
         known = {".".join(map(str, path)) for path in (*self.shared, *self.own)}
-        joined = ".".join(map(str, wanted))
+        joined = ".".join(map(str, wanted)).lower()
         near = difflib.get_close_matches(joined, known, n=3, cutoff=0.6)
-        last = str(wanted[-1]) if wanted else ""
+        last = str(wanted[-1]).lower() if wanted else ""
         by_name = {str(path[-1]): ".".join(map(str, path)) for path in (*self.shared, *self.own)}
         near += [by_name[name] for name in difflib.get_close_matches(last, by_name, n=3, cutoff=0.75)]
         shown = ", ".join(dict.fromkeys(near))

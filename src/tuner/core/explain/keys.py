@@ -111,7 +111,7 @@ def explain_key(found: Found, keys: Keys) -> KeyInfo:
         return KeyInfo(path=found.path, meaning=why, refused=kind, planned_values={})
     key = found.key
     section = key.path.split(".")[0]
-    inner = tuple(_row(each) for each in _children(key))
+    inner = tuple(_row(each, keys) for each in _children(key))
     return KeyInfo(
         path=key.path,
         meaning=plain(meaning(key.field.description)),
@@ -154,9 +154,12 @@ def _children(key: Key) -> list[Key]:
     return [each for each in found if names(each.path)[:-1] == names(key.path)]
 
 
-def _row(key: Key) -> tuple[str, str, str, str]:
+def _row(key: Key, keys: Keys) -> tuple[str, str, str, str]:
     kind = "section" if _children(key) else plain(type_words(key.section, key.name))
-    return key.path, kind, plain(default_words(key.field)), plain(meaning(key.field.description))
+    text = plain(meaning(keys.where_it_acts(key).field.description))
+    if key.field.description in INHERITED:
+        text = f"For all of {INHERITED[key.field.description]}: {text}"
+    return key.path, kind, plain(default_words(key.field)), text
 
 
 def _model_notes(key: Key, keys: Keys, only: tuple[str, ...]) -> tuple[ModelNote, ...]:

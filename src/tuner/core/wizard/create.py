@@ -75,7 +75,7 @@ def _ask_target(interview: Interview) -> FilePath:
 
 def _unusable(path: FilePath) -> UsageError | None:
     """Why no new file can be written there: known before a dozen questions are answered for it."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         fix = f"choose another name; to change it: tuner configure {path}"
         return UsageError("this file exists", where=str(path), fix=fix)
     above = next(each for each in path.parents if each.exists())
