@@ -7,7 +7,7 @@ import pytest
 from tuner.core.plan.devices import CPU, DEVICES
 from tuner.core.track.events import read_events
 from tuner.core.train import probe
-from tuner.core.train.probe import plan_device
+from tuner.core.train.probe import device_peak, plan_device
 from tuner.core.train.run import train
 
 
@@ -49,3 +49,14 @@ def test_the_device_of_a_run_is_looked_up_by_its_drivers_name(monkeypatch):
     found = plan_device(torch.device("cuda"))
     assert (found.memory, found.products) == (24 * 2**30, DEVICES["4090"].products)
     assert plan_device(torch.device("cpu")) is CPU
+
+
+def test_memory_beside_the_tensors_counts_too(monkeypatch):
+    import torch
+
+    device, gb = torch.device("cuda"), 10**9
+    for name, size in {"memory_reserved": 9 * gb, "max_memory_allocated": 8 * gb}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * gb, 24 * gb))
+    assert device_peak(device) == (8 + 3) * gb
+    assert device_peak(torch.device("cpu")) is None

@@ -65,7 +65,7 @@ class Probe:
         if len(self.seconds) == STEPS:
             pace = statistics.mean(self.seconds[1:])
             left = pace * (self.total - step)
-            device = self._device_bytes()
+            device = device_peak(self.device)
             told = "" if device is None else f", {byte_size(device)} on the device"
             log.info("measured: %.2f s per step%s, %s left", pace, told, duration(left))
             self.events.emit(
@@ -85,7 +85,7 @@ class Probe:
         updates = self.seconds[1:] or self.seconds
         found = {
             "step_seconds": (self.plan.seconds, statistics.median(updates)),
-            "device_bytes": (self._device_planned(self.plan), self._device_bytes()),
+            "device_bytes": (self._device_planned(self.plan), device_peak(self.device)),
             "host_bytes": (self.plan.host, peak_memory()),
         }
         errors = {
@@ -107,9 +107,6 @@ class Probe:
     def _device_planned(self, plan: Plan) -> float | None:
         return max(each.device for each in plan.phases if each.name in self.phases) or None
 
-    def _device_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
 
 def plan_device(device: torch.device) -> Device:
     """What is known about the device of a run."""
@@ -117,6 +114,19 @@ def plan_device(device: torch.device) -> Device:
         return CPU
     properties = torch.cuda.get_device_properties(device)
     return device_like(properties.name, float(properties.total_memory))
+
+
+def device_peak(device: torch.device) -> int | None:
+    """The largest memory of the device so far in bytes, None where it is the host's.
+
+    Beside the tensors it counts what the allocator does not see: the driver, libraries, compiled code, and other
+    programs on the device.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    beside = total - free - torch.cuda.memory_reserved(device)
+    return torch.cuda.max_memory_allocated(device) + max(0, beside)
 
 
 def peak_memory() -> int | None:
