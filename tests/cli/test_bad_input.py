@@ -62,7 +62,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         ({"train__stepz": 4}, "unknown key 'stepz' in train", "train.stepz", "did you mean 'steps'?"),
         ({"netwrk": {"rank": 4}}, "unknown key 'netwrk'", "netwrk", "did you mean 'network'?"),
         ({"model__paht": "x"}, "unknown key 'paht' in model", "model.paht", "did you mean 'path'?"),
-        ({"network__type": "controlnet"}, "network.type = 'controlnet' is planned", "network.type", "take it out"),
+        (
+            {"network__type": "controlnet"},
+            "network.type = 'controlnet' is planned",
+            "network.type",
+            "choose another value",
+        ),
         ({"train__steps": "many"}, "train.steps: expected a whole number, got 'many'", "train.steps", None),
         ({"optimizer__lr": "2e-4"}, "optimizer.lr: expected a number, got '2e-4'", "optimizer.lr", None),
         ({"model__family": "animaa"}, "there is no model plugin 'animaa'", None, "did you mean 'anima'?"),
