@@ -33,6 +33,7 @@ def test_every_phase_is_shown_with_its_memory(config: str, capsys: pytest.Captur
         "preview",
         "save",
         "a step holds weights 23.80 GB",
+        "give way when memory is short: 11.02 GB have to be there",
     ):
         assert expected in streams.out
     assert "1000 steps in" in streams.out and "estimated" in streams.out

@@ -71,6 +71,9 @@ def _show(plan: Plan) -> None:
         ("phase", "on the device", "needed there", "host memory"),
         [(each.name, _size(each.device), _size(plan.needed(each)), _size(each.host)) for each in plan.phases],
     )
+    if plan.host_needed < plan.host:
+        mapped = "counts pages of the open file, which give way when memory is short"
+        out(f"host memory while loading {mapped}: {_size(plan.host_needed)} have to be there")
     step = plan.phase("step")
     if step.device:
         out("a step holds " + ", ".join(f"{name} {_size(size)}" for name, size in step.parts.items()))

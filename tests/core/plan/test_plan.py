@@ -253,3 +253,10 @@ def test_an_encoder_on_the_cpu_takes_host_memory_instead_of_the_device() -> None
     assert moved["captions"].device < 0.1 * plain["captions"].device
     assert moved["captions"].host > 0.9 * plain["captions"].device
     assert moved["step"] == plain["step"]
+
+
+def test_pages_of_the_open_file_are_told_apart_from_memory_that_has_to_be_there() -> None:
+    mapped = planned("flux", memory={"checkpointing": "block", "swap_blocks": 20})
+    read = planned("flux", memory={"checkpointing": "block", "swap_blocks": 20}, model={"mmap": False})
+    assert mapped.host_needed == read.host_needed == read.host == mapped.host - mapped.phase("loading").mapped
+    assert mapped.phase("loading").mapped > 23e9

@@ -30,12 +30,17 @@ OPTIMIZER_CHUNK = 1 << 28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Bytes at the peak of a phase: tensors on the device, the process in host memory. parts: what the device holds."""
+    """Bytes at the peak of a phase: tensors on the device, the process in host memory.
+
+    parts: what the device holds. mapped: of host, pages of an open file, which the system takes back when memory is
+    short.
+    """
 
     name: str
     device: float
     host: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    mapped: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,7 @@ def phases(
             device=0.0 if shared else each.device,
             host=base + each.host + (each.device if shared else 0.0) + (kept if each.name in after_loading else 0.0),
             parts=each.parts,
+            mapped=each.mapped,
         )
         for each in found
         if each.device or each.host
@@ -233,14 +239,15 @@ def _loading(config: RunConfig, facts: ModelFacts, costs: CostRules, weights: We
     """The denoiser from its file. Mapped pages of the file count as the process's until the file is closed; what is
     quantized or streamed goes through host memory in full."""
     # Files hold two bytes per value as a rule.
-    mapped = 2 * component_values(costs, "denoiser")
+    mapped = 2 * component_values(costs, "denoiser") if config.model.mmap else 0
     through_host = config.quantize.denoiser is not None or bool(config.memory.swap_blocks)
     whole = BYTES[config.precision.compute] * component_values(costs, "denoiser")
     return Phase(
         name="loading",
         device=0 if through_host else whole,
-        host=(mapped if config.model.mmap else 0) + (whole if through_host else 0),
+        host=mapped + (whole if through_host else 0),
         parts={} if through_host else {"weights": whole},
+        mapped=mapped,
     )
 
 

@@ -53,7 +53,13 @@ class Plan:
 
     @property
     def host(self) -> float:
+        """The largest memory of the process, pages of open files included."""
         return max((each.host for each in self.phases), default=0.0)
+
+    @property
+    def host_needed(self) -> float:
+        """Host memory that has to be there: without the pages of files, which give way when memory is short."""
+        return max((each.host - each.mapped for each in self.phases), default=0.0)
 
     def phase(self, name: str) -> Phase:
         return next(each for each in self.phases if each.name == name)
@@ -90,12 +96,14 @@ class Plan:
         return {
             **asdict(self),
             "phases": {
-                each.name: {"device": each.device, "host": each.host, "parts": dict(each.parts)} for each in self.phases
+                each.name: {"device": each.device, "host": each.host, "mapped": each.mapped, "parts": dict(each.parts)}
+                for each in self.phases
             },
             "disk": dict(self.disk),
             "peak": self.peak,
             "needed": self.needed(),
             "host": self.host,
+            "host_needed": self.host_needed,
             "run_seconds": self.run_seconds,
         }
 
