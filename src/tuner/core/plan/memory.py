@@ -68,7 +68,7 @@ def phases(
     found = [
         _encoding(config, facts, costs),
         _latents(config, facts, costs, work),
-        _loading(config, facts, costs, weights),
+        _loading(config, costs),
     ]
     step = step_phase(config, facts, costs, work, weights, trained)
     found.append(step)
@@ -229,7 +229,7 @@ def _latents(config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work)
     return Phase(name="latents", device=weights + working, host=weights, parts={"weights": weights, "at work": working})
 
 
-def _loading(config: RunConfig, facts: ModelFacts, costs: CostRules, weights: Weights) -> Phase:
+def _loading(config: RunConfig, costs: CostRules) -> Phase:
     """The denoiser from its file. Mapped pages of the file count as the process's until the file is closed; what is
     quantized or streamed goes through host memory in full."""
     # Files hold two bytes per value as a rule.
