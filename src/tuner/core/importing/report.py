@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuner.core.config.document import dotted
+from tuner.core.config.document import dotted, value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.importing.source import shown_value
 
@@ -98,13 +98,3 @@ def fill_in(rows: Iterable[Row], config: dict[str, Any]) -> None:
     """Note in every row the values that its keys have in the finished configuration."""
     for row in rows:
         row.written = {dotted(path): value_at(config, path) for path in row.keys}
-
-
-def value_at(config: Any, path: Path) -> Any:
-    value = config
-    for part in path:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
