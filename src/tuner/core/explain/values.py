@@ -170,7 +170,7 @@ def _complete(
 
 def _given(
     raw: RawConfig, keys: Keys, family: str, problems: list[UsageError], only: Collection[Path] | None
-) -> Iterator[Value]:  # fmt: skip
+) -> Iterator[Value]:
     """What was written, for a configuration that is not one yet."""
     for path, value in _leaves(raw):
         if not _wanted(path, only) or (path == ("cache", "dir") and not _is_written(raw, path)):

@@ -31,9 +31,10 @@ UNKNOWN_STATE = 8.0
 class Plan:
     """What is predicted. Bytes and seconds.
 
-    device: name; memory: of it, None when it is not known. phases: in the order of the run. seconds: of one update,
-    None without known rates; updates: of the whole run, None when its data was not there. trained: values that the
-    optimizer moves. notes: what the numbers do not include, or assume.
+    device: name; memory: of it, None when it is not known; overhead: what driver and libraries take of it. phases: in
+    the order of the run. seconds: of one update, None without known rates; updates: of the whole run, None when its
+    data was not there. trained: values that the optimizer moves. disk: bytes by what they are for. notes: what the
+    numbers do not include, or assume.
     """
 
     device: str
