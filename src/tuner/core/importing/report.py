@@ -75,7 +75,7 @@ class Imported:
         return sum(row.where != "default" and not row.beside for row in self.rows)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Status, int]:
         found = Counter(row.status for row in self.rows)
         return {status: found[status] for status in TITLES if found[status]}
 
