@@ -75,6 +75,7 @@ def _is_setting(key: str, value: str) -> bool:
 
 def strip(header: WeightHeader, path: Path, level: Level) -> list[str]:
     """Write a copy of a file with the same bytes of tensors and fewer metadata; returns the keys that changed."""
+    # What only looks at metadata should not pay for torch.
     from tuner.core.adapters.streams import copied, write_tensors
 
     kept = kept_metadata(header.metadata, level)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
+from tuner.core.optim.names import entry_of
 from tuner.core.plan.devices import Device
 from tuner.core.plan.disk import disk_use
 from tuner.core.plan.memory import Phase, phases, trained_memory
@@ -141,8 +142,6 @@ def costs_of(facts: ModelFacts) -> CostRules:
 
 def optimizer_state(config: RunConfig) -> tuple[float, bool]:
     """(bytes of optimizer state per trained value, whether that is known)."""
-    from tuner.core.optim.names import entry_of
-
     entry = entry_of(config.optimizer.name)
     return (UNKNOWN_STATE, False) if entry is None else (float(entry.bytes), True)
 
