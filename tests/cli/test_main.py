@@ -82,7 +82,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["convert", "a", "b"], "error: tuner convert: the following arguments are required: --to\n"),
         (["plugins", "show", "ghost"], "error: there is no model plugin 'ghost'\n"),
     ],
-)  # fmt: skip
+)
 def test_wrong_use_is_told_without_a_traceback_and_exits_with_2(
     arguments: list[str],
     expected: str,

@@ -69,7 +69,7 @@ class Installation:
     def torch(self) -> str:
         return self.call(
             str(self.python), "-c", "from importlib.metadata import version; print(version('torch'))"
-        ).stdout  # fmt: skip
+        ).stdout
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def report(result: Imported) -> None:
             heading(f"{title} ({len(rows)})")
             for row in rows:
                 out(f"  {row.line()}")
-    table(("what became of it", "options"), [(TITLES[status], count) for status, count in result.counts.items()])  # type: ignore[index]
+    table(("what became of it", "options"), [(TITLES[status], count) for status, count in result.counts.items()])
     out(f"{result.options} options in the source")
     for text in result.open:
         warn(f"still to do: {text}")

@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def layers_as_json(layers: list[Layer]) -> list[dict[str, object]]:
+    """What ``--json`` prints of each module: ranks, the share of its squared norm that was kept, the norm."""
     return [
         {"name": layer.name, "rank": layer.rank, "old_rank": layer.old_rank, "kept": layer.kept, "norm": layer.norm}
         for layer in layers

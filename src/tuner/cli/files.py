@@ -33,16 +33,19 @@ class ModelNames:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """``--model``."""
     parser.add_argument("--model", metavar="NAME", help="the model the files are for, when several are installed")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--out``, ``--overwrite`` and ``--json``. what: is written, for the help."""
     parser.add_argument("--out", required=True, metavar="FILE", help=f"the {what} to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE when it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--rank`` and ``--energy``."""
     parser.add_argument("--rank", type=int, metavar="N", help="rank of every module, where the sizes allow it")
     parser.add_argument(
         "--energy", type=float, metavar="SHARE", help="as many ranks as hold this share of a module's squared norm"

@@ -31,8 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     names = model_names(arguments.model)
     from tuner.core.adapters.combining import kept_share, resized
     from tuner.core.adapters.files import read_adapter, save_adapter
-    from tuner.core.adapters.formats import PEFT_METADATA, format_by_name
+    from tuner.core.adapters.formats import format_by_name
     from tuner.core.adapters.low_rank import Wanted
+    from tuner.core.adapters.spelling import PEFT_METADATA
     from tuner.core.compute.dtypes import dtype_by_name
 
     source = Path(arguments.adapter)

@@ -122,6 +122,7 @@ def adapter(text: str) -> tuple[Path, float]:
 
 
 def numbers(text: str) -> list[float]:
+    """``0,0.5,1``; argparse.ArgumentTypeError for anything else."""
     try:
         found = [float(each) for each in text.split(",")]
     except ValueError:
@@ -132,6 +133,7 @@ def numbers(text: str) -> list[float]:
 
 
 def seeds(text: str) -> list[int]:
+    """``1,2,3``; argparse.ArgumentTypeError for anything else."""
     parts = text.split(",")
     if not all(each.strip().isdecimal() for each in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 1,2,3")
@@ -139,6 +141,7 @@ def seeds(text: str) -> list[int]:
 
 
 def size(text: str) -> list[int]:
+    """[width, height] in pixels of ``1024x768``; argparse.ArgumentTypeError for anything else."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(each.isdecimal() and int(each) for each in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1024x768")

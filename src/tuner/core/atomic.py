@@ -40,20 +40,24 @@ def atomic_path(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Put ``text`` in place of what the file held, as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Put ``data`` in place of what the file held. mode: its permissions, as `atomic_path` takes them."""
     with atomic_path(path, mode=mode) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Put ``value`` in place of what the file held, as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

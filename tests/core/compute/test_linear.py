@@ -107,7 +107,7 @@ def test_adapters_with_one_down_for_several_linears_equal_the_plain_formula(mask
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_gradcheck(shared: bool) -> None:
+def test_gradients_agree_with_numeric_ones(shared: bool) -> None:
     linears = linears_of((4, 3), (2, 1), bias=True)
     linears[1].adapter.mask = torch.tensor([[[0.0]], [[1.25]]], dtype=torch.float64)
     if shared:

@@ -72,7 +72,7 @@ def gradients(model: nn.Module, seed: int = 1) -> list[Tensor]:
 def adapter(linear: nn.Linear) -> LoraLayer:
     layer = LoraLayer(
         linear, rank=2, alpha=2.0, dropout=Dropout(), keys=DropoutKeys(), dtype=torch.float32, rng=Rng(0, "test")
-    )  # fmt: skip
+    )
     nn.init.normal_(layer.up)
     return layer
 

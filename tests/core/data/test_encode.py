@@ -186,7 +186,7 @@ def test_forwards_hold_one_size_and_at_most_the_batch_size(tmp_path: Path):
 def test_progress_counts_what_was_missing(tmp_path: Path):
     rig = rig_of(tmp_path, cache={"vae_batch_size": 2, "text_batch_size": 3})
     seen: list[tuple[int, int]] = []
-    rig.caches.fill_text(lambda done, total: seen.append((done, total)))
+    rig.fill_text(lambda done, total: seen.append((done, total)))
     assert seen == [(3, 5), (5, 5)]
     seen.clear()
     rig.caches.fill_latents(lambda done, total: seen.append((done, total)))
@@ -331,11 +331,11 @@ def test_padding_is_not_stored_and_comes_back_in_a_batch(tmp_path: Path):
 
 
 def test_encoding_in_batches_gives_the_same_entries(tmp_path: Path):
-    rig_of(tmp_path).caches.fill_text()
+    rig_of(tmp_path).fill_text()
     alone = entries(tmp_path)
     for path in (tmp_path / "cache").glob("??/??/*.safetensors"):
         path.unlink()
-    rig_of(tmp_path, cache={"text_batch_size": 4}).caches.fill_text()
+    rig_of(tmp_path, cache={"text_batch_size": 4}).fill_text()
     assert entries(tmp_path) == alone
 
 

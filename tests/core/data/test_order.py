@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.data.toy import source, toy_config, toy_plan
-from tuner.core.data.order import epoch_order, rank_slice, validation_order
+from tuner.core.data.order import epoch_order, validation_order
 from tuner.core.data.plan import DataPlan
 
 SQUARE, WIDE = (64, 64), (128, 64)
@@ -126,15 +126,6 @@ def test_filled_batches_are_full_without_repeating_an_item_in_them(tmp_path: Pat
         assert [len(batch) for batch in order] == [4, 4]
         assert duplicates(order) == 0
         assert {visit.item for batch in order for visit in batch} == set(range(5))
-
-
-def test_ranks_take_slices_of_one_global_order(tmp_path: Path):
-    order = epoch_order(make_plan(tmp_path, {"a": [SQUARE] * 13}), 0, 0)
-    for ranks in (1, 2, 3):
-        slices = [rank_slice(order, rank, ranks) for rank in range(ranks)]
-        assert len({len(each) for each in slices}) == 1
-        merged = [batch for group in zip(*slices, strict=True) for batch in group if batch is not None]
-        assert merged == order
 
 
 def test_weighted_sampling_draws_sources_by_weight_times_size(tmp_path: Path):

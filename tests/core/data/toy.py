@@ -16,6 +16,7 @@ from tuner.core.config import RunConfig
 from tuner.core.data.plan import DataPlan, expand_tiers, plan_data, plan_indices
 from tuner.core.data.prepare import DataCaches, open_caches
 from tuner.core.data.records import ImageRecord, SourceIndex
+from tuner.core.data.text_cache import Progress
 from tuner.core.errors import Problems
 from tuner.core.types import DtypeRules, Field, LoraRules, ModelFacts, Models, NoiseDefaults, SampleDefaults, TextEmbeds
 
@@ -167,7 +168,10 @@ class Rig:
 
     def fill(self) -> tuple[int, int]:
         """(captions, images) that were encoded."""
-        return self.caches.fill_text(), self.caches.fill_latents()
+        return self.fill_text(), self.caches.fill_latents()
+
+    def fill_text(self, on_progress: Progress | None = None) -> int:
+        return self.caches.text.fill(self.caches.texts, on_progress) if self.caches.text else 0
 
 
 def open_rig(folder: Path, sets: list[dict[str, Any]], facts: dict[str, Any] | None = None, **sections: Any) -> Rig:

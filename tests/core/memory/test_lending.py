@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.core.memory.toy import Model, batch, train
+from tests.core.memory.toy import LateLoads, Model, batch, train
 from tuner.core.config import OptimizerConfig
 from tuner.core.memory import streaming
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 from tuner.core.memory.compiling import CompileSettings, compile_blocks
 from tuner.core.memory.streaming import SLOTS, Streaming, stream_blocks
-from tuner.core.memory.transfers import Slot, Transfers
+from tuner.core.memory.transfers import Transfers
 from tuner.core.optim import FusedUpdate, Update, build_optimizer
 from tuner.core.types import ParamGroup
 
@@ -63,21 +63,8 @@ def test_they_train_to_the_same_bits(kind: str, level: str, count: int) -> None:
     assert both(kind, run)
 
 
-class LastMoment(Transfers):
-    """Copies as late as a device may make them: until somebody waits, what they are to fill holds rubbish."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.pending: dict[Slot, Tensor] = {}
-
-    def load(self, slot: Slot, host: Tensor) -> None:
-        slot.flat.fill_(255)
-        self.pending[slot] = host
-
-    def wait(self, slot: Slot) -> None:
-        host = self.pending.pop(slot, None)
-        if host is not None:
-            super().load(slot, host)
+class LateCopies(LateLoads):
+    """Both directions as late as a device may make them."""
 
     def fetch(self, values: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Callable[[], None]]:
         copies, _ = super().fetch(values)
@@ -96,7 +83,7 @@ class LastMoment(Transfers):
 
 @pytest.mark.parametrize("level", ["off", "block"])
 def test_every_use_waits_for_its_copy(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "open_transfers", LastMoment)
+    monkeypatch.setattr(streaming, "open_transfers", LateCopies)
 
     def run(model: Model, parameters: list[nn.Parameter], stream: bool) -> list[Tensor]:
         if stream:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.core.memory.toy import Model, batch, train
+from tests.core.memory.toy import LateLoads, Model, batch, train
 from tuner.core.errors import UsageError
 from tuner.core.memory import streaming
 from tuner.core.memory.checkpointing import LEVELS, apply_checkpointing
 from tuner.core.memory.streaming import SLOTS, Streaming, stream_blocks, stream_limit
-from tuner.core.memory.transfers import Slot, Transfers
 from tuner.core.types import Blocks
 
 CPU = torch.device("cpu")
@@ -67,26 +66,9 @@ def test_each_pass_loads_what_is_not_there_and_only_the_first_load_is_late(level
     assert streaming.late == (1 if slots > 1 else streaming.loads)
 
 
-class LastMoment(Transfers):
-    """Transfers as late as a device may make them: a slot holds rubbish from the request until somebody waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.pending: dict[Slot, Tensor] = {}
-
-    def load(self, slot: Slot, host: Tensor) -> None:
-        slot.flat.fill_(255)
-        self.pending[slot] = host
-
-    def wait(self, slot: Slot) -> None:
-        host = self.pending.pop(slot, None)
-        if host is not None:
-            super().load(slot, host)
-
-
 @pytest.mark.parametrize("level", ["off", "block"])
 def test_every_use_waits_for_its_load(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "open_transfers", LastMoment)
+    monkeypatch.setattr(streaming, "open_transfers", LateLoads)
     results = []
     for stream in (False, True):
         model = Model()

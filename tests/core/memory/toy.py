@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tuner.core.adapters.layers import Dropout, DropoutKeys, LoraLayer, inject
 from tuner.core.compute.attention import attention
 from tuner.core.compute.linear import project, share_storage
+from tuner.core.memory.transfers import Slot, Transfers
 from tuner.core.rng import Rng
 from tuner.core.types import Blocks
 
@@ -108,3 +109,20 @@ def train(
         *(p.detach().clone() for p in parameters),
         *(p.grad.clone() for p in parameters if p.grad is not None),
     ]
+
+
+class LateLoads(Transfers):
+    """Loads as late as a device may make them: a slot holds rubbish from the request until somebody waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.pending: dict[Slot, Tensor] = {}
+
+    def load(self, slot: Slot, host: Tensor) -> None:
+        slot.flat.fill_(255)
+        self.pending[slot] = host
+
+    def wait(self, slot: Slot) -> None:
+        host = self.pending.pop(slot, None)
+        if host is not None:
+            super().load(slot, host)

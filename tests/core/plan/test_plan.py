@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.core.plan.plans import document, planned, prepared
 from tuner.core.adapters.targets import Options
+from tuner.core.compute.low_bits import encode, stored_bytes
 from tuner.core.config.optimizer import LrRule
 from tuner.core.errors import UsageError
+from tuner.core.memory import streaming, transfers
+from tuner.core.optim import update
+from tuner.core.plan import memory, weights
 from tuner.core.plan.devices import CPU, DEVICES, device_like, device_named, parse_size
 from tuner.core.plan.plan import predict
 from tuner.core.plan.prepare import prepare
@@ -70,7 +75,7 @@ def test_sizes_of_models_that_were_never_published_come_from_weights_alone():
         ({}, {"ema": {"enabled": True, "device": "accelerator"}}),
         ({}, {"guidance": {"distill": {"scale": 3, "batched": True}}}),
     ],
-)  # fmt: skip
+)
 def test_a_lever_changes_what_a_step_needs(less: dict[str, Any], more: dict[str, Any]):
     assert step(**less) < step(**more)
 
@@ -260,3 +265,16 @@ def test_pages_of_the_open_file_are_told_apart_from_memory_that_has_to_be_there(
     read = planned("flux", memory={"checkpointing": "block", "swap_blocks": 20}, model={"mmap": False})
     assert mapped.host_needed == read.host_needed == read.host == mapped.host - mapped.phase("loading").mapped
     assert mapped.phase("loading").mapped > 23e9
+
+
+def test_the_plan_counts_with_the_numbers_of_the_services_that_it_plans():
+    assert weights.SLOTS == streaming.SLOTS
+    assert memory.IN_FLIGHT == 1 + transfers.FETCHES
+    assert memory.OPTIMIZER_CHUNK == update.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("method", weights.QUANTIZED)
+def test_the_plan_knows_the_bytes_of_quantized_weights(method: str):
+    matrix = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    size = stored_bytes(encode(method, matrix.bfloat16()))
+    assert size / matrix.numel() == pytest.approx(weights.QUANTIZED[method], rel=0.01)

@@ -77,7 +77,7 @@ def test_a_built_in_name_cannot_be_taken(site: Site) -> None:
         ("x = 3", "AttributeError: module 'toy_cubist.plugin' has no attribute 'plugin'"),
         ("def broken(:", "SyntaxError: invalid syntax"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_descriptor_is_told_by_name_version_and_reason(descriptor: str, expected: str, site: Site) -> None:
     site.model("cubist", descriptor=descriptor)
     message = refusal(Catalog(), "cubist")

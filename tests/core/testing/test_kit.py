@@ -85,7 +85,7 @@ MISTAKES = {
         facts, text_fields={"context": Field(shape=("L", 4), of=("clip",))}
     ),
     "of is empty": lambda facts: replace(facts, text_fields={"context": Field(shape=("L", 4))}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("words", "mistake"), MISTAKES.items(), ids=list(MISTAKES))

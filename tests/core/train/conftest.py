@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.fixtures.tiny_anima import DENOISER, make_tiny_anima
+from tuner.core.memory.streaming import Streaming
+from tuner.core.train import trainer
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +80,19 @@ def make_config(model_files, pictures, cache_dir, tmp_path):
         return config
 
     return make
+
+
+@pytest.fixture
+def streamings(monkeypatch: pytest.MonkeyPatch) -> list[Streaming]:
+    """Those of the runs of a test, in their order; a run that streams nothing has none."""
+    made: list[Streaming] = []
+
+    def remembered(*args: Any) -> Streaming | None:
+        streaming = prepare(*args)
+        if streaming is not None:
+            made.append(streaming)
+        return streaming
+
+    prepare = trainer.prepare_blocks
+    monkeypatch.setattr(trainer, "prepare_blocks", remembered)
+    return made

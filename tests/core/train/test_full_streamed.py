@@ -11,7 +11,6 @@ import torch
 from tests.core.train.test_full import full
 from tests.core.train.test_modes import stop_after
 from tuner.core.errors import UsageError
-from tuner.core.memory.streaming import Streaming
 from tuner.core.optim import FusedUpdate
 from tuner.core.track.events import read_events
 from tuner.core.train import trainer
@@ -49,19 +48,6 @@ SERVICES: dict[str, dict[str, Any]] = {
 }
 
 
-def remember(monkeypatch: pytest.MonkeyPatch) -> list[Streaming]:
-    """The streamings of the runs to come."""
-    made: list[Streaming] = []
-
-    def prepared(*args: Any) -> Any:
-        made.append(prepare(*args))
-        return made[-1]
-
-    prepare = trainer.prepare_blocks
-    monkeypatch.setattr(trainer, "prepare_blocks", prepared)
-    return made
-
-
 def with_streams(options: dict[str, Any], count: int) -> dict[str, Any]:
     return options | {"memory": options.get("memory", {}) | {"swap_blocks": count}}
 
@@ -95,13 +81,12 @@ def compute_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("options", SERVICES.values(), ids=SERVICES)
-def test_a_run_has_the_same_outcome_also_in_parts(make_config, six_blocks, tmp_path, monkeypatch, options):
+def test_a_run_has_the_same_outcome_also_in_parts(make_config, six_blocks, tmp_path, monkeypatch, streamings, options):
     options = {"model": six_blocks, **BUSY, **options}
     train(full(make_config, checkpoint__dir=str(tmp_path / "plain/run"), **options))
     if options["optimizer"]["name"] != "adamw":
         # Two kinds of it are different arithmetic; the others have one.
         compute_elsewhere(monkeypatch)
-    made = remember(monkeypatch)
     config = full(make_config, checkpoint__dir=str(tmp_path / "streamed/run"), **with_streams(options, 4))
     stop_after(config, 1)
     train(config, resume="auto")
@@ -111,15 +96,14 @@ def test_a_run_has_the_same_outcome_also_in_parts(make_config, six_blocks, tmp_p
         assert streamed[name] == content, name
     one, other = numbers(tmp_path / "plain/run"), numbers(tmp_path / "streamed/run")
     assert len(one) == 3 + 2 + 2 and one == other
-    assert [len(each.blocks) for each in made] == [4, 4]
-    assert all(each.loans and each.transfers.to_host > 0 for each in made)
+    assert [len(each.blocks) for each in streamings] == [4, 4]
+    assert all(each.loans and each.transfers.to_host > 0 for each in streamings)
 
 
-def test_frozen_blocks_of_a_whole_model_are_never_copied_back(make_config, six_blocks, monkeypatch):
-    made = remember(monkeypatch)
+def test_frozen_blocks_of_a_whole_model_are_never_copied_back(make_config, six_blocks, streamings):
     options = {"model": six_blocks, "train__components": ["llm_adapter"], "train__steps": 2}
     train(full(make_config, **with_streams(options, 4)))
-    [streaming] = made
+    [streaming] = streamings
     assert not streaming.loans
     assert streaming.transfers.to_host == sum(
         piece.view(flat).nbytes

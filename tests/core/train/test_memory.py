@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from tuner.core.errors import UsageError
-from tuner.core.memory.streaming import Streaming
 from tuner.core.track.events import read_events
 from tuner.core.train import trainer
 from tuner.core.train.run import train
@@ -73,17 +72,9 @@ def test_quantized_blocks_are_streamed_as_their_codes(make_config, six_blocks, t
     assert outcome(tmp_path / "saving/run") == outcome(tmp_path / "plain/run")
 
 
-def test_the_run_streams_the_blocks_it_was_told_to(make_config, six_blocks, monkeypatch):
-    made: list[Streaming] = []
-
-    def remember(*args: Any) -> Any:
-        made.append(prepare(*args))
-        return made[-1]
-
-    prepare = trainer.prepare_blocks
-    monkeypatch.setattr(trainer, "prepare_blocks", remember)
+def test_the_run_streams_the_blocks_it_was_told_to(make_config, six_blocks, streamings):
     train(make_config(model=six_blocks, train__steps=2, memory={"swap_blocks": 4}))
-    [streaming] = made
+    [streaming] = streamings
     assert len(streaming.blocks) == 4
     assert streaming.loads == 3 + 2 * 2
     assert streaming.late == 1

@@ -396,7 +396,7 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         (["--like", "old.png", "--adapter", "a.safetensors:0.5"], "strength of --adapter a.safetensors has no effect"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_what_cannot_be_drawn_is_told_before_anything_is_loaded(bare, monkeypatch, arguments, message):
     monkeypatch.setattr(sample, "load_components", None)
     with pytest.raises(UsageError) as caught:

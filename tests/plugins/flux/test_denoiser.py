@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.fixtures.tiny_flux import original_tensors
 from tests.helpers import golden
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.files import safetensors_header
@@ -12,7 +13,7 @@ from tuner.core.memory.checkpointing import apply_checkpointing
 from tuner.core.registry import open_run
 from tuner.core.types import Placement, TextEmbeds
 from tuner.plugins.flux.denoiser import blocks_of, pack, sinusoid, unpack
-from tuner.plugins.flux.load import load_denoiser, original_tensors
+from tuner.plugins.flux.load import load_denoiser
 
 PARITY, CHROMA_PARITY = 2e-5, 2e-5
 GRADIENT = 1e-4

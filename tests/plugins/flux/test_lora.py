@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.tiny_flux import sizes_of
+from tests.fixtures.tiny_flux import original_tensors, sizes_of
 from tests.helpers import delta_weight, golden, golden_path
 from tests.plugins.flux.golden_models import golden_case, golden_denoiser, run
 from tuner.core.adapters.convert import convert_adapter
@@ -25,7 +25,6 @@ from tuner.core.types import Models
 from tuner.plugins.flux.costs import PUBLIC
 from tuner.plugins.flux.denoiser import build
 from tuner.plugins.flux.facts import lora_rules
-from tuner.plugins.flux.load import original_tensors
 from tuner.plugins.flux.names import EMBEDDERS, MAPS
 
 PARITY = 2e-5

@@ -84,7 +84,7 @@ def test_a_folder_in_the_layout_of_diffusers_serves_everything(tiny, run_config,
         ("sd3m", {"model": {"flavour": "3.5-large"}}, "model.flavour"),
         ("sd3m", {"network": {"blocks": {"blocks": [2]}}}, "network.blocks"),
     ),
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_by_its_key(tiny, run_config, flavour, sections, place):
     model = tiny(flavour) | sections.pop("model", {}) if "model" in sections else tiny(flavour)
     with pytest.raises(UsageError, match=place):

@@ -1,1 +1,1 @@
-"""Adapters: choosing modules, LoRA layers, file formats."""
+"""Adapters: choosing modules, layers of every kind, file formats, and the tools that work on adapter files."""

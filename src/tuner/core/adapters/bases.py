@@ -151,6 +151,6 @@ class Parameters:
 
 
 def read_one(info: TensorInfo) -> Tensor:
-    """One tensor of a file, a view of it."""
+    """One tensor of a file in its stored dtype, a view of the mapped file."""
     [(_, value)] = read_tensors(WeightHeader(info.path, {info.name: info}))
     return value

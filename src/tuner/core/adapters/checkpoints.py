@@ -121,7 +121,7 @@ def read_checkpoint(path: Path, file: StoredFile, shapes: Mapping[str, torch.Siz
 
 
 def members(value: Tensor, stored: StoredTensor) -> tuple[Tensor, ...]:
-    """The parameters of which a file's tensor holds the values, in the order of ``stored.names``."""
+    """A tensor of a file [rows, ...] cut into its parameters [own rows, ...], in the order of ``stored.names``."""
     value = torch.cat(value.chunk(2)[::-1]) if stored.exchange else value
     if len(stored.names) == 1:
         return (value,)
@@ -158,9 +158,9 @@ def _trained(tensors: Mapping[str, Tensor], stored: StoredTensor | None) -> bool
 
 
 def assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """The values of one tensor of a file, on the CPU and contiguous: the only copy that is made.
+    """The values of one tensor of a file in ``dtype``, on the CPU and contiguous: the only copy that is made.
 
-    tensors: by ``component:parameter``.
+    tensors: by ``component:parameter``. What `members` cuts apart is joined again.
     """
     parts = [tensors[name] for name in stored.names]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else tuple(parts[0].shape)
@@ -168,7 +168,7 @@ def assembled(tensors: Mapping[str, Tensor], stored: StoredTensor, dtype: torch.
 
 
 def joined(parts: Iterable[Tensor], shape: tuple[int, ...], stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    """The same from parts that may be made one after the other."""
+    """As `assembled`, from parts in the order of ``stored.names`` that may be made one after the other."""
     value = torch.empty(shape, dtype=dtype)
     start = 0
     for part in parts:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.core.adapters.files import read_adapter, save_adapter
-from tuner.core.adapters.formats import PEFT_METADATA, format_by_name, modules_of
+from tuner.core.adapters.formats import format_by_name, modules_of
+from tuner.core.adapters.spelling import PEFT_METADATA
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:

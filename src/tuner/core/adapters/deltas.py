@@ -50,7 +50,7 @@ def merged_weight(weight: Tensor, parts: Parts, strength: float = 1.0) -> Tensor
 
 
 def merged_bias(bias: Tensor, parts: Parts, strength: float = 1.0) -> Tensor:
-    """``bias`` with the adapter in it; kinds that leave it alone return it as it is."""
+    """``bias`` [rows] with the adapter in it, in its own dtype; kinds that leave it alone return it as it is."""
     for part in ("diff_b", "b_norm"):
         if part in parts:
             return (bias.detach().float() + strength * parts[part].detach().float()).to(bias.dtype)

@@ -26,10 +26,10 @@ from tuner.core.adapters.rotation import limited
 from tuner.core.adapters.spelling import (
     ALPHA,
     NUMBERED,
+    PEFT_METADATA,
     StoredModule,
-    best_format,
+    find_modules,
     module_name,
-    names_table,
     stored_module,
     take_apart,
 )
@@ -189,14 +189,7 @@ def decode_adapter(
     may give it; else it is the rank. Raises UsageError naming every key that maps nowhere, and every incomplete pair.
     """
     keys = {key: take_apart(key) for key in tensors}
-    names = {part.name for part in keys.values() if part is not None}
-    tables = [names_table(fmt, paths) for fmt in formats]
-    best = best_format(formats, tables, keys)
-    places: dict[str, StoredModule] = {}
-    for table in (tables[best], *tables) if tables else ():
-        for name in names:
-            if name in table:
-                places.setdefault(name, table[name])
+    best, places = find_modules(formats, paths, keys)
     unmapped = [key for key, part in keys.items() if part is None or part.name not in places]
     if unmapped or not tensors:
         raise _unmapped_error(unmapped, len(tensors), formats, paths)
@@ -283,9 +276,6 @@ class _PeftAlpha:
             if re.fullmatch(rf"(.*\.)?({pattern})", name):
                 return float(value)
         return float(default)
-
-
-PEFT_METADATA = "lora_adapter_metadata"
 
 
 def peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _own_columns(used: Tensor) -> list[Tensor] | None:
 
 
 def exchange_halves(down: Tensor, up: Tensor) -> Tensor:
-    """``up`` with its two halves of rows exchanged, where there are twice as many rows as inputs; else ``up``."""
+    """``up`` [rows, rank] with its halves of rows exchanged, where there are twice as many as inputs of ``down``."""
     if up.shape[0] != 2 * down[0].numel():
         return up
     return torch.cat(up.chunk(2)[::-1])

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.core.adapters.spelling import Key, StoredModule, best_format, kind_by_parts, names_table, take_apart
+from tuner.core.adapters.spelling import Key, StoredModule, find_modules, kind_by_parts, names_table, take_apart
 from tuner.core.errors import UsageError
 from tuner.core.types import COMFYUI_KINDS
 
@@ -152,12 +152,7 @@ def _adapter(
         if family.adapters is None:
             continue
         paths = family.adapters.paths(tuple(header))
-        tables = [names_table(fmt, paths) for fmt in family.adapters.formats]
-        number = best_format(family.adapters.formats, tables, keys)
-        places: dict[str, StoredModule] = {}
-        for table in (tables[number], *tables):
-            for name in {part.name for part in keys.values() if part is not None} & table.keys():
-                places.setdefault(name, table[name])
+        number, places = find_modules(family.adapters.formats, paths, keys)
         known = sum(part is not None and part.name in places for part in keys.values())
         if best is None or known > best[0]:
             best = (known, family, family.adapters.formats[number], places, paths)

@@ -405,6 +405,7 @@ def only_linear(base: nn.Module, target: Target, kind: str) -> nn.Linear:
 
 
 def base_device(base: nn.Module) -> torch.device:
+    """Where a layer for ``base`` is made: where its weight is, the CPU for one on the meta device or without any."""
     tensor: Tensor | None = next(base.parameters(), None)
     if tensor is None:
         tensor = next(base.buffers(), None)

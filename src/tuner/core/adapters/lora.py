@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -61,18 +61,17 @@ class AdapterNetwork(TrainedNetwork):
 
     def tensors(self) -> dict[str, Tensor]:
         """`component:path.part` of every module; live, except for linears that share an adapter: copies of shares."""
-        return {
-            f"{target.component}:{path}.{part}": value
-            for target, layer in self.items()
-            for path, parts in zip(target.paths, layer.tensors(), strict=True)
-            for part, value in parts.items()
-        }
+        return self._named(lambda layer: layer.tensors())
 
     def exported(self) -> dict[str, Tensor]:
+        return self._named(lambda layer: layer.exported())
+
+    def _named(self, members: Callable[[AdapterLayer], Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+        """What ``members`` gives for the modules of each layer, by `component:path.part`."""
         return {
             f"{target.component}:{path}.{part}": value
             for target, layer in self.items()
-            for path, parts in zip(target.paths, layer.exported(), strict=True)
+            for path, parts in zip(target.paths, members(layer), strict=True)
             for part, value in parts.items()
         }
 

@@ -105,9 +105,17 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, count: int, total: float) -> Factors:
 def _randomized(matrix: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     probe = torch.randn(matrix.shape[1], size, generator=generator).to(matrix)
+    basis, u, s, vh = sketched_svd(matrix, probe)
+    return basis @ u, s, vh
+
+
+def sketched_svd(matrix: Tensor, probe: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest singular values of ``matrix`` [out, in] float32, found in the span of ``matrix @ probe``.
+
+    probe [in, n]: random. Returns (basis [out, n], u [n, n], s [n], vh [n, in]); the left directions are basis @ u.
+    """
     basis, _ = torch.linalg.qr(matrix @ probe)
     for _ in range(PASSES):
         other, _ = torch.linalg.qr(matrix.t() @ basis)
         basis, _ = torch.linalg.qr(matrix @ other)
-    u, s, vh = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
-    return basis @ u, s, vh
+    return basis, *torch.linalg.svd(basis.t() @ matrix, full_matrices=False)

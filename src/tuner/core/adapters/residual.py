@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.core.adapters.layers import LoraLayer, LoraPart, Making, factor_shapes
+from tuner.core.adapters.low_rank import sketched_svd
 from tuner.core.compute.low_bits import decode, encode
 from tuner.core.errors import UsageError
 from tuner.core.rng import Rng
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 INITIAL = "initial_factors"
 """Attribute of the first module of a target: its factors, between the split of the weight and the making of a layer."""
-ROUNDS, MORE = 4, 8
-"""Of the randomized decomposition: passes over the matrix, and directions beyond the rank."""
+MORE = 8
+"""Least number of directions beyond the rank in a random sketch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,16 +126,14 @@ def _start(
 def principal(matrix: Tensor, rank: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` largest singular values [rank] of a float32 matrix with their directions [rows, rank], [rank, cols].
 
-    By a random sketch with power iterations where that is cheaper (Halko, Martinsson and Tropp 2011).
+    By a random sketch with power iterations where that is cheaper (`sketched_svd`).
     """
     size = rank + max(MORE, rank)
     if 2 * size >= min(matrix.shape):
         left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], sizes[:rank], right[:rank]
-    basis = torch.linalg.qr(matrix @ rng.normal((matrix.shape[1], size)).to(matrix.device)).Q
-    for _ in range(ROUNDS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
-    left, sizes, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+    probe = rng.normal((matrix.shape[1], size)).to(matrix.device)
+    basis, left, sizes, right = sketched_svd(matrix, probe)
     return basis @ left[:, :rank], sizes[:rank], right[:rank]
 
 

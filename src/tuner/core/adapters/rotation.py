@@ -138,6 +138,6 @@ class BoftLayer(OftLayer):
 
 
 def without_bias(y: Tensor, base: nn.Module) -> Tensor:
-    """The outputs of a linear without its bias."""
+    """The outputs y [..., rows] of a linear ``base`` without its bias, in the dtype of y."""
     bias: Any = base.bias
     return y if bias is None else y - bias.to(y.dtype)

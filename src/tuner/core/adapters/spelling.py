@@ -47,6 +47,8 @@ KIND_PARTS = (
     ("w_norm", "norms"),
 )
 """A part to the kind of adapter that has it; the first that is there decides."""
+PEFT_METADATA = "lora_adapter_metadata"
+"""Where PEFT keeps the settings of an adapter in the metadata of a file, as JSON."""
 NUMBERED = re.compile(r"(.*)\.(oft_blocks\.\d+)")
 
 
@@ -153,3 +155,20 @@ def best_format(
         return known, exact, has_alpha == (fmt.alpha is not None)
 
     return max(range(len(formats)), key=lambda index: (*score(index), -index))
+
+
+def find_modules(
+    formats: Sequence[KeyFormat], paths: Mapping[str, Sequence[str]], keys: Mapping[str, Key | None]
+) -> tuple[int, dict[str, StoredModule]]:
+    """(index of the format that fits the keys of a file best, the module of every name in them that a format knows).
+
+    Where two formats know a name, the best one decides, then the first.
+    """
+    tables = [names_table(fmt, paths) for fmt in formats]
+    best = best_format(formats, tables, keys)
+    names = {part.name for part in keys.values() if part is not None}
+    places: dict[str, StoredModule] = {}
+    for table in (tables[best], *tables):
+        for name in names & table.keys():
+            places.setdefault(name, table[name])
+    return best, places

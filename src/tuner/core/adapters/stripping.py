@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tuner.core.adapters.spelling import PEFT_METADATA
+
 if TYPE_CHECKING:
     from tuner.core.files import WeightHeader
 
@@ -17,8 +19,7 @@ LEVELS: Mapping[Level, str] = {
     "training": "also every setting of the training; what the file is and its network stay",
     "all": "everything that a loader does not need",
 }
-PEFT = "lora_adapter_metadata"
-NEEDED = ("format", PEFT)
+NEEDED = ("format", PEFT_METADATA)
 """What loaders read: without the second, PEFT's, an adapter may act with another strength."""
 PEFT_SOURCE = re.compile(r"(.*\.)?(base_model_name_or_path|revision)")
 """Settings in it that say where the base model came from; loaders of the file have that model already."""
@@ -38,8 +39,8 @@ PLACE = re.compile(r"(^|[\s\"'=(\[])([A-Za-z]:[\\/]|~?/(?!/)\w|\\\\)")
 def kept_metadata(metadata: Mapping[str, str], level: Level) -> dict[str, str]:
     """The metadata that a copy at this level still has: a list of what may stay, so that unknown keys go."""
     kept = {key: value for key, value in metadata.items() if _stays(key, value, level)}
-    text = _without_source(kept.pop(PEFT, ""))
-    return {**kept, PEFT: text} if text else kept
+    text = _without_source(kept.pop(PEFT_METADATA, ""))
+    return {**kept, PEFT_METADATA: text} if text else kept
 
 
 def _without_source(text: str) -> str:
@@ -74,6 +75,7 @@ def _is_setting(key: str, value: str) -> bool:
 
 def strip(header: WeightHeader, path: Path, level: Level) -> list[str]:
     """Write a copy of a file with the same bytes of tensors and fewer metadata; returns the keys that changed."""
+    # What only looks at metadata should not pay for torch.
     from tuner.core.adapters.streams import copied, write_tensors
 
     kept = kept_metadata(header.metadata, level)

@@ -263,6 +263,7 @@ def rate_of(rules: Iterable[NetworkRule]) -> tuple[float | None, str | None]:
 
 
 def rules_for(component: str, path: str, rules: Iterable[NetworkRule]) -> list[NetworkRule]:
+    """The rules whose pattern matches a module, in their order."""
     return [rule for rule in rules if _matches((rule.match,), component, path)]
 
 

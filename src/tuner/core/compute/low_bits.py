@@ -100,6 +100,7 @@ def decode(method: str, stored: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def stored_bytes(stored: Codes) -> int:
+    """Bytes of the codes with their scales and offsets."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stored if tensor is not None)
 
 

@@ -136,6 +136,7 @@ def quantize_linear(
 
 
 def quantized_linears(module: nn.Module) -> Iterator[QuantizedLinear]:
+    """Every quantized linear inside of ``module``."""
     return (each for each in module.modules() if isinstance(each, QuantizedLinear))
 
 

@@ -96,6 +96,18 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def value_at(document: Any, path: Path) -> Any:
+    """What is at a path of a document, None for nothing."""
+    for key in path:
+        if isinstance(document, Mapping):
+            document = document.get(key)
+        elif isinstance(document, list) and isinstance(key, int) and key < len(document):
+            document = document[key]
+        else:
+            return None
+    return document
+
+
 def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every path below ``value`` with its value, parents first."""
     entries: Iterator[tuple[str | int, Any]] = iter(())

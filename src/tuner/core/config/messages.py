@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tuner.core.config.base import PERCENT
-from tuner.core.config.document import RawConfig, dotted
+from tuner.core.config.document import RawConfig, dotted, value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.errors import UsageError
 
@@ -89,7 +89,7 @@ def _one(
     place: Path, home: Path, details: Sequence[ErrorDetails], raw: RawConfig, schema: type[BaseModel]
 ) -> UsageError:
     """The error for one place. ``home`` is where an inherited value was written."""
-    given = _value_at(raw, place)
+    given = value_at(raw, place)
     if len(details) == 1 and details[0]["type"] == "value_error" and isinstance(given, Mapping):
         reason = str(details[0]["ctx"]["error"])
         # Checks of a whole section begin with the key they are about.
@@ -156,14 +156,6 @@ def _reason(detail: ErrorDetails) -> str:
     if kind == "value_error":
         return str(context["error"])
     return detail["msg"]
-
-
-def _value_at(raw: RawConfig, place: Path) -> Any:
-    value: Any = raw
-    for part in place:
-        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and part in range(len(value))
-        value = value[part] if inside else None
-    return value
 
 
 def _show(value: Any) -> str:

@@ -47,7 +47,7 @@ class NetworkConfig(Section):
     """The adapter. Modules are chosen in this order: preset, targets, include and exclude, rules, blocks."""
 
     type: AdapterKind = "lora"
-    """Kind of adapter: low-rank factors (``lora``), those with the rows' lengths apart (``dora``), products of factors
+    """Kind of adapter: low-rank factors (``lora``), those and the lengths of the rows (``dora``), products of factors
     (``loha``, ``lokr``), rotations (``oft``, ``boft``), one factor per channel (``ia3``), or the whole change of the
     weights (``full``)."""
     rank: CountOrZero | Literal["from_file"] = 16
@@ -68,7 +68,7 @@ class NetworkConfig(Section):
     """``oft``: number of blocks of every weight, in place of ``block_size``; it must divide the rows of each."""
     constraint: NotNegative = 0.0
     """``oft``, ``boft``: limit on the rotation of a weight, times its rows; 0 is none, or that of the file with rank
-    ``from_file``. Useful are 1e-4 to 1e-2."""
+    ``from_file``. 1e-4 to 1e-2 are usual."""
     on_input: bool = False
     """``ia3``: scale the inputs of modules instead of their outputs."""
     train_norms: bool = False

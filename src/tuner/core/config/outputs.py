@@ -43,7 +43,7 @@ class RollingConfig(Section):
     """A second series of checkpoints, of which only the newest stay: to lose little when the machine stops."""
 
     every: Every
-    """When. Where a checkpoint of ``checkpoint.every`` is due as well, that is the one that is written."""
+    """When to save one. Where a checkpoint of ``checkpoint.every`` is due as well, that is the one that is written."""
     keep: Count = 1
     """Keep so many of this series."""
 
@@ -107,7 +107,7 @@ class SampleConfig(Section):
     enabled: bool = True
     """Off: none at all."""
     every: Every | None = None
-    """When. Left out: at the end of the run only."""
+    """When to draw. Left out: at the end of the run only."""
     at_start: bool = False
     """Also before the first step."""
     prompts: str | tuple[str, ...] = ()
@@ -140,8 +140,8 @@ class SampleConfig(Section):
     """Further adapters, in all pictures, those of the base model too. Their changes of the base add up with that of the
     adapter that trains."""
     weights: Literal["train", "ema", "both"] = "train"
-    """Draw with the weights as they train, with their average, or with both side by side. Before the first step the
-    weights as they are, once."""
+    """Draw with the weights as they train, with their average, or with both side by side. Before the first step
+    there is no average yet, so one column is drawn."""
 
 
 class ValidateConfig(Section):
@@ -152,7 +152,7 @@ class ValidateConfig(Section):
     seed: int | None = Field(None, ge=0)
     """Seed of the split and of the noise. Left out: ``train.seed``."""
     every: Every | None = EveryFields(epochs=1)
-    """When; null for the end of the run only."""
+    """When to measure; null for the end of the run only."""
     max_batches: Count | None = None
     """Use so many batches. Left out: all."""
     timesteps: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field((200, 400, 600, 800), min_length=1)

@@ -41,7 +41,7 @@ Method = Annotated[Literal["int8", "fp8", "int4", "nf4", "fp8_unscaled"], Before
 
 
 class ParityConfig(Section):
-    """The check of quantized arithmetic before training: the first batches with the weights as loaded, and with it."""
+    """The check before training: the first batches with the weights as loaded, and again with quantized arithmetic."""
 
     batches: Count = 2
     """Batches that are compared, at noise levels spread over the whole range."""

@@ -9,6 +9,16 @@ from typing import Any
 from tuner.core.config.jsonc import Path
 
 _WIDTH = 100
+_ORDER = (
+    "model", "data", "network", "optimizer", "schedule", "train", "precision", "memory", "quantize", "checkpoint",
+    "sample", "validate",
+)  # fmt: skip
+
+
+def in_order(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections in the order that a reader expects; others follow as they come."""
+    known = [key for key in _ORDER if key in document]
+    return {key: document[key] for key in [*known, *(key for key in document if key not in known)]}
 
 
 def written_object(value: Mapping[str, Any], comments: Mapping[Path, str] | None = None) -> str:

@@ -133,7 +133,7 @@ class _Scan:
             record = None if record is None else self._with_mask(record, masks, probes)
             if record is not None:
                 self.records.append(record)
-        self._summarise(table, probes)
+        self._summarise(table)
 
     def _probe(self, store: IndexStore, files: Sequence[Found], masks: dict[str, list[Found]]) -> dict[str, Probe]:
         """What is known of each file, by its name in the store; files that the store does not know are read."""
@@ -282,7 +282,7 @@ class _Scan:
         self.problems.extend(problems)
         return table
 
-    def _summarise(self, table: CaptionTable | None, probes: dict[str, Probe]) -> None:
+    def _summarise(self, table: CaptionTable | None) -> None:
         if table is not None:
             for key in table.unused():
                 self._missing(key, f"{table.path} lists it and there is no such image")

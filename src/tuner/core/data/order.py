@@ -1,7 +1,6 @@
 """The order of an epoch: a pure function of the plan, the seed and the epoch.
 
-Nothing here keeps state, so resuming needs four facts only: epoch, batch index, seed and the plan's fingerprint. The
-order of the global batches does not depend on how many ranks share them.
+Nothing here keeps state, so resuming needs four facts only: epoch, batch index, seed and the plan's fingerprint.
 """
 
 from __future__ import annotations
@@ -9,14 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tuner.core.rng import Rng
 
 if TYPE_CHECKING:
     from tuner.core.data.plan import DataPlan
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +41,6 @@ def epoch_order(plan: DataPlan, seed: int, epoch: int) -> list[PlannedBatch]:
     # The batches of a group stay in their own order: it carries the spread of the repeats.
     streams = [iter(batches) for batches in per_group]
     return [_visits(next(streams[index])) for index in slots]
-
-
-def rank_slice(order: Sequence[T], rank: int, ranks: int) -> list[T | None]:
-    """The batches of one rank: every ``ranks``-th one. All ranks get equally many; None where the order ran out."""
-    padded: list[T | None] = [*order, *([None] * (-len(order) % ranks))]
-    return padded[rank::ranks]
 
 
 def _visits(pairs: list[tuple[int, int]]) -> PlannedBatch:

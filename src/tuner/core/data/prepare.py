@@ -47,10 +47,6 @@ class DataCaches:
                 names.add(entry.mask.name)
         return names
 
-    def fill_text(self, on_progress: Progress | None = None) -> int:
-        """Encode the missing captions; returns how many."""
-        return self.text.fill(self.texts, on_progress) if self.text else 0
-
     def fill_latents(self, on_progress: Progress | None = None) -> int:
         """Encode the missing images; returns how many."""
         return self.latents.fill(on_progress)

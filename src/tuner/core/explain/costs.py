@@ -70,4 +70,4 @@ def costs_of_value(path: str, value: Any, default: Any) -> tuple[Cost, ...]:
     """Those that are about this value."""
     return tuple(
         each for each in costs_of_key(path) if each.value == value or (each.value is None and value != default)
-    )  # fmt: skip
+    )

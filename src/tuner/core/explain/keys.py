@@ -18,7 +18,7 @@ from tuner.core.config.describe import (
     schema_keys,
     type_words,
 )
-from tuner.core.config.document import merged
+from tuner.core.config.document import merged, value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.config.planned import refused_values
 from tuner.core.config.resuming import free_on_resume
@@ -191,7 +191,7 @@ def _different(own: str, shared: str) -> str:
 def _presets(key: Key, family: str, catalog: Catalog) -> dict[str, str]:
     found = {}
     for name in preset_names(catalog, family):
-        value = value_at(read_preset(catalog, f"{family}/{name}"), key.path)
+        value = value_at(read_preset(catalog, f"{family}/{name}"), _parts(key.path))
         if value is not None:
             found[f"{family}/{name}"] = as_json(value)
     return found
@@ -200,7 +200,7 @@ def _presets(key: Key, family: str, catalog: Catalog) -> dict[str, str]:
 def _defaults_of(key: Key, family: str, keys: Keys) -> str:
     """The default that a model fills in, by flavour where they differ; empty where it is the shared one."""
     shared = None if key.field.is_required() else key.field.get_default(call_default_factory=True)
-    by_flavour = {name: value_at(document, key.path) for name, document in _published(family, keys).items()}
+    by_flavour = {name: value_at(document, _parts(key.path)) for name, document in _published(family, keys).items()}
     texts = {name: as_json(value) for name, value in by_flavour.items() if value is not None}
     if not texts or key.field.is_required() or set(texts.values()) == {as_json(shared)} or key.path == "model.flavour":
         return ""
@@ -236,20 +236,11 @@ SMALLEST: Mapping[str, Any] = {
 }
 
 
-def value_at(document: Any, path: str | Path) -> Any:
-    """The value at a key of the schema in a document, the first entry of lists; None where there is none."""
-    for part in _parts(path) if isinstance(path, str) else path:
-        known = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
-        if part not in known:
-            return None
-        document = document[part]
-    return document
-
-
-def _parts(path: str) -> list[str | int]:
+def _parts(path: str) -> Path:
+    """A key of the schema as a path in a document: of lists the first entry."""
     parts: list[str | int] = []
     for part in path.split("."):
         parts.append(part.removesuffix("[]"))
         if part.endswith("[]"):
             parts.append(0)
-    return parts
+    return tuple(parts)

@@ -10,13 +10,13 @@ from tuner.core.config import ModelConfigBase, RawConfig, RunConfig, examine_con
 from tuner.core.config.base import Section
 from tuner.core.config.data import InheritedConfig
 from tuner.core.config.describe import Key, as_json, default_words, meaning
-from tuner.core.config.document import dotted
+from tuner.core.config.document import dotted, value_at
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path
 from tuner.core.errors import NotHereError, UsageError
 from tuner.core.explain.costs import costs_of_value
 from tuner.core.explain.find import Keys, names
-from tuner.core.explain.keys import plain, value_at
+from tuner.core.explain.keys import plain
 from tuner.core.registry import family_of, model_schema, open_known
 from tuner.core.types import ModelFacts
 
@@ -170,7 +170,7 @@ def _complete(
 
 def _given(
     raw: RawConfig, keys: Keys, family: str, problems: list[UsageError], only: Collection[Path] | None
-) -> Iterator[Value]:  # fmt: skip
+) -> Iterator[Value]:
     """What was written, for a configuration that is not one yet."""
     for path, value in _leaves(raw):
         if not _wanted(path, only) or (path == ("cache", "dir") and not _is_written(raw, path)):

@@ -45,4 +45,5 @@ def of_model(known: list[Choice], model: str, tool: str) -> Choice:
 
 
 def schema_of(catalog: Catalog, choice: Choice | None) -> type[ModelConfigBase]:
+    """The ``model`` section of the chosen model; what all models share where none is chosen."""
     return ModelConfigBase if choice is None else model_schema(catalog, choice.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.core.config.foreign import Convert, ForeignOption, Given, Refused, Settings, ignored, option
+from tuner.core.config.foreign import Convert, ForeignOption, Given, Kind, Refused, Settings, ignored, option
 
 MODULE = "lycoris"
 """How names of its modules begin."""
@@ -80,7 +80,7 @@ def _preset_name(value: Any, given: Given) -> Settings | Refused:
     return Settings({"network.targets": [pattern for _, pattern in ends]}, _BY_NAME, changed=True)
 
 
-_SETTINGS = (
+_SETTINGS: tuple[tuple[str, str, Kind], ...] = (
     ("full_matrix", "network.full_matrix", "flag"),
     ("decompose_both", "network.decompose_both", "flag"),
     ("block_size", "network.block_size", "int"),
@@ -105,7 +105,7 @@ COMMAND_LINE: tuple[ForeignOption, ...] = (
     option("network_args.preset", kind="text", convert=_here(_preset_name)),
     option("network_args.dropout", kind="float", convert=_here(_to("network.dropout"))),
     option("network_args.factor", kind="int", convert=_here(_to("network.factor"), "networks.lokr")),
-    *(option(f"network_args.{name}", kind=kind, convert=_here(_to(key))) for name, key, kind in _SETTINGS),  # type: ignore[arg-type]
+    *(option(f"network_args.{name}", kind=kind, convert=_here(_to(key))) for name, key, kind in _SETTINGS),
     *(option(f"network_args.{name}", kind="flag", off=(None, False), note=why, refused=status)
       for name, status, why in _OTHERS),
 )  # fmt: skip
@@ -139,7 +139,7 @@ def _preset(value: Any, given: Given) -> Settings | Refused:
     refused = [each for each in (*targets, *rules) if isinstance(each, Refused)]
     if refused:
         return refused[0]
-    kept = [rule for rule in rules if len(rule) > 1]  # type: ignore[arg-type]
+    kept = [rule for rule in rules if isinstance(rule, dict) and len(rule) > 1]
     keys = {"network.targets": targets} if targets else {}
     return Settings({**keys, **({"network.rules[]": kept} if kept else {})}, _BY_NAME, changed=True)
 
@@ -177,7 +177,7 @@ FILE: tuple[ForeignOption, ...] = (
     option("module_dropout", "network.module_dropout", "float", off=(None, 0.0)),
     option("apply_preset", convert=_preset),
     option("factor", "network.factor", "int"),
-    *(option(name, key, kind) for name, key, kind in _SETTINGS),  # type: ignore[arg-type]
+    *(option(name, key, kind) for name, key, kind in _SETTINGS),
     *ignored("conv_dim conv_alpha", "trained blocks have no 3x3 convolutions"),
     *(option(name, kind="flag", off=(None, False), note=why, refused=status) for name, status, why in _OTHERS),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuner.core.config.document import dotted
+from tuner.core.config.document import dotted, value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.importing.source import shown_value
 
@@ -75,7 +75,7 @@ class Imported:
         return sum(row.where != "default" and not row.beside for row in self.rows)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Status, int]:
         found = Counter(row.status for row in self.rows)
         return {status: found[status] for status in TITLES if found[status]}
 
@@ -98,13 +98,3 @@ def fill_in(rows: Iterable[Row], config: dict[str, Any]) -> None:
     """Note in every row the values that its keys have in the finished configuration."""
     for row in rows:
         row.written = {dotted(path): value_at(config, path) for path in row.keys}
-
-
-def value_at(config: Any, path: Path) -> Any:
-    value = config
-    for part in path:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value

@@ -113,6 +113,7 @@ def _import(
     _data(into, given, data, base, home, needed=not only_data)
     _caches(into, values)
     if not only_data:
+        _loraplus(into)
         _whole_weights(into)
         _prompts(into, base)
         _local_weights(into.config.get("model", {}), base)
@@ -272,7 +273,6 @@ def _caches(into: Translation, values: dict[str, Any]) -> None:
     if moving and not (values.get("cache_latents") or values.get("cache_latents_to_disk")):
         note = "images are cut or coloured anew at every visit"
         into.add(Given("cache_latents", False, "default"), "default", note, {"cache.latents": "off"})
-    _loraplus(into)
     affixed = any(each.get(key) for each in captions for key in ("prefix", "suffix", "fixed_marker", "wildcards"))
     if affixed and asked:
         for row in into.rows:

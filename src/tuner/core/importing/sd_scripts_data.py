@@ -108,6 +108,7 @@ Level = dict[str, Value]
 
 
 def is_data_option(name: str) -> bool:
+    """Whether an option of a command line describes the data set."""
     return SPELLINGS.get(name, name) in OPTIONS
 
 
@@ -376,6 +377,7 @@ def look_up(levels: Sequence[Level], name: str) -> Value | None:
 
 
 def given_text(given: Given) -> str:
+    """The first value as a path without a slash at its end."""
     value = given.value[0] if isinstance(given.value, list) and given.value else given.value
     return str(value).rstrip("/\\")
 

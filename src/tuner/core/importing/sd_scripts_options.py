@@ -14,7 +14,6 @@ _NO_BETAS = "it belongs to noise-prediction models with a schedule of betas"
 _DEAD = "it does nothing for this kind of model there either, although it is accepted"
 _OTHER_MODELS = "it belongs to other model families"
 _SECRET = "secrets are read from the environment, never from a file"
-_HUB = ("huggingface_repo_id", ())
 
 GENERAL = (
     # model

@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(slots=True)
 class SetDraft:
-    """One set before sets that differ only in size are joined."""
+    """One set before sets that differ only in size are joined. geometry: its keys besides size and batch."""
 
     size: Any
     batch: int
@@ -44,6 +44,13 @@ def write_sets(into: Translation, drafts: Sequence[SetDraft]) -> None:
     """Put the sets into the configuration; sets that differ in size and batch alone become one with lists."""
     if not drafts:
         raise UsageError("no data set is left", fix="name a data set with images")
+    taken: set[str] = set()
+    sets = [_joined(group, ("data", "sets", number), taken) for number, group in enumerate(_alike(drafts))]
+    into.config["data"] = into.config.get("data", {}) | {"sets": sets}
+
+
+def _alike(drafts: Sequence[SetDraft]) -> list[list[SetDraft]]:
+    """Sets with the same geometry and sources, together."""
     groups: list[list[SetDraft]] = []
     for draft in drafts:
         plain = [each.value for each in draft.sources]
@@ -53,32 +60,32 @@ def write_sets(into: Translation, drafts: Sequence[SetDraft]) -> None:
             groups.append([draft])
         else:
             same.append(draft)
-    taken: set[str] = set()
-    sets: list[dict[str, Any]] = []
-    for number, group in enumerate(groups):
-        place: JsonPath = ("data", "sets", number)
-        sizes = [each.size for each in group]
-        entry: dict[str, Any] = {"resolution": sizes[0] if len(group) == 1 and isinstance(sizes[0], int) else sizes}
-        for row in [row for each in group for row in each.size_rows]:
-            _own(row, (*place, "resolution"))
-        batches = [each.batch for each in group]
-        rows = [row for each in group for row in each.batch_rows]
-        if rows or any(each != 1 for each in batches):
-            entry["batch_size"] = batches[0] if len(set(batches)) == 1 else batches
-            for row in rows:
-                _own(row, (*place, "batch_size"))
-        entry |= group[0].geometry.value
+    return groups
+
+
+def _joined(group: Sequence[SetDraft], place: JsonPath, taken: set[str]) -> dict[str, Any]:
+    """The set at ``place`` that a group becomes; its rows are told their keys. taken: names of sources so far."""
+    sizes = [each.size for each in group]
+    entry: dict[str, Any] = {"resolution": sizes[0] if len(group) == 1 and isinstance(sizes[0], int) else sizes}
+    for row in [row for each in group for row in each.size_rows]:
+        _own(row, (*place, "resolution"))
+    batches = [each.batch for each in group]
+    rows = [row for each in group for row in each.batch_rows]
+    if rows or any(each != 1 for each in batches):
+        entry["batch_size"] = batches[0] if len(set(batches)) == 1 else batches
+        for row in rows:
+            _own(row, (*place, "batch_size"))
+    entry |= group[0].geometry.value
+    for draft in group:
+        for path, row in draft.geometry.owners:
+            _own(row, (*place, *path))
+    entry["sources"] = []
+    for index, source in enumerate(group[0].sources):
+        entry["sources"].append({"id": _unique(source.value["path"], taken)} | source.value)
         for draft in group:
-            for path, row in draft.geometry.owners:
-                _own(row, (*place, *path))
-        entry["sources"] = []
-        for index, source in enumerate(group[0].sources):
-            entry["sources"].append({"id": _unique(source.value["path"], taken)} | source.value)
-            for draft in group:
-                for path, row in draft.sources[index].owners:
-                    _own(row, (*place, "sources", index, *path))
-        sets.append(entry)
-    into.config["data"] = into.config.get("data", {}) | {"sets": sets}
+            for path, row in draft.sources[index].owners:
+                _own(row, (*place, "sources", index, *path))
+    return entry
 
 
 def _own(row: Row, path: JsonPath) -> None:

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuner.core.config.build import examine_config
-from tuner.core.config.document import RawConfig, dotted, split_path
+from tuner.core.config.document import RawConfig, dotted, split_path, value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.config.model import ModelConfigBase
 from tuner.core.config.planned import unusable_keys
 from tuner.core.config.run import RunConfig
 from tuner.core.errors import UsageError
-from tuner.core.importing.report import LEFT_OUT, Row, Status, value_at
-
-_ROUNDS = 200
+from tuner.core.importing.report import LEFT_OUT, Row, Status
 
 
 def settle(config: dict[str, Any], rows: list[Row], schema: type[ModelConfigBase]) -> list[str]:
@@ -23,11 +21,11 @@ def settle(config: dict[str, Any], rows: list[Row], schema: type[ModelConfigBase
     for path, error in list(unusable_keys(RawConfig(json.loads(json.dumps(config))))):
         status: Status = "not_applicable" if "does not apply" in error.what else "not_built"
         _drop(config, rows, path, status, _reason(error))
-    for _ in range(_ROUNDS):
+    # Each round takes a key from its row, so this ends.
+    while True:
         _, problems = examine_config(RawConfig(json.loads(json.dumps(config))), schema)
         if not any(_resolved(config, rows, problem) for problem in problems):
             return [_told(problem) for problem in problems]
-    return []
 
 
 def drop_defaults(config: dict[str, Any], rows: list[Row]) -> None:

@@ -34,7 +34,7 @@ _DATA = (
     *ignored("parquet_caption_column parquet_filename_column", "name the columns in the data backend"),
     option("model_family", "model.family", "text"),
     option(_BACKENDS, note="its entries are rows of their own"),
-)  # fmt: skip
+)
 """Options of a run that its data backends fall back to, and those that are read here."""
 
 

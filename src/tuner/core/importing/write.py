@@ -6,11 +6,9 @@ from pathlib import Path as FilePath
 
 from tuner.core.config.jsonc import Path
 from tuner.core.config.locations import absolute_paths
-from tuner.core.config.write import one_line, written_object
+from tuner.core.config.write import in_order, one_line, written_object
 from tuner.core.importing.report import Imported, fill_in
 from tuner.core.importing.source import shown_value
-
-_ORDER = ("model", "data", "network", "optimizer", "schedule", "train", "precision", "checkpoint")
 
 
 def config_text(result: Imported) -> str:
@@ -20,12 +18,10 @@ def config_text(result: Imported) -> str:
         if row.note and row.keys and row.status in ("default", "changed", "missing"):
             shown = row.option if row.value is None else f"{row.option} {shown_value(row.value)}"
             comments.setdefault(row.keys[0], f"{shown}: {row.note}" if row.status != "default" else row.note)
-    known = [key for key in _ORDER if key in result.config]
-    ordered = {key: result.config[key] for key in [*known, *(key for key in result.config if key not in known)]}
     head = [f"// Imported from {result.tool} by tuner config import."]
     head += [f"// Not taken over: {row.option} ({row.note})" for row in result.rows if row.status == "not_built"]
     head += [f"// Still to do: {text.splitlines()[0]}" for text in result.open]
-    return "\n".join([*map(one_line, head), written_object(ordered, comments)]) + "\n"
+    return "\n".join([*map(one_line, head), written_object(in_order(result.config), comments)]) + "\n"
 
 
 def relocated(result: Imported, base: FilePath, home: FilePath) -> Imported:

@@ -114,6 +114,7 @@ def requirements_of(package: str) -> Iterator[Requirement]:
 
 
 def version_of(package: str) -> str | None:
+    """The version of an installed distribution, None for one that is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -38,7 +38,7 @@ def text_bytes(count: int, config: RunConfig, facts: ModelFacts) -> int:
 
 
 def disk_use(config: RunConfig, facts: ModelFacts, work: Work, trained: Trained) -> dict[str, float]:
-    """Bytes by what they are for. Captions are at most so many."""
+    """Bytes by what they are for. Those of captions are an upper limit."""
     kept_in = config.precision.compute if str(config.train.mode) == FULL else config.precision.adapter
     item = BYTES[config.checkpoint.dtype or kept_in]
     exported = trained.stored * item * (2 if config.ema.enabled and config.checkpoint.save_ema else 1)

@@ -73,7 +73,7 @@ def phases(
     found = [
         _encoding(config, facts, costs),
         _latents(config, facts, costs, work),
-        _loading(config, facts, costs, weights),
+        _loading(config, costs),
     ]
     step = step_phase(config, facts, costs, work, weights, trained)
     found.append(step)
@@ -101,31 +101,14 @@ def trained_memory(
     config: RunConfig, costs: CostRules, values: int, state_bytes: float, streamed: float = 0
 ) -> Trained:
     """What the trained values need. state_bytes: of the optimizer per value. streamed: values that live in host memory,
-    where their gradients and state are too. Gradients of an update inside the backward pass exist for one part of the
-    model at a time."""
+    where their gradients and state are too."""
     full = str(config.train.mode) == FULL
     optimizer = config.optimizer
     item = BYTES[config.precision.compute if full else config.precision.adapter]
-    each_gradient = 4 if config.precision.gradients == "fp32" else item
-    here = values - streamed
-    gradients, sent = here * each_gradient, streamed * each_gradient
-    blocks = streamed_count(config)
-    if optimizer.fuse != "off":
-        count = sum(each.count for each in costs.blocks)
-        block = max(each.parameters for each in costs.blocks) if full else values // count
-        one = largest_layer(costs.layers()) if full else block // 2
-        gradients = item * min(here, block if optimizer.fuse == "block" else one)
-        sent = 0
-    if streamed:
-        gradients += item * streamed / blocks * min(IN_FLIGHT, blocks)
     per_value = state_bytes + (2 if optimizer.rounding == "kahan" else 0)
     state = values * per_value
-    entry = entry_of(optimizer.name)
-    if optimizer.offload and (entry is None or not entry.separate):
-        # All of its state comes over for the update.
-        gradients += values * per_value
-    elif optimizer.rounding != "nearest" or optimizer.offload or streamed:
-        gradients += min(2 * OPTIMIZER_CHUNK, 8 * values)
+    gradients, sent = _gradients(config, costs, values, streamed, item)
+    gradients += _update_copies(config, values, per_value, streamed)
     away = values if optimizer.offload else streamed
     average = 4 * values if config.ema.enabled else 0
     # A start inside the weights is kept beside what trains, and again in checkpoints.
@@ -144,6 +127,35 @@ def trained_memory(
         saved=stored * item + fixed + state + average,
         written=4 * largest_layer(costs.layers()) if full else 2 * (values * item + fixed),
     )
+
+
+def _gradients(config: RunConfig, costs: CostRules, values: int, streamed: float, item: int) -> tuple[float, float]:
+    """Bytes of gradients (on the device, in host memory). Those of an update inside the backward pass exist for one
+    part of the model at a time. item: bytes of a trained value."""
+    full, fuse, blocks = str(config.train.mode) == FULL, config.optimizer.fuse, streamed_count(config)
+    size = 4 if config.precision.gradients == "fp32" else item
+    resident = values - streamed
+    here, sent = resident * size, streamed * size
+    if fuse != "off":
+        count = sum(each.count for each in costs.blocks)
+        block = max(each.parameters for each in costs.blocks) if full else values // count
+        one = largest_layer(costs.layers()) if full else block // 2
+        here, sent = item * min(resident, block if fuse == "block" else one), 0
+    if streamed:
+        here += item * streamed / blocks * min(IN_FLIGHT, blocks)
+    return here, sent
+
+
+def _update_copies(config: RunConfig, values: int, per_value: float, streamed: float) -> float:
+    """Bytes on the device beside weights and gradients during an update. per_value: of the optimizer's state."""
+    optimizer = config.optimizer
+    entry = entry_of(optimizer.name)
+    if optimizer.offload and (entry is None or not entry.separate):
+        # All of its state comes over for the update.
+        return values * per_value
+    if optimizer.rounding != "nearest" or optimizer.offload or streamed:
+        return min(2 * OPTIMIZER_CHUNK, 8 * values)
+    return 0
 
 
 def step_phase(
@@ -235,7 +247,7 @@ def _latents(config: RunConfig, facts: ModelFacts, costs: CostRules, work: Work)
     return Phase(name="latents", device=weights + working, host=weights, parts={"weights": weights, "at work": working})
 
 
-def _loading(config: RunConfig, facts: ModelFacts, costs: CostRules, weights: Weights) -> Phase:
+def _loading(config: RunConfig, costs: CostRules) -> Phase:
     """The denoiser from its file. Mapped pages of the file count as the process's until the file is closed; what is
     quantized or streamed goes through host memory in full."""
     # Files hold two bytes per value as a rule.

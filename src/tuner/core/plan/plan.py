@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tuner.core.errors import UsageError
+from tuner.core.optim.names import entry_of
 from tuner.core.plan.devices import Device
 from tuner.core.plan.disk import disk_use
 from tuner.core.plan.memory import Phase, phases, trained_memory
@@ -31,9 +32,10 @@ UNKNOWN_STATE = 8.0
 class Plan:
     """What is predicted. Bytes and seconds.
 
-    device: name; memory: of it, None when it is not known. phases: in the order of the run. seconds: of one update,
-    None without known rates; updates: of the whole run, None when its data was not there. trained: values that the
-    optimizer moves. notes: what the numbers do not include, or assume.
+    device: name; memory: of it, None when it is not known; overhead: what driver and libraries take of it. phases: in
+    the order of the run. seconds: of one update, None without known rates; updates: of the whole run, None when its
+    data was not there. trained: values that the optimizer moves. disk: bytes by what they are for. notes: what the
+    numbers do not include, or assume.
     """
 
     device: str
@@ -148,8 +150,6 @@ def costs_of(facts: ModelFacts) -> CostRules:
 
 def optimizer_state(config: RunConfig) -> tuple[float, bool]:
     """(bytes of optimizer state per trained value, whether that is known)."""
-    from tuner.core.optim.names import entry_of
-
     entry = entry_of(config.optimizer.name)
     return (UNKNOWN_STATE, False) if entry is None else (float(entry.bytes), True)
 

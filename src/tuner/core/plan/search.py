@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tuner.core.optim.names import entry_of
 from tuner.core.plan.devices import DEVICES, Device
 from tuner.core.plan.plan import Plan, costs_of, predict
 from tuner.core.plan.trained import FULL, trained_values
@@ -168,8 +169,6 @@ def _divisors(config: RunConfig, work: Work) -> list[int]:
 
 def _separate(config: RunConfig) -> bool:
     """Whether the optimizer goes with state, or weights, that come from host memory a few at a time."""
-    from tuner.core.optim.names import entry_of
-
     entry = entry_of(config.optimizer.name)
     return entry is not None and entry.separate
 

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tuner.core.adapters.divisors import block_size_of, butterfly_sizes, has_low_rank, two_factors
+from tuner.core.adapters.freezing import freeze_patterns, group_name, group_of
+from tuner.core.adapters.targets import select_targets
 from tuner.core.costs import CostRules, Layer
+from tuner.core.optim.groups import own_rate
+from tuner.core.types import ParamGroup
 
 if TYPE_CHECKING:
     from tuner.core.adapters.targets import Options, Target
@@ -34,8 +38,6 @@ def trained_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> in
     """Values that the optimizer moves. UsageError for patterns that match nothing."""
     if str(config.train.mode) == FULL:
         return whole_values(config, costs) - _frozen_values(config, facts, costs)
-    from tuner.core.adapters.targets import select_targets
-
     layers = {name: component_layers(costs, name) for name in config.train.components}
     network = config.network
     if network.rank == "from_file":
@@ -53,10 +55,6 @@ def whole_values(config: RunConfig, costs: CostRules) -> int:
 def _frozen_values(config: RunConfig, facts: ModelFacts, costs: CostRules) -> int:
     """Values of the matrices that ``train.freeze`` or a rate of 0 keeps as they are; small parameters count as trained,
     because costs do not know their names."""
-    from tuner.core.adapters.freezing import freeze_patterns, group_name, group_of
-    from tuner.core.optim.groups import own_rate
-    from tuner.core.types import ParamGroup
-
     patterns = freeze_patterns(config.train.freeze)
     total = 0
     for component in config.train.components:

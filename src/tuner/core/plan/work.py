@@ -31,9 +31,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """shapes: everything that is trained on. updates: of the whole run, None when it is not known. captions: texts that
-    are cached; pixels: of all images that are. seen: whether the data was there; else one size per set is assumed.
-    common: whether no set names its own size of micro-batches, so that ``train.batch_size`` is that of all."""
+    """What a run has to do.
+
+    shapes: everything that is trained on. updates: of the whole run, None when it is not known. captions: number of
+    texts that are cached; pixels: of all images that are cached. seen: whether the data was there; if not, one size per
+    set is assumed. common: whether ``train.batch_size`` is the size of all micro-batches, because no set names another.
+    """
 
     shapes: tuple[Shape, ...]
     updates: int | None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def noise_target(latents: Tensor, noise: Tensor, sigmas: Tensor) -> NoiseTarget:
-    """Rectified flow."""
+    """Rectified flow for latents and noise [B,C,h,w] at sigmas [B], unless the model has a hook of its own."""
     from tuner.core.flow.objective import rectified_flow
 
     return rectified_flow(latents, noise, sigmas)

@@ -73,6 +73,7 @@ class ProblemMemory:
 
 
 def problem_key(dist: str, version: str, name: str) -> str:
+    """What a problem is remembered under: another version of the package is asked anew."""
     return f"{dist} {version} {name}"
 
 

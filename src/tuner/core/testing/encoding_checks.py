@@ -140,6 +140,7 @@ class EncodingChecks:
 
 
 def with_text(batch: Batch, text: TextEmbeds) -> Batch:
+    """The batch with other encoded captions, and without a mask."""
     return Batch(latents=batch.latents, text=text, loss_mask=None, loss_weight=batch.loss_weight, items=batch.items)
 
 

@@ -57,6 +57,7 @@ _PATH_IN_TEXT = re.compile(r"(?<![\w.:/\\…])(?:~|[A-Za-z]:|\\)?[/\\](?:[^\s\"'
 
 
 def page(title: str, body: str) -> str:
+    """A whole HTML document that loads nothing from elsewhere. title: plain text; body: HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -95,6 +96,7 @@ def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
 
 
 def details(summary: str, content: str) -> str:
+    """A part of the page that opens at a click; nothing when it has no content. summary: plain text."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""
 
 

@@ -226,6 +226,7 @@ class CheckpointWriter:
 
 
 def file_digest(path: Path) -> str:
+    """BLAKE2b of a file, 16 bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

@@ -100,6 +100,7 @@ def require_writable(path: Path, what: str, key: str) -> None:
 
 
 def not_writable(what: str, path: Path, key: str, error: OSError) -> UsageError:
+    """Why nothing can be written to ``path``. what: its name for a reader; key: the setting that names it."""
     blocked = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
     why = f"{blocked} is a file" if blocked is not None else error.strerror or str(error)
     return UsageError(f"cannot write to {what}", where=f"{path}, {key}", why=why, fix=f"set {key} to another folder")

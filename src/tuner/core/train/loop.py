@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
+    """One update. step: its number, from 1; batches: its micro-batches."""
+
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult: ...
 
 

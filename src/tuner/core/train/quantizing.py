@@ -219,4 +219,5 @@ def _forget_originals(denoiser: nn.Module) -> None:
 
 
 def difference_text(result: Parity) -> str:
+    """How far quantized arithmetic is from plain arithmetic, in words."""
     return f"the loss differs by {result.loss:.2%}, the adapter's gradient by {result.gradient:.2%}"

@@ -122,7 +122,7 @@ def survey(
 
 def _look(
     config: RunConfig, records: Iterable[ImageRecord], on_progress: Callable[[int, int], None] | None
-) -> dict[Path, Picture | UsageError]:  # fmt: skip
+) -> dict[Path, Picture | UsageError]:
     paths = list(dict.fromkeys(record.path for record in records))
     tick = None if on_progress is None else (lambda done: on_progress(done, len(paths)))
     return look_at_all(paths, config.data.workers.scan, tick)

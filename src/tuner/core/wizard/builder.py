@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+from tuner.core.config.document import value_at
 from tuner.core.config.jsonc import Path
 from tuner.core.errors import UsageError
 from tuner.core.plan.plan import Plan
@@ -17,7 +18,7 @@ from tuner.core.track.progress import byte_size
 from tuner.core.types import ModelFacts
 from tuner.core.wizard import reasons
 from tuner.core.wizard.card import Card, choose_card
-from tuner.core.wizard.document import GONE, shortened, value_at, with_values
+from tuner.core.wizard.document import GONE, shortened, with_values
 from tuner.core.wizard.goals import (
     FULL,
     SMALL,

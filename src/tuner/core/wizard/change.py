@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from tuner.core.config import RawConfig, RunConfig, load_config
+from tuner.core.config.document import value_at
 from tuner.core.config.edit import edited_text, keys_under
 from tuner.core.config.inherit import resolve_data
 from tuner.core.config.jsonc import Path, parse
@@ -19,7 +20,7 @@ from tuner.core.plan.prepare import prepare
 from tuner.core.registry import Catalog, typed_config
 from tuner.core.types import ModelFacts
 from tuner.core.wizard.builder import Builder, Outcome
-from tuner.core.wizard.document import GONE, shortened, value_at
+from tuner.core.wizard.document import GONE, shortened
 from tuner.core.wizard.goals import best_edge
 from tuner.core.wizard.models import ChosenModel, ask_family, choose_model
 from tuner.core.wizard.pictures import ChosenPictures, Pictures, choose_pictures, look_at_pictures

@@ -8,12 +8,8 @@ from pathlib import Path as FilePath
 from typing import Any, Final
 
 from tuner.core.config.jsonc import Path
-from tuner.core.config.write import one_line, written_object
+from tuner.core.config.write import in_order, one_line, written_object
 
-ORDER = (
-    "model", "data", "network", "optimizer", "train", "precision", "memory", "quantize", "checkpoint", "sample",
-    "validate",
-)  # fmt: skip
 GONE: Final = object()
 """The value of a key that must not be there."""
 
@@ -43,18 +39,6 @@ def _put(target: Any, path: Path, value: Any) -> None:
         del target[key]
 
 
-def value_at(document: Any, path: Path) -> Any:
-    """What is at a path, None for nothing."""
-    for key in path:
-        if isinstance(document, Mapping):
-            document = document.get(key)
-        elif isinstance(document, list) and isinstance(key, int) and key < len(document):
-            document = document[key]
-        else:
-            return None
-    return document
-
-
 def shortened(value: Any, base: FilePath) -> Any:
     """A copy in which absolute paths below ``base`` are relative to it, so that the folder can be moved."""
     if isinstance(value, Mapping):
@@ -68,6 +52,4 @@ def shortened(value: Any, base: FilePath) -> Any:
 
 def new_text(document: Mapping[str, Any], comments: Mapping[Path, str], head: tuple[str, ...]) -> str:
     """The file: comment lines, then the sections in their order."""
-    known = [key for key in ORDER if key in document]
-    ordered = {key: document[key] for key in [*known, *(key for key in document if key not in known)]}
-    return "\n".join([*(one_line(f"// {line}") for line in head), written_object(ordered, comments)]) + "\n"
+    return "\n".join([*(one_line(f"// {line}") for line in head), written_object(in_order(document), comments)]) + "\n"

@@ -86,6 +86,7 @@ def best_edge(size: int, facts: ModelFacts | None) -> int:
 
 
 def granularity(facts: ModelFacts | None) -> int:
+    """Pixels that the edges of pictures are multiples of; at least 16."""
     return 16 if facts is None else max(facts.resolution_multiple, 16)
 
 
@@ -96,6 +97,7 @@ def edge_of(edge: int, pace: Pace, facts: ModelFacts | None) -> int:
 
 
 def steps_of(goal: str, pace: Pace, images: int) -> int:
+    """Updates for a goal at a pace with so many pictures, a multiple of `ROUND`."""
     chosen = GOALS[goal]
     steps = min(max(images * chosen.per_picture, chosen.least), chosen.most) * PACES[pace][0]
     return max(ROUND, round(steps / ROUND) * ROUND)

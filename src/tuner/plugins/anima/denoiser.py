@@ -133,6 +133,8 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    """Attention among the image tokens, with rotary positions."""
+
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__(width, width, heads, head_dim)
 
@@ -148,6 +150,8 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    """Attention of the image tokens to the text, without positions."""
+
     def joint(self) -> tuple[nn.Linear, ...]:
         return self.k_proj, self.v_proj
 
@@ -161,6 +165,8 @@ class CrossAttention(Attention):
 
 
 class Mlp(nn.Module):
+    """Two linears with GELU between them; x [B, N, D] -> [B, N, D]."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.layer1 = nn.Linear(width, hidden, bias=False)
@@ -202,6 +208,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Adaptive norm and the linear from tokens to the values of their patches."""
+
     def __init__(self, sizes: DenoiserSizes) -> None:
         super().__init__()
         self.linear = nn.Linear(sizes.width, sizes.out_channels * PATCH * PATCH, bias=False)

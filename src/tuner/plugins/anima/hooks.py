@@ -85,7 +85,7 @@ def encode_latents(models: Models, config: RunConfig, pixels: Tensor, rng: Rng |
 
 @hookimpl
 def decode_latents(models: Models, latents: Tensor) -> Tensor:
-    """Pixels of latents, clamped to -1..1."""
+    """Pixels [B,3,H,W] of latents [B,C,h,w], clamped to -1..1."""
     vae = _vae(models)
     return vae.decode(latents.to(vae.latent_mean.device))
 

@@ -223,7 +223,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `pack`; grid: rows and columns of tokens."""
+    """Tokens [B, N, 4C] to latents [B,C,h,w], the inverse of `pack`; grid: rows and columns of tokens."""
     rows, columns = grid
     patches = tokens.reshape(tokens.shape[0], rows, columns, -1, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * PATCH, columns * PATCH)

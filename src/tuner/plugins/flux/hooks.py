@@ -83,7 +83,7 @@ def encode_latents(models: Models, config: RunConfig, pixels: Tensor, rng: Rng |
 
 @hookimpl
 def decode_latents(models: Models, latents: Tensor) -> Tensor:
-    """Pixels of latents, clamped to -1..1."""
+    """Pixels [B,3,H,W] of latents [B,C,h,w], clamped to -1..1."""
     assert models.vae is not None
     return autoencoder.decode(models.vae, latents)
 

@@ -201,7 +201,7 @@ _SIMPLETUNER_SHARED: tuple[ForeignOption, ...] = (
     option("t5_padding", "text_encoder.zero_padding", "text", values={"zero": True}, off=(None, "unmodified")),
     *unbuilt("flux_fast_schedule", "timesteps from a list", "flag"),
     option("tokenizer_max_length", "text_encoder.max_tokens.t5", "int"),
-)  # fmt: skip
+)
 
 _SIMPLETUNER = (
     ForeignFamily(

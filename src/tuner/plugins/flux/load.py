@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +12,9 @@ from tuner.core.compute.dtypes import dtype_by_name
 from tuner.core.compute.encoders import read_settings
 from tuner.core.compute.weights import assign, read_tensors
 from tuner.core.errors import UsageError
-from tuner.core.files import key_mismatch
 
 from . import denoiser as network
-from .names import original_names, to_diffusers
+from .names import to_diffusers
 from .sizes import bare_names, denoiser_sizes, diffusers_shapes, layout_of
 
 if TYPE_CHECKING:
@@ -62,34 +60,3 @@ def diffusers_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[s
             continue
         unit = value.shape[0] // sum(found.rows)
         yield from zip(found.names, torch.split(value, [unit * rows for rows in found.rows]), strict=True)
-
-
-def original_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names and values to original ones, bit for bit; the inverse of `diffusers_tensors`.
-
-    Raises UsageError for a joint matrix of which a part is missing, and for names without an original.
-    """
-
-    def depth(root: str) -> int:
-        return 1 + max(
-            (int(match[1]) for name in tensors if (match := re.match(rf"{root}\.(\d+)\.", name))), default=-1
-        )
-
-    found: dict[str, Tensor] = {}
-    used: set[str] = set()
-    layers = depth(r"distilled_guidance_layer\.layers")
-    for name in original_names(depth("transformer_blocks"), depth("single_transformer_blocks"), layers):
-        place = to_diffusers(name)
-        assert place is not None
-        present = [each for each in place.names if each in tensors]
-        if not present:
-            continue
-        if len(present) < len(place.names):
-            raise UsageError(f"{name} cannot be put together", why=f"there is no {set(place.names) - set(present)}")
-        value = torch.cat([tensors[each] for each in present]) if len(present) > 1 else tensors[present[0]]
-        found[name] = torch.cat(value.chunk(2)[::-1]) if place.exchange else value
-        used.update(present)
-    error = key_mismatch((), set(tensors) - used, None)
-    if error is not None:
-        raise error
-    return found

@@ -33,7 +33,7 @@ class SD3Config(ModelConfigBase):
             optional=("t5",),
         ),
     ] = Field(default_factory=dict)  # type: ignore[assignment]
-    """``clip_l``, ``clip_g``, ``t5``: a file or folder each, where ``path`` does not bring them. Without any T5 its
+    """``clip_l``, ``clip_g``, ``t5``: a file or folder each, where ``path`` does not bring them. Without a T5 its
     part of the text is zeros."""
     tokenizers: Annotated[
         dict[Literal["clip", "t5"], ComponentSource],
