@@ -57,7 +57,7 @@ def model_names(name: str | None) -> ModelNames:
     names = [entry.name for entry in catalog.entries(MODELS)]
     if name is None and len(names) != 1:
         raise UsageError(
-            "which model are these files for?", why=f"installed: {', '.join(names)}", fix="add --model NAME"
+            "which model are these files for?", why=f"installed: {', '.join(names)}", fix="add --model NAME; tuner inspect FILE tells it"
         )
     chosen = name or names[0]
     descriptor = catalog.model(chosen)
