@@ -57,8 +57,10 @@ class Run:
 def model_schema(catalog: Catalog, family: str) -> type[ModelConfigBase]:
     """The pydantic model of a plugin's ``model`` section."""
     entry = catalog.entry(MODELS, family)
-    schema = catalog.load(entry, "descriptor", catalog.model(family).config)
-    assert isinstance(schema, type) and issubclass(schema, ModelConfigBase)
+    reference = catalog.model(family).config
+    schema = catalog.load(entry, "descriptor", reference)
+    if not (isinstance(schema, type) and issubclass(schema, ModelConfigBase)):
+        raise UsageError(f"{reference} of the plugin {family!r} is not a ModelConfigBase")
     return schema
 
 
