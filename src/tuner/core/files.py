@@ -113,7 +113,7 @@ def find_weights(folder: Path) -> Path:
     )
     if not found:
         inside = sorted({file.parent for file in folder.glob("*/*.safetensors")})
-        fix = f"name one of: {', '.join(map(str, inside))}" if inside else "name the folder or file that holds the weights"
+        fix = f"name one of: {', '.join(map(str, inside))}" if inside else "name what holds the weights"
         raise UsageError("no weights in this folder", where=str(folder), why="it has no .safetensors file", fix=fix)
     plain = [file for file in found if "." not in file.stem]
     if len(found) > 1 and len(plain) == 1:

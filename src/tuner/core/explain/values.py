@@ -164,7 +164,9 @@ def _complete(
         result.problems.extend(problem.parts or (problem,))
         return typed, None
     if absent is not None:
-        result.notes.append(f"{absent.where or absent.what} is not here: defaults are those of the published {facts.flavour}")
+        result.notes.append(
+            f"{absent.where or absent.what} is not here: defaults are those of the published {facts.flavour}"
+        )
     return config, facts
 
 

@@ -30,8 +30,8 @@ def prepare(
     except NotHereError as absent:
         what = f"no plan without weights: {absent.what}"
         raise UsageError(what, where=absent.where, why=absent.why, fix=absent.fix) from absent
-    absent = missing and (missing.where or missing.what)
-    return config, facts, replace(work_of(config, facts), common=_is_common(document), absent=absent)
+    place = None if missing is None else missing.where or missing.what
+    return config, facts, replace(work_of(config, facts), common=_is_common(document), absent=place)
 
 
 def _is_common(document: Mapping[str, Any]) -> bool:

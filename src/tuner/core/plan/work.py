@@ -33,8 +33,8 @@ class Shape:
 class Work:
     """shapes: everything that is trained on. updates: of the whole run, None when it is not known. captions: texts that
     are cached; pixels: of all images that are. seen: whether the data was there; else one size per set is assumed.
-    common: whether no set names its own size of micro-batches, so that ``train.batch_size`` is that of all. absent: which of the model's
-    files is not here, None when all are."""
+    common: whether no set names its own size of micro-batches, so that ``train.batch_size`` is that of all. absent:
+    which of the model's files is not here, None when all are."""
 
     shapes: tuple[Shape, ...]
     updates: int | None
