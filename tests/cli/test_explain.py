@@ -169,7 +169,7 @@ def test_a_preset_is_an_origin_and_the_file_wins_over_it(tmp_path: Path, capsys:
     assert found["memory.checkpointing"]["origin"] == "preset flux/lora"
     assert found["network.rank"]["origin"] == "c.json:1"
     assert (found["network.alpha"]["default"], found["network.alpha"]["changed"]) == ("8.0", True)
-    assert "the weights are not here: defaults are those of the published dev" in told(capsys, "c.json", "train")
+    assert "is not here: defaults are those of the published dev" in told(capsys, "c.json", "train")
 
 
 def test_only_what_was_changed_can_be_shown(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,21 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "cache", "verify"])
+def test_a_misspelt_key_is_told_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model": {"family": "anima"}, "train": {"stepz": 4}}', encoding="utf-8")
+    code = f"""
+import sys
+from tuner.cli.main import main
+code = main([{command!r}, {str(config)!r}])
+sys.exit("imported torch" if "torch" in sys.modules else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean 'steps'?" in done.stderr
+
+
 def test_help_lists_every_command_and_model() -> None:
     done = run("--help")
     assert done.returncode == 0
@@ -60,10 +75,11 @@ def test_a_command_works_with_nobody_to_write_to(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
-    assert caught.value.code == 0
-    assert f"usage: tuner {name}" in capsys.readouterr().out
+    for arguments in ([name, "--help"], ["help", name]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert f"usage: tuner {name}" in capsys.readouterr().out
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +93,10 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["trian"], "error: there is no command 'trian'\n  fix: did you mean 'tuner train'?\n"),
         (["frobnicate"], "error: there is no command 'frobnicate'\n  fix: tuner --help lists the commands\n"),
         (["train"], "error: which configuration?\n  fix: tuner train config.json\n"),
-        (["check", "nothing.json"], "error: the configuration file does not exist\n  at: nothing.json\n"),
+        (["check", "nothing.json"], "error: the configuration file does not exist\n  at: nothing.json\n"
+            "  fix: check the path; tuner configure writes a configuration\n"),
+        (["train", "--moedl", "x"], "error: tuner train: unrecognized arguments: --moedl\n"
+            "  fix: did you mean '--model'?\n"),
         (["train", "--what"], "error: tuner train: unrecognized arguments: --what\n  fix: tuner train --help\n"),
         (["convert", "a", "b"], "error: tuner convert: the following arguments are required: --to\n"),
         (["plugins", "show", "ghost"], "error: there is no model plugin 'ghost'\n"),

@@ -105,6 +105,12 @@ def test_strengths_of_blocks_scale_and_take_out(out):
         torch.testing.assert_close(value, wanted[name] if inside else base[name], rtol=0, atol=2e-5)
 
 
+def test_a_strength_that_is_no_number_is_told(out, capsys):
+    assert main(["merge", f"{path(LORA)}:0,8", "--base", path(BASE), "--model", "flux", "--out", str(out)]) == 2
+    assert "cannot read the strength '0,8'" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(out, capsys):
     words = ["merge", path(LORA), "--base", path(BASE), "--strength", "single_blocks.*=0", "--model", "flux"]
     assert main([*words, "--out", str(out)]) == 2

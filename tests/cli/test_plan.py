@@ -37,7 +37,7 @@ def test_every_phase_is_shown_with_its_memory(config: str, capsys: pytest.Captur
     ):
         assert expected in streams.out
     assert "1000 steps in" in streams.out and "estimated" in streams.out
-    assert "the weights are not here" in streams.err
+    assert "model.path: " in streams.err and "is not here: sizes are those of the published model" in streams.err
 
 
 def test_what_does_not_fit_is_said_and_fails(config: str, capsys: pytest.CaptureFixture[str]) -> None:

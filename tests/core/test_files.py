@@ -149,3 +149,11 @@ def test_reading_a_header_does_not_import_torch(file: Path) -> None:
         f"safetensors_header({str(file)!r}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_with_weights_in_its_folders_names_these(tmp_path):
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model" / "transformer" / "model.safetensors")
+    with pytest.raises(UsageError) as caught:
+        weight_header(tmp_path / "model")
+    assert caught.value.fix == f"name one of: {tmp_path / 'model' / 'transformer'}"

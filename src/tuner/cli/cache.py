@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import error, heading, out, out_json, result_alone, table, warn
-from tuner.cli.settings import add_setting_options, load, same_settings
+from tuner.cli.settings import add_setting_options, load, load_valid, same_settings
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,9 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("dir", "yes"):
         if getattr(arguments, name):
             raise UsageError(f"--{name} is for info, verify and prune", fix=f"tuner cache info --{name}")
+    from tuner.core.registry import Catalog
+
     if len(words) > 1:
         raise UsageError("one configuration at a time", fix=f"tuner cache {words[0]}")
-    raw = _load(arguments, words[0] if words else None)
+    arguments.config = words[0] if words else None
+    raw = load_valid(arguments, Catalog())
     from tuner.core.train.logs import set_up_logging
     from tuner.core.train.run import cache_only
 

@@ -40,13 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     raw = load(arguments, catalog)
     config = typed_config(raw, catalog)
     try:
-        config, facts, here = open_known(config, catalog, raw)
-        if not here:
-            warn(
-                f"{config.model.path} is not here: what weights decide is that of the published model {facts.flavour!r}"
-            )
-    except NotHereError as absent:
-        warn(f"{config.model.path} is not here, and what weights decide is left open: {absent.what}")
+        config, facts, absent = open_known(config, catalog, raw)
+        if absent is not None:
+            place = absent.where or absent.what
+            warn(f"{place} is not here: what weights decide is that of the published model {facts.flavour!r}")
+    except NotHereError as unknown:
+        warn(f"{unknown.where} is not here, and what weights decide is left open: {unknown.what}")
     out(resolved_text(config).rstrip())
     return 0
 

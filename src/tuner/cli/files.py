@@ -28,7 +28,11 @@ class ModelNames:
 
     def require_weights(self) -> WeightMaps:
         if self.weights is None:
-            raise UsageError(f"the model {self.name!r} does not say how its weight files are laid out")
+            raise UsageError(
+                f"the model {self.name!r} does not say how its weight files are laid out",
+                why="its plugin declares no weight_maps",
+                fix="ask the plugin's author",
+            )
         return self.weights
 
 
@@ -60,7 +64,9 @@ def model_names(name: str | None) -> ModelNames:
     names = [entry.name for entry in catalog.entries(MODELS)]
     if name is None and len(names) != 1:
         raise UsageError(
-            "which model are these files for?", why=f"installed: {', '.join(names)}", fix="add --model NAME"
+            "which model are these files for?",
+            why=f"installed: {', '.join(names)}",
+            fix="add --model NAME; tuner inspect FILE tells it",
         )
     chosen = name or names[0]
     descriptor = catalog.model(chosen)

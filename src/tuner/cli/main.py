@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     never_fail_to_write()
     try:
+        if arguments[:1] == ["help"] and len(arguments) > 1:
+            arguments = [*arguments[1:], "--help"]
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             return _help()
         if arguments[0] in ("-V", "--version"):
@@ -103,7 +105,17 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, like all others."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(f"{self.prog}: {message}", fix=f"{self.prog} --help")
+        raise UsageError(f"{self.prog}: {message}", fix=self._meant(message) or f"{self.prog} --help")
+
+    def _meant(self, message: str) -> str | None:
+        """The option that the first unknown one of a message resembles."""
+        from difflib import get_close_matches
+
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if unknown == message or not unknown.startswith("--"):
+            return None
+        guess = get_close_matches(unknown, self._option_string_actions, n=1)
+        return f"did you mean {guess[0]!r}?" if guess else None
 
 
 def _help() -> int:

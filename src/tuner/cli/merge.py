@@ -63,11 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     names = model_names(arguments.model)
+    given = [split_strength(text) for text in arguments.adapters]
+    target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[path for path, _ in given])
     from tuner.core.adapters.baking import with_strengths
     from tuner.core.adapters.merging import read_addition
 
-    given = [split_strength(text) for text in arguments.adapters]
-    target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[path for path, _ in given])
     additions = [read_addition(path, strength, names.adapters, where="ADAPTER") for path, strength in given]
     chosen = with_strengths(additions, dict(_factor(text) for text in arguments.strength))
     chosen = [addition for addition in chosen if addition.strength]
@@ -97,6 +97,8 @@ def split_strength(text: str) -> tuple[Path, float]:
     """``file.safetensors:0.8`` as path and strength; a colon that no number follows belongs to the name."""
     name, colon, number = text.rpartition(":")
     strength = _number(number) if colon and name else None
+    if strength is None and colon and not Path(text).exists() and Path(name).is_file():
+        raise UsageError(f"cannot read the strength {number!r}", where=text, fix=f"write {name}:0.8, for example")
     return (Path(text), 1.0) if strength is None else (Path(name), _finite(strength, text))
 
 

@@ -56,18 +56,21 @@ def _chosen(catalog: Catalog, names: Sequence[str]) -> list[Entry]:
         if not matching and problem is not None:
             raise problem.as_error()
         if not matching:
-            raise _unknown(name, plugin_packages())
+            raise _unknown(name, plugin_packages(), [each.name for each in entries])
         chosen |= dict.fromkeys(matching)
     return list(chosen) if names else entries
 
 
-def _unknown(name: str, packages: dict[str, str]) -> UsageError:
+def _unknown(name: str, packages: dict[str, str], plugins: Sequence[str]) -> UsageError:
+    from difflib import get_close_matches
     from importlib import metadata
 
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return UsageError(f"there is no installed plugin {name!r}", fix=f"tuner plugins install {name}")
+        guess = get_close_matches(name, plugins, n=1)
+        fix = f"did you mean {guess[0]!r}?" if guess else f"tuner plugins install {name}"
+        return UsageError(f"there is no installed plugin {name!r}", fix=fix)
     if canonicalize_name(name) in packages:
         return UsageError(f"the plugins of {name} {version} cannot be read", fix=f"tuner plugins uninstall {name}")
     return UsageError(

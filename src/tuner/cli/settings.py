@@ -50,3 +50,12 @@ def load(arguments: argparse.Namespace, catalog: Catalog) -> RawConfig:
     return load_config(
         Path(arguments.config) if arguments.config else {}, model=arguments.model, sets=arguments.sets, preset=preset
     )
+
+
+def load_valid(arguments: argparse.Namespace, catalog: Catalog) -> RawConfig:
+    """``load``, with the schema checked at once: a misspelt key does not wait for torch to be imported."""
+    from tuner.core.registry import typed_config
+
+    raw = load(arguments, catalog)
+    typed_config(raw, catalog)
+    return raw

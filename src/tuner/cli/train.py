@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tuner.cli.console import heading, out, out_json, result_alone, table
-from tuner.cli.settings import add_setting_options, load
+from tuner.cli.settings import add_setting_options, load, load_valid
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,12 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.keep_going:
         raise UsageError("--keep-going is for several configurations", fix="name more, or leave it out")
     arguments.config = arguments.configs[0] if arguments.configs else None
-    raw = load(arguments, Catalog())
     if arguments.dry_run:
         from tuner.cli.check import report
 
-        return report(raw, as_json=arguments.json, resuming=arguments.resume is not None)
-    return _train(raw, arguments.resume, as_json=arguments.json)
+        return report(load(arguments, Catalog()), as_json=arguments.json, resuming=arguments.resume is not None)
+    return _train(load_valid(arguments, Catalog()), arguments.resume, as_json=arguments.json)
 
 
 def _train(raw: RawConfig, resume: str | None, *, as_json: bool) -> int:
@@ -62,7 +61,7 @@ def _train(raw: RawConfig, resume: str | None, *, as_json: bool) -> int:
     done = "finished" if summary.reason == "finished" else f"{summary.reason}, to go on add --resume"
     out(f"{done}: step {summary.steps}, {summary.seconds:.0f} s, {summary.folder}")
     for path in summary.files:
-        out(f"adapter: {path}")
+        out(f"wrote {path}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tuner.cli.console import out, out_json, result_alone, table
-from tuner.cli.settings import add_config_arguments, load
+from tuner.cli.settings import add_config_arguments, load_valid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tuner.core.registry import Catalog
 
-    raw = load(arguments, Catalog())
+    raw = load_valid(arguments, Catalog())
     from tuner.core.train.logs import set_up_logging
     from tuner.core.train.verify import verify
 

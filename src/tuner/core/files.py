@@ -112,8 +112,9 @@ def find_weights(folder: Path) -> Path:
         file for suffix in ("*.safetensors", "*.sft") for file in folder.glob(suffix)
     )
     if not found:
-        raise UsageError("no weights in this folder", where=str(folder), why="it has no .safetensors file",
-                         fix="name the folder or file that holds the weights")  # fmt: skip
+        inside = sorted({file.parent for file in folder.glob("*/*.safetensors")})
+        fix = f"name one of: {', '.join(map(str, inside))}" if inside else "name what holds the weights"
+        raise UsageError("no weights in this folder", where=str(folder), why="it has no .safetensors file", fix=fix)
     plain = [file for file in found if "." not in file.stem]
     if len(found) > 1 and len(plain) == 1:
         return plain[0]
@@ -133,7 +134,12 @@ def sharded_header(index: Path) -> WeightHeader:
     except OSError as error:
         raise UsageError("cannot read the shard index", where=str(index), why=error.strerror) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError("this is not a shard index", where=str(index), why="it has no weight_map") from error
+        raise UsageError(
+            "this is not a shard index",
+            where=str(index),
+            why="it has no weight_map",
+            fix="name a .safetensors file, or the index of its shards",
+        ) from error
     if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise UsageError("this is not a shard index", where=str(index), why="its weight_map does not name files")
     tensors: dict[str, TensorInfo] = {}

@@ -61,7 +61,7 @@ def test_the_new_extension_passes_its_test(projects, site):
     call([*PYTEST, "."], env=environment(site), cwd=projects / "tuner-echo-2")
 
 
-def test_the_new_model_trains_from_its_preset_with_the_new_extension(projects, site, tmp_path):
+def test_the_new_model_is_checked_and_trains_from_its_preset_with_the_new_extension(projects, site, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     Image.effect_noise((64, 64), 50).convert("RGB").save(images / "a.png")
@@ -78,8 +78,10 @@ def test_the_new_model_trains_from_its_preset_with_the_new_extension(projects, s
         "extensions": ["echo-2"],
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    command = [*TUNER, "train", "config.json", "--model", "paint-box", "--preset", "paint-box/lora"]
-    call([*command, "--set", "train.steps=3"], env=environment(site), cwd=tmp_path)
+    settings = ["config.json", "--model", "paint-box", "--preset", "paint-box/lora", "--set", "train.steps=3"]
+    checked = call([*TUNER, "check", *settings], env=environment(site), cwd=tmp_path).stdout
+    assert "vae: code alone, without weights" in checked and "no problems found" in checked
+    call([*TUNER, "train", *settings], env=environment(site), cwd=tmp_path)
     assert (tmp_path / "out/out.safetensors").is_file()
     assert '"train": {\n    "mode": "lora"' in (tmp_path / "out/config.resolved.json").read_text(encoding="utf-8")
 

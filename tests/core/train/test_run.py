@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tuner.core.errors import UsageError
 from tuner.core.track.events import read_events
+from tuner.core.track.record import read_run
 from tuner.core.train.checkpoint import list_checkpoints
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.run import cache_only, train
@@ -191,10 +192,15 @@ def test_a_finished_run_can_be_made_longer(make_config, tmp_path):
     assert losses(folder) == losses(tmp_path / "whole/run")
 
 
-def test_a_finished_run_that_is_not_made_longer_says_so(make_config):
-    train(make_config())
-    with pytest.raises(UsageError, match="already at step 7"):
-        train(make_config(), resume="auto")
+def test_a_finished_run_that_is_not_made_longer_says_so_and_stays_finished(make_config, tmp_path):
+    folder = tmp_path / "run"
+    train(make_config(checkpoint__dir=str(folder)))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for changes in ({}, {"train__steps": 5}):
+        with pytest.raises(UsageError, match="already at step 7"):
+            train(make_config(checkpoint__dir=str(folder), **changes), resume="auto")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert read_run(folder).state() == "finished"
 
 
 def test_resuming_with_another_configuration_is_refused_by_name(make_config):

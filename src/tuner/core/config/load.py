@@ -88,7 +88,11 @@ def _document(path: FilePath) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError("the configuration file does not exist", where=str(path)) from None
+        raise UsageError(
+            "the configuration file does not exist",
+            where=str(path),
+            fix="check the path; tuner configure writes a configuration",
+        ) from None
     except IsADirectoryError:
         raise UsageError("the configuration must be a file, this is a folder", where=str(path)) from None
     except UnicodeDecodeError as error:

@@ -156,15 +156,17 @@ def _complete(
 ) -> tuple[RunConfig, ModelFacts | None]:  # fmt: skip
     """The configuration with the defaults of its model where they can be known."""
     try:
-        config, facts, here = open_known(typed, keys.catalog, raw)
+        config, facts, absent = open_known(typed, keys.catalog, raw)
     except NotHereError as unknown:
         result.notes.append(f"defaults of the model are not known: {unknown.what}")
         return typed, None
     except UsageError as problem:
         result.problems.extend(problem.parts or (problem,))
         return typed, None
-    if not here:
-        result.notes.append(f"the weights are not here: defaults are those of the published {facts.flavour}")
+    if absent is not None:
+        result.notes.append(
+            f"{absent.where or absent.what} is not here: defaults are those of the published {facts.flavour}"
+        )
     return config, facts
 
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from tuner.core.config import ModelConfigBase, build_config
 from tuner.core.config.document import merged
+from tuner.core.config.foreign import ForeignFamily
 from tuner.core.errors import UsageError
+from tuner.core.files import WeightHeader
 from tuner.core.registry import EXTENSIONS, MODELS, Catalog, Entry, model_schema, preset_names, read_preset
 from tuner.core.registry.ownership import hook_problems
 from tuner.core.types import KeyMaps, ModelPlugin, WeightMaps
@@ -23,6 +27,9 @@ _COMPLETE: Mapping[str, Any] = {
     "train": {"steps": 1},
     "checkpoint": {"dir": "out"},
 }
+FUNCTIONS = ("files", "detect", "facts", "recognise", "public", "count_tokens")
+"""Parts of a descriptor that are called."""
+_STRANGE = WeightHeader(Path("strange.safetensors"), {})
 
 
 def plugin_problems(catalog: Catalog, entry: Entry) -> list[str]:
@@ -40,15 +47,43 @@ def _light(catalog: Catalog, entry: Entry) -> Iterator[str]:
         catalog.extension(entry.name)
     else:
         model = catalog.model(entry.name)
-        model_schema(catalog, entry.name)
-        for part in ("files", "detect", "facts", *(["recognise"] if model.recognise else [])):
-            found = catalog.load(entry, "descriptor", getattr(model, part))
+        yield from _schema(catalog, entry)
+        for part in FUNCTIONS:
+            if (reference := getattr(model, part)) is None:
+                continue
+            found = catalog.load(entry, "descriptor", reference)
             if not callable(found):
-                yield f"{part} of its descriptor is not a function: {getattr(model, part)}"
+                yield f"{part} of its descriptor is not a function: {reference}"
+            elif part in ("detect", "recognise") and catalog.call(entry, part, found, _STRANGE):
+                yield f"{part} of its descriptor takes a file without tensors for one of this family: {reference}"
         yield from _maps(catalog, entry, model)
+        yield from _importers(catalog, entry, model)
         yield from _presets(catalog, entry)
     if not before and "torch" in sys.modules:
         yield "reading its descriptor imports torch; import it only in the hooks module"
+
+
+def _schema(catalog: Catalog, entry: Entry) -> Iterator[str]:
+    """The keys of its ``model`` section."""
+    schema = model_schema(catalog, entry.name)
+    family = schema.model_fields["family"].annotation
+    if get_origin(family) is Literal and entry.name not in get_args(family):
+        yield f"family of {schema.__name__} is {get_args(family)[0]!r}, but the plugin is called {entry.name!r}"
+    for name in schema.unused:
+        if name not in schema.model_fields:
+            guess = get_close_matches(name, schema.model_fields, n=1)
+            yield f"unused of {schema.__name__} names {name!r}, which is no key of it" + (
+                f"\n  fix: did you mean {guess[0]!r}?" if guess else ""
+            )
+
+
+def _importers(catalog: Catalog, entry: Entry, model: ModelPlugin) -> Iterator[str]:
+    if model.importers is None:
+        return
+    tables = catalog.load(entry, "descriptor", model.importers)
+    lists = [*tables.values()] if isinstance(tables, Mapping) else [tables]
+    if not all(isinstance(each, tuple) and all(isinstance(row, ForeignFamily) for row in each) for each in lists):
+        yield f"{model.importers} is not a table of programs with a tuple of ForeignFamily each"
 
 
 def _maps(catalog: Catalog, entry: Entry, model: ModelPlugin) -> Iterator[str]:

@@ -159,7 +159,8 @@ def _notes(config: RunConfig, facts: ModelFacts, work: Work, known: bool) -> lis
     if not work.seen:
         notes.append("the pictures are not here: one size per resolution is assumed, and no space for caches")
     if not facts.files:
-        notes.append(f"the weights are not here: sizes are those of the published model {facts.flavour!r}")
+        absent = f"{work.absent} is not here" if work.absent else "the weights are not here"
+        notes.append(f"{absent}: sizes are those of the published model {facts.flavour!r}")
     if not known:
         notes.append(f"nothing is known about the state of {config.optimizer.name!r}: that of AdamW is assumed")
     live = set(config.train.components) - {"denoiser"}

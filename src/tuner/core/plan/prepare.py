@@ -26,11 +26,12 @@ def prepare(
     document = raw if isinstance(raw, RawConfig) else load_config(raw, env={}, base_dir=base_dir)
     config = typed_config(document, catalog)
     try:
-        config, facts, _ = open_known(config, catalog, document)
+        config, facts, missing = open_known(config, catalog, document)
     except NotHereError as absent:
         what = f"no plan without weights: {absent.what}"
         raise UsageError(what, where=absent.where, why=absent.why, fix=absent.fix) from absent
-    return config, facts, replace(work_of(config, facts), common=_is_common(document))
+    place = None if missing is None else missing.where or missing.what
+    return config, facts, replace(work_of(config, facts), common=_is_common(document), absent=place)
 
 
 def _is_common(document: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ class Work:
     shapes: everything that is trained on. updates: of the whole run, None when it is not known. captions: number of
     texts that are cached; pixels: of all images that are cached. seen: whether the data was there; if not, one size per
     set is assumed. common: whether ``train.batch_size`` is the size of all micro-batches, because no set names another.
+    absent: which of the model's files is not here, None when all are.
     """
 
     shapes: tuple[Shape, ...]
@@ -44,6 +45,7 @@ class Work:
     pixels: int = 0
     seen: bool = True
     common: bool = False
+    absent: str | None = None
 
     def divided(self, by: int) -> Work:
         """The same work in micro-batches of a ``by``-th of the size."""

@@ -182,7 +182,8 @@ class Catalog:
         found = self._guarded(entry, what, lambda: function(*arguments))
         if len(self.problems) > before:
             raise self.problems[-1].as_error()
-        assert found is not None or what == "detect"
+        if found is None and what != "detect":
+            raise UsageError(f"plugin {entry.name!r} ({entry.dist} {entry.version}): its {what} returned nothing")
         return found  # type: ignore[return-value]
 
     def _guarded(self, entry: Entry | None, stage: str, action: Callable[[], T]) -> T | None:

@@ -57,8 +57,10 @@ class Run:
 def model_schema(catalog: Catalog, family: str) -> type[ModelConfigBase]:
     """The pydantic model of a plugin's ``model`` section."""
     entry = catalog.entry(MODELS, family)
-    schema = catalog.load(entry, "descriptor", catalog.model(family).config)
-    assert isinstance(schema, type) and issubclass(schema, ModelConfigBase)
+    reference = catalog.model(family).config
+    schema = catalog.load(entry, "descriptor", reference)
+    if not (isinstance(schema, type) and issubclass(schema, ModelConfigBase)):
+        raise UsageError(f"{reference} of the plugin {family!r} is not a ModelConfigBase")
     return schema
 
 
@@ -116,18 +118,20 @@ def open_public(config: RunConfig, catalog: Catalog, raw: RawConfig | None = Non
     return _resolved(config, facts, catalog, entry, raw), facts
 
 
-def open_known(config: RunConfig, catalog: Catalog, raw: RawConfig | None = None) -> tuple[RunConfig, ModelFacts, bool]:
-    """``open_facts`` where the weights are on this machine, else ``open_public``; whether it was the first.
+def open_known(
+    config: RunConfig, catalog: Catalog, raw: RawConfig | None = None
+) -> tuple[RunConfig, ModelFacts, NotHereError | None]:
+    """``open_facts`` where the model's files are on this machine, else ``open_public`` and what is not here.
 
     Nothing is fetched. NotHereError when neither tells the facts; other UsageErrors are problems of the configuration.
     """
     try:
         with here_only():
             opened = open_facts(config, catalog, raw)
-        return opened.config, opened.facts, True
+        return opened.config, opened.facts, None
     except NotHereError as absent:
         try:
-            return (*open_public(config, catalog, raw), False)
+            return (*open_public(config, catalog, raw), absent)
         except UsageError as unknown:
             raise NotHereError(unknown.what, where=absent.where, why=absent.what, fix=unknown.fix) from absent
 

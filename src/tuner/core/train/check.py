@@ -218,7 +218,7 @@ def _file_lines(opened: Opened) -> dict[str, str]:
     lines = {}
     for name, files in opened.files.items():
         weights = sum(path.stat().st_size for path in files if path.is_file())
-        lines[name] = f"{files[0]} ({size_text(weights)})"
+        lines[name] = f"{files[0]} ({size_text(weights)})" if files else "code alone, without weights"
     lines["model"] = " ".join(filter(None, (opened.facts.family, opened.facts.flavour, opened.facts.architecture)))
     return lines
 

@@ -34,6 +34,7 @@ from tuner.core.train.compiling import check_compile, compiler
 from tuner.core.train.device import pick_device
 from tuner.core.train.folder import FolderLock, RunFolder, not_writable, open_folder, require_writable
 from tuner.core.train.quantizing import check_quantize
+from tuner.core.train.state import check_continues
 from tuner.core.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
         if wanted != "none" and found is None:
             tell_fresh_start(folder, events)
         plan = plan_data(config, run.facts)
+        if state is not None:
+            # Before anything is recorded: a run that is over stays as it is.
+            check_continues(state, folder, total=plan.total_steps(config.train), seed=config.train.seed)
         report = report_plan(plan, config.train)
         show_plan(report, folder)
         write_records(folder, run)

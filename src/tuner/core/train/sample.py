@@ -208,7 +208,7 @@ def _folder(wanted: Path | None) -> Iterator[Path]:
         raise UsageError(
             "there are pictures in this folder already",
             where=f"{wanted}, --out",
-            fix="name another folder, or leave --out out for a new one",
+            fix="name another folder; without --out a new one is made",
         )
     else:
         made = not wanted.exists()

@@ -40,7 +40,7 @@ from tuner.core.train.mounting import mount_extra
 from tuner.core.train.previews import Look, Previewer
 from tuner.core.train.probe import Probe
 from tuner.core.train.quantizing import check_parity, difference_text
-from tuner.core.train.state import RunState, check_continues, first_position, network_part, next_position
+from tuner.core.train.state import RunState, first_position, network_part, next_position
 from tuner.core.train.step import TrainStep
 from tuner.core.train.updates import Stops, build_update, rate_scale
 from tuner.core.train.validation import Validator
@@ -468,7 +468,6 @@ class Trainer:
 
     def _restore(self, state: State) -> None:
         """Take up a saved state; UsageError when it belongs to another network or optimizer."""
-        check_continues(state, self.folder, total=self.total, seed=self.config.train.seed)
         self.state.restore(state)
         if self.validator is not None and not trained(self.network).has_base:
             self.validator.use_base(self.state.base_losses)
