@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,17 @@ def test_wrong_use_is_told(words: list[str], what: str, capsys: pytest.CaptureFi
 def test_the_next_command_is_the_one_that_was_meant(words: tuple[str, ...], capsys: Any) -> None:
     assert main(["cache", *words]) == 2
     assert f"fix: tuner cache {words[0]} config.json" in capsys.readouterr().err
+
+
+def test_prune_asks_nobody_where_the_input_is_closed(
+    write: Write, cache_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["cache", write()]) == 0
+    before = entries(cache_dir)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["cache", "prune", write("other", data__sets__0__resolution=32)]) == 0
+    assert entries(cache_dir) == before
+    assert "--yes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\x04", False)])
