@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tests.core.train.conftest import make_config, model_files, pictures  # noqa: F401  # a tiny real model
 from tests.fixtures.terminal import Terminal
 from tuner.cli.main import main
-from tuner.core.data.inuse import cache_alone, cache_in_use
+from tuner.core.data.inuse import IN_USE, cache_alone, cache_in_use
 from tuner.core.data.keys import HASHES
 from tuner.core.errors import UsageError
 
@@ -153,6 +153,23 @@ def test_nothing_is_removed_while_a_run_uses_the_cache(write: Write, cache_dir: 
     assert entries(cache_dir) == before
     assert main(["cache", "prune", other, "--yes"]) == 0
     assert len(entries(cache_dir)) < len(before)
+
+
+def test_a_cache_that_somebody_else_began_is_held_as_well(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_dir.mkdir(exist_ok=True)
+    (cache_dir / IN_USE).touch()
+    plain = Path.open
+
+    def read_only(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.name == IN_USE and mode != "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with cache_in_use(cache_dir), pytest.raises(UsageError, match="a run is using this cache"), cache_alone(cache_dir):
+        pass
+    with cache_alone(cache_dir):
+        pass
 
 
 def test_a_training_holds_its_cache(write: Write, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

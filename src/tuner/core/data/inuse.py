@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from tuner.core.errors import UsageError
 from tuner.core.locks import share, take
@@ -16,9 +17,9 @@ IN_USE = ".in-use"
 
 @contextmanager
 def cache_in_use(folder: Path) -> Iterator[None]:
-    """Inside, nothing of the folder is removed. Where it cannot be written, nobody can remove anything anyway."""
+    """Inside, nothing of the folder is removed. Where no file can be made, nobody can remove anything either."""
     try:
-        file = (folder / IN_USE).open("a+b")
+        file = _opened(folder / IN_USE)
     except OSError:
         yield
         return
@@ -34,7 +35,7 @@ def cache_in_use(folder: Path) -> Iterator[None]:
 def cache_alone(folder: Path) -> Iterator[None]:
     """Inside, no run begins to use the folder. UsageError when one uses it now."""
     try:
-        file = (folder / IN_USE).open("a+b")
+        file = _opened(folder / IN_USE)
     except OSError as error:
         raise UsageError("this cache cannot be written", where=str(folder), why=error.strerror) from error
     with file:
@@ -46,3 +47,11 @@ def cache_alone(folder: Path) -> Iterator[None]:
                 fix="wait until it has ended",
             )
         yield
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("a+b")
+    except PermissionError:
+        # Somebody else who shares the folder made it; for a lock it is enough to read it.
+        return path.open("rb")
