@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from tests.core.train.conftest import make_config, model_files, pictures  # noqa: F401  # a tiny real model
 from tests.fixtures.terminal import Terminal
 from tuner.cli.main import main
-from tuner.core.data.inuse import cache_alone, cache_in_use
+from tuner.core.data.inuse import IN_USE, cache_alone, cache_in_use
 from tuner.core.data.keys import HASHES
 from tuner.core.errors import UsageError
 
@@ -154,6 +155,23 @@ def test_nothing_is_removed_while_a_run_uses_the_cache(write: Write, cache_dir: 
     assert len(entries(cache_dir)) < len(before)
 
 
+def test_a_cache_that_somebody_else_began_is_held_as_well(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_dir.mkdir(exist_ok=True)
+    (cache_dir / IN_USE).touch()
+    plain = Path.open
+
+    def read_only(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.name == IN_USE and mode != "rb":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with cache_in_use(cache_dir), pytest.raises(UsageError, match="a run is using this cache"), cache_alone(cache_dir):
+        pass
+    with cache_alone(cache_dir):
+        pass
+
+
 def test_a_training_holds_its_cache(write: Write, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tuner.core.train import run
 
@@ -211,6 +229,17 @@ def test_wrong_use_is_told(words: list[str], what: str, capsys: pytest.CaptureFi
 def test_the_next_command_is_the_one_that_was_meant(words: tuple[str, ...], capsys: Any) -> None:
     assert main(["cache", *words]) == 2
     assert f"fix: tuner cache {words[0]} config.json" in capsys.readouterr().err
+
+
+def test_prune_asks_nobody_where_the_input_is_closed(
+    write: Write, cache_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["cache", write()]) == 0
+    before = entries(cache_dir)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["cache", "prune", write("other", data__sets__0__resolution=32)]) == 0
+    assert entries(cache_dir) == before
+    assert "--yes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("y\n", True), ("\x04", False)])

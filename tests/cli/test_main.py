@@ -93,10 +93,15 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["trian"], "error: there is no command 'trian'\n  fix: did you mean 'tuner train'?\n"),
         (["frobnicate"], "error: there is no command 'frobnicate'\n  fix: tuner --help lists the commands\n"),
         (["train"], "error: which configuration?\n  fix: tuner train config.json\n"),
-        (["check", "nothing.json"], "error: the configuration file does not exist\n  at: nothing.json\n"
-            "  fix: check the path; tuner configure writes a configuration\n"),
-        (["train", "--moedl", "x"], "error: tuner train: unrecognized arguments: --moedl\n"
-            "  fix: did you mean '--model'?\n"),
+        (
+            ["check", "nothing.json"],
+            "error: the configuration file does not exist\n  at: nothing.json\n"
+            "  fix: check the path; tuner configure writes a configuration\n",
+        ),
+        (
+            ["train", "--moedl", "x"],
+            "error: tuner train: unrecognized arguments: --moedl\n  fix: did you mean '--model'?\n",
+        ),
         (["train", "--what"], "error: tuner train: unrecognized arguments: --what\n  fix: tuner train --help\n"),
         (["convert", "a", "b"], "error: tuner convert: the following arguments are required: --to\n"),
         (["plugins", "show", "ghost"], "error: there is no model plugin 'ghost'\n"),

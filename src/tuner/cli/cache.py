@@ -189,7 +189,7 @@ def _entries_read() -> Iterator[Callable[[int, int], None]]:
 
 def _agreed(question: str) -> bool:
     """Ask on a terminal; elsewhere nobody can answer."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -83,6 +84,31 @@ def network_metadata(ranks: list[int]) -> dict[str, str]:
     """What other tools look for in an adapter; alpha is the rank in everything that is made here."""
     rank = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
     return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """``file.safetensors:0.8`` as path and strength; a colon that no number follows belongs to the name, and so does
+    one in the name of a file that is there."""
+    name, colon, number = text.rpartition(":")
+    if Path(text).exists():
+        return Path(text), 1.0
+    strength = number_or_none(number) if colon and name else None
+    if strength is None and colon and Path(name).is_file():
+        raise UsageError(f"cannot read the strength {number!r}", where=text, fix=f"write {name}:0.8, for example")
+    return (Path(text), 1.0) if strength is None else (Path(name), finite(strength, text))
+
+
+def number_or_none(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def finite(strength: float, text: str) -> float:
+    if not math.isfinite(strength):
+        raise UsageError(f"a strength must be finite, not {strength:g}", where=text, fix="write 0.8, for example")
+    return strength
 
 
 def new_file(text: str, *, overwrite: bool, sources: Iterable[Path]) -> Path:

@@ -7,7 +7,6 @@ the ranks, or cut to --rank or --energy."""
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,14 @@ from tuner.cli.files import (
     add_model_argument,
     add_output_arguments,
     add_size_arguments,
+    finite,
     model_names,
     network_metadata,
     new_file,
+    number_or_none,
     shown_progress,
     sources_of,
+    split_strength,
     writing,
 )
 from tuner.core.errors import UsageError
@@ -93,34 +95,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--concat keeps every rank", fix="leave out --concat, or --rank and --energy")
 
 
-def split_strength(text: str) -> tuple[Path, float]:
-    """``file.safetensors:0.8`` as path and strength; a colon that no number follows belongs to the name."""
-    name, colon, number = text.rpartition(":")
-    strength = _number(number) if colon and name else None
-    if strength is None and colon and not Path(text).exists() and Path(name).is_file():
-        raise UsageError(f"cannot read the strength {number!r}", where=text, fix=f"write {name}:0.8, for example")
-    return (Path(text), 1.0) if strength is None else (Path(name), _finite(strength, text))
-
-
 def _factor(text: str) -> tuple[str, float]:
     pattern, _, number = text.rpartition("=")
-    factor = _number(number) if pattern else None
+    factor = number_or_none(number) if pattern else None
     if factor is None:
         raise UsageError(f"cannot read the strength {text!r}", where="--strength", fix=r"write blocks\.[0-9]\..*=0.5")
-    return pattern, _finite(factor, text)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _finite(strength: float, text: str) -> float:
-    if not math.isfinite(strength):
-        raise UsageError(f"a strength must be finite, not {strength:g}", where=text, fix="write 0.8, for example")
-    return strength
+    return pattern, finite(factor, text)
 
 
 def _into_base(

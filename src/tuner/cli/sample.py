@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.cli.console import out, out_json, warn
+from tuner.cli.files import split_strength
 from tuner.cli.settings import add_config_arguments, load
 from tuner.core.errors import UsageError
 
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action="append",
         default=[],
-        type=adapter,
+        type=split_strength,
         metavar=ADAPTERS,
         help="an adapter file in any format of the model; several add up",
     )
@@ -106,21 +107,6 @@ def _section(raw: RawConfig, name: str) -> Mapping[str, Any]:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def adapter(text: str) -> tuple[Path, float]:
-    """``file.safetensors:0.8`` as path and strength."""
-    path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        found = float(strength)
-    except ValueError:
-        # Colons stand in paths too.
-        return Path(text), 1.0
-    if not math.isfinite(found):
-        raise argparse.ArgumentTypeError(f"{strength!r} is no strength")
-    return Path(path), found
-
-
 def numbers(text: str) -> list[float]:
     """``0,0.5,1``; argparse.ArgumentTypeError for anything else."""
     try:
@@ -153,8 +139,7 @@ def _like(arguments: argparse.Namespace) -> Like | None:
         return None
     named = ("prompt", "prompts", "step", "ema", *SETTINGS)
     given = [f"--{name.replace('_', '-')}" for name in named if _is_given(getattr(arguments, name))]
-    keys = [text.partition("=")[0].strip() for text in arguments.sets]
-    given += [f"--set {key}" for key in keys if re.fullmatch(r"sample(\.(?!adapters\b).*)?", key)]
+    given += [f"--set {key}" for key in _set_keys(arguments) if re.fullmatch(r"sample(\.(?!adapters\b).*)?", key)]
     given += [f"the strength of --adapter {path}" for path, strength in arguments.adapter if strength != 1.0]
     if given:
         raise UsageError(
@@ -165,6 +150,10 @@ def _like(arguments: argparse.Namespace) -> Like | None:
     from tuner.core.train.sample_like import read_like
 
     return read_like(Path(arguments.like))
+
+
+def _set_keys(arguments: argparse.Namespace) -> list[str]:
+    return [text.partition("=")[0].strip() for text in arguments.sets]
 
 
 def _is_given(value: object) -> bool:
@@ -233,8 +222,15 @@ def _request(arguments: argparse.Namespace, raw: RawConfig, source: RunSource | 
         "arithmetic": None if source is None else source.arithmetic,
         "out": None if arguments.out is None else Path(arguments.out),
     }
-    strength = (raw.get("sample") or {}).get("adapter_strength", 1.0) if like is None else like.strength
+    strength = _section(raw, "sample").get("adapter_strength", 1.0) if like is None else like.strength
     trained = [(own.file, strength)] if own is not None and not own.whole else []
+    if not trained and "sample.adapter_strength" in _set_keys(arguments):
+        raise UsageError(
+            "sample.adapter_strength has no effect here",
+            where="--set",
+            why="it is of the adapter that a run trained",
+            fix="name the folder of a run, or write --adapter FILE:STRENGTH",
+        )
     if like is None:
         return Request(adapters=[*trained, *given], **shared)
     known: Iterable[Path] = ()

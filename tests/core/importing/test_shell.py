@@ -107,7 +107,8 @@ def test_files_are_found_beside_the_script(tmp_path: Path) -> None:
 
 
 def test_secrets_are_not_in_the_report(tmp_path: Path) -> None:
-    text = "export WANDB_API_KEY=hush\nwandb login hush\nHF_TOKEN=hush accelerate launch flux_train.py"
+    others = 'export MY_PASSWORD=hush\ncurl -H "Authorization: Bearer hush" x.org\ngit clone https://me:hush@x.org\n'
+    text = f"{others}export WANDB_API_KEY=hush\nwandb login hush\nHF_TOKEN=hush accelerate launch flux_train.py"
     result = imported(tmp_path, f"{text} --wandb_api_key hush --huggingface_token=hush --seed 3\n")
     assert "hush" not in str(result.as_dict())
     assert result.config["train"]["seed"] == 3

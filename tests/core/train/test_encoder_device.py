@@ -42,11 +42,19 @@ def test_where_captions_are_encoded_changes_no_entry_and_may_change_on_resume(ma
     train(make_config(checkpoint__dir=str(tmp_path / "cpu"), **cache | {"train__steps": 3}), resume="auto")
 
 
-@pytest.mark.parametrize("changes", [{"cache__text": "off"}, {"train__components": ["denoiser", "qwen3"]}])
-def test_an_encoder_that_every_step_runs_is_refused(make_config, changes):
-    with pytest.raises(UsageError, match="qwen3 runs in every step") as caught:
-        train(make_config(**changes, **HOME))
-    assert "text_encoder.device.qwen3" in str(caught.value)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3", {"cache__text": "off"}),
+        ("qwen3", {"train__components": ["denoiser", "qwen3"]}),
+        ("llm_adapter", {"train__components": ["denoiser", "llm_adapter"]}),
+        ("llm_adapter", {"train__components": ["denoiser", "qwen3"]}),
+    ],
+)
+def test_an_encoder_that_every_step_runs_is_refused(make_config, name, changes):
+    with pytest.raises(UsageError, match=f"{name} runs in every step") as caught:
+        train(make_config(**changes, text_encoder__device={name: "cpu"}))
+    assert f"text_encoder.device.{name}" in str(caught.value)
 
 
 def test_an_encoder_that_the_model_does_not_have_is_refused(make_config):

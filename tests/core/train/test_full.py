@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from tests.core.train.test_modes import stop_after
 from tuner.core.adapters import checkpoints
+from tuner.core.config.optimizer import OptimizerConfig
 from tuner.core.errors import UsageError
-from tuner.core.optim.names import BUILTIN
+from tuner.core.optim.names import BUILTIN, keeps_rests
 from tuner.core.registry import open_run
 from tuner.core.track.events import read_events
 from tuner.core.train.run import train
@@ -211,9 +212,23 @@ def test_rounding_to_the_nearest_is_warned_of(make_config, caplog):
 
 
 def test_an_optimizer_that_keeps_what_rounding_loses_is_not_warned_of(make_config, caplog, monkeypatch):
-    monkeypatch.setitem(BUILTIN, "adamw", replace(BUILTIN["adamw"], rounds=True))
+    monkeypatch.setitem(BUILTIN, "adamw", replace(BUILTIN["adamw"], rounds=BUILTIN["optimi_adamw"].rounds))
     train(full(make_config, precision={"compute": "bf16"}, train__steps=1))
     assert "are lost" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kept"),
+    [
+        ("optimi_adamw", {}, True),
+        ("optimi.StableAdamW", {}, True),
+        ("stableadamw", {"kahan_sum": False}, False),
+        ("adan", {}, False),
+        ("adamw", {}, False),
+    ],
+)
+def test_which_optimizers_keep_what_rounding_loses(name, args, kept):
+    assert keeps_rests(OptimizerConfig(name=name, lr=1e-4, args=args)) is kept
 
 
 def test_the_base_cannot_be_measured_again_in_another_way(make_config):

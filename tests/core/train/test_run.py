@@ -17,9 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tuner.core.config import load_config
 from tuner.core.errors import UsageError
+from tuner.core.plan.prepare import prepare
 from tuner.core.track.events import read_events
 from tuner.core.track.record import read_run
+from tuner.core.train.check import check
 from tuner.core.train.checkpoint import list_checkpoints
 from tuner.core.train.folder import RunFolder
 from tuner.core.train.run import cache_only, train
@@ -275,8 +278,9 @@ def test_weights_alone_go_on_at_a_step_as_the_run_that_went_there(make_config, t
 
 def test_a_start_after_the_end_is_refused(make_config):
     config = make_config(checkpoint__start_at=500, train={"epochs": 2})
-    with pytest.raises(UsageError, match="nothing is left to do: the run has 12 steps"):
-        train(config)
+    for command in (check, lambda config: prepare(load_config(config, env={})), train):
+        with pytest.raises(UsageError, match="nothing is left to do: the run has 12 steps"):
+            command(config)
 
 
 def test_a_used_folder_is_not_overwritten(make_config, tmp_path):

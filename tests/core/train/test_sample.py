@@ -213,6 +213,8 @@ def test_what_makes_another_picture_of_the_same_settings_is_told(bare, model_fil
     assert "differ" not in capsys.readouterr().err
     run(bare, "--like", "one/000.png", "--set", f"model.path={tmp_path / 'other' / path.name}")
     assert f"the weights are not those of {path.name} then: the picture will differ" in capsys.readouterr().err
+    run(bare, "--like", "one/000.png", "--set", "latents.tiling=64")
+    assert "latents.tiling was None and is 64: the picture will differ" in capsys.readouterr().err
     run(bare, "--like", "one/000.png", "--set", "precision.vae=bf16")
     assert "precision.vae was fp32 and is bf16: the picture will differ" in capsys.readouterr().err
 
@@ -381,7 +383,7 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         (["--prompt", "x", "--step", "3"], "--step needs the folder of a run"),
         (["--prompt", "x", "--step", "0"], "--step needs the folder of a run"),
         (["--prompt", "x", "--seed", "18446744073709551616"], "seed 18446744073709551616 is too large"),
-        (["--prompt", "x", "--adapter", "a.safetensors:nan"], "'nan' is no strength"),
+        (["--prompt", "x", "--adapter", "a.safetensors:nan"], "a strength must be finite, not nan"),
         (["--prompt", "x", "--adapter-strengths", "0,inf"], "'0,inf' is no list of numbers"),
         (["--prompt", "x", "--adapter", "none.safetensors"], r"none\.safetensors"),
         (["--prompt", "x", "--set", "sample.sampler=plms"], "sample.sampler"),
@@ -389,6 +391,8 @@ def test_an_adapter_of_a_larger_model_is_refused_before_weights_are_read(bare, a
         (["--prompt", "x", "--set", "sample.embedded_guidance=3"], "embedded_guidance"),
         (["--prompt", "x", "--size", "64"], "no size such as"),
         (["--prompt", "x", "--seed", "a"], "no list of whole numbers"),
+        (["--prompt", "x", "--set", "sample=5"], "sample is 5, not an object"),
+        (["--prompt", "x", "--set", "sample.adapter_strength=0.5"], "sample.adapter_strength has no effect here"),
         (["--like", "old.png"], "cannot read the picture"),
         (["--like", "old.png", "--steps", "3"], "--steps has no effect with --like"),
         (["--like", "old.png", "--cfg", "0"], "--cfg has no effect with --like"),

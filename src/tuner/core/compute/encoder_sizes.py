@@ -145,7 +145,7 @@ def clip_sizes(
     return ClipSizes(
         vocab=vocab,
         width=width,
-        layers=_count(shapes, "text_model.encoder.layers", where),
+        layers=block_count(shapes, "text_model.encoder.layers", where),
         heads=int((settings or {}).get("num_attention_heads") or max(width // CLIP_HEAD, 1)),
         mlp_width=_shape(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", where)[0],
         positions=_shape(shapes, "text_model.embeddings.position_embedding.weight", where)[0],
@@ -170,7 +170,7 @@ def t5_sizes(shapes: Mapping[str, TensorInfo], where: str = "") -> T5Sizes:
     return T5Sizes(
         vocab=vocab,
         width=width,
-        layers=_count(shapes, "encoder.block", where),
+        layers=block_count(shapes, "encoder.block", where),
         heads=heads,
         head_dim=rows // heads,
         mlp_width=_shape(shapes, gate, where)[0],
@@ -219,7 +219,8 @@ def _shape(shapes: Mapping[str, TensorInfo], name: str, where: str) -> tuple[int
     return shapes[name].shape
 
 
-def _count(shapes: Iterable[str], root: str, where: str) -> int:
+def block_count(shapes: Iterable[str], root: str, where: str) -> int:
+    """How many blocks ``root.N`` there are among names of tensors. UsageError when one between them lacks."""
     pattern = re.compile(rf"{re.escape(root)}\.(\d+)\.")
     numbers = {int(match[1]) for name in shapes if (match := pattern.match(name))}
     missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)

@@ -36,7 +36,7 @@ def t5_cost(sizes: T5Sizes) -> PartCost:
     one["layer.0.SelfAttention.o"] = (width, inner)
     one |= {f"layer.1.DenseReluDense.{name}": (hidden, width) for name in ("wi_0", "wi_1")}
     one["layer.1.DenseReluDense.wo"] = (width, hidden)
-    layers = _repeated("encoder.block", sizes.layers, one)
+    layers = repeated_layers("encoder.block", sizes.layers, one)
     others = sizes.vocab * width + sizes.buckets * sizes.heads + (2 * sizes.layers + 1) * width
     # Its attention adds a table of positions, which no fused kernel takes: scores of all heads exist.
     return _encoder(layers, others, work=3 * hidden + 6 * width + 1024 * sizes.heads)
@@ -47,7 +47,7 @@ def clip_cost(sizes: ClipSizes) -> PartCost:
     width, hidden = sizes.width, sizes.mlp_width
     one = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     one |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    layers = _repeated("text_model.encoder.layers", sizes.layers, one)
+    layers = repeated_layers("text_model.encoder.layers", sizes.layers, one)
     others = (sizes.vocab + sizes.positions) * width + sizes.layers * (9 * width + hidden) + 2 * width
     # Without a projection in the file the module has one that changes nothing.
     return _encoder(layers, others + (sizes.projection or width) * width, work=2 * hidden + 6 * width)
@@ -74,7 +74,8 @@ def _encoder(layers: dict[str, Layer], others: int, *, work: float) -> PartCost:
     return PartCost(parameters=inside + others, layers=layers, work=work, operations=2 * inside)
 
 
-def _repeated(path: str, count: int, one: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
+def repeated_layers(path: str, count: int, one: Mapping[str, tuple[int, int]]) -> dict[str, Layer]:
+    """The linears of ``count`` blocks ``path.N``. one: name inside a block to (rows, columns)."""
     return {
         f"{path}.{index}.{name}": Layer(rows=rows, columns=columns, reads="text")
         for index in range(count)

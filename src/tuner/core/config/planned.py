@@ -6,6 +6,7 @@ stands for any one name or index. A test checks that no pattern names a key of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -119,6 +120,12 @@ SECRETS = frozenset(
         "wandb_api_key",
     }
 )
+_SECRET = re.compile(r"secret|password|passwd|credential|api_?key|access_?key|auth(?!or)|(^|_)token$", re.IGNORECASE)
+
+
+def names_secret(name: str) -> bool:
+    """Whether a key, an option or a variable of this name is likely to hold a secret, which nobody should be shown."""
+    return name.lower() in SECRETS or _SECRET.search(name) is not None
 
 
 def unusable_keys(raw: RawConfig) -> Iterator[tuple[Path, UsageError]]:

@@ -248,7 +248,7 @@ def _is_foreign(path: Path) -> bool:
             header = json.loads(file.read(_length(start)))
     except (OSError, ValueError):
         return False
-    return isinstance(header, dict) and "tuner" not in header.get("__metadata__", {})
+    return isinstance(header, dict) and "tuner" not in (header.get("__metadata__") or ())
 
 
 def _length(data: bytes) -> int:

@@ -123,6 +123,18 @@ class DataPlan:
         assert train.epochs is not None
         return train.epochs * self.steps_per_epoch(train.accumulate, ranks)
 
+    def left_steps(self, config: RunConfig) -> int:
+        """Updates of a run without a state: all but those that ``checkpoint.start_at`` skips. UsageError for none."""
+        total = self.total_steps(config.train)
+        left = total - (config.checkpoint.start_at or 0)
+        if left <= 0:
+            raise UsageError(
+                f"nothing is left to do: the run has {total} steps",
+                where="checkpoint.start_at",
+                fix="raise train.steps or train.epochs",
+            )
+        return left
+
 
 def plan_data(config: RunConfig, facts: ModelFacts, seed: int | None = None) -> DataPlan:
     """Scan the sources and plan an epoch. ``seed`` (of the validation split) defaults to the configured one.

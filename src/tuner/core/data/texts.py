@@ -28,7 +28,8 @@ def live_components(config: RunConfig, facts: ModelFacts) -> tuple[str, ...]:
 
 def check_homes(config: RunConfig, facts: ModelFacts) -> None:
     """UsageError for an encoder on the CPU that every step runs: it would wait for it."""
-    for name in live_components(config, facts):
+    # What the model runs beside the denoiser need not make a text field.
+    for name in dict.fromkeys((*live_components(config, facts), *config.train.components, *facts.step_components)):
         if config.text_encoder.device.get(name) == "cpu":
             raise UsageError(
                 f"{name} runs in every step, and cannot stay on the CPU",

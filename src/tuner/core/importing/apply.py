@@ -9,7 +9,7 @@ from typing import Any
 from tuner.core.config.foreign import ForeignOption, Refused, Settings, literal
 from tuner.core.config.jsonc import Path
 from tuner.core.config.messages import nearest
-from tuner.core.config.planned import SECRETS
+from tuner.core.config.planned import names_secret
 from tuner.core.importing.report import Row, Status
 from tuner.core.importing.source import Given, shown_value
 
@@ -69,7 +69,7 @@ class Translation:
         keys: Mapping[str, Any] | None = None,
     ) -> Row:
         """A row, and the keys that it sets. Secrets are not shown: reports are passed on."""
-        value = HIDDEN if given.name.lower() in SECRETS else given.value
+        value = HIDDEN if names_secret(given.name) else given.value
         row = Row(given.where, given.label, value, status, note=note, name=given.name)
         for key, value in (keys or {}).items():
             row.keys += self.put(key, value)

@@ -56,6 +56,7 @@ class CommandLine:
     beside: tuple[tuple[Given, str], ...] = ()
 
 
+_SECRET = re.compile(r"login|key|token|secret|passw|auth|bearer|://[^/]*@", re.IGNORECASE)
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
@@ -91,9 +92,10 @@ def script_command(text: str, name: str, known: Callable[[str], bool]) -> Comman
 
 
 def _without_key(command: Sequence[Word]) -> str:
-    """A command as text; what follows ``login`` may be a key."""
+    """A command as text, without what may be a key or follow one."""
     words = [word for word, _ in command]
-    kept = words[: words.index("login") + 1] if "login" in words else words
+    telling = next((number for number, word in enumerate(words) if _SECRET.search(word)), len(words))
+    kept = words[: telling + 1] if words[telling : telling + 1] == ["login"] else words[:telling]
     return " ".join([*kept, *(["***"] if len(kept) < len(words) else [])])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.core.atomic import atomic_path
-from tuner.core.config.planned import SECRETS
+from tuner.core.config.planned import names_secret
 from tuner.core.errors import UsageError
 from tuner.core.lifecycle.doctor import Diagnosis
 from tuner.core.lifecycle.machine import all_packages
@@ -27,7 +27,6 @@ TEXT_KEYS = frozenset(
     }
 )  # fmt: skip
 """Keys whose values are words of the user's."""
-_SECRET_KEY = re.compile(r"(secret|password|passwd|credential|api_?key|access_?key|auth|(^|_)token$)", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{12,}|eyJ[\w-]{20,}[\w.-]*)"
 )
@@ -44,7 +43,7 @@ def redacted(value: Any, key: str = "") -> Any:
     """
     if isinstance(value, Mapping):
         return {_clean(str(name)): redacted(below, str(name)) for name, below in value.items()}
-    hidden = key.lower() in SECRETS or key.lower() in TEXT_KEYS or bool(_SECRET_KEY.search(key))
+    hidden = key.lower() in TEXT_KEYS or names_secret(key)
     if hidden and value not in (None, "", [], (), False, True):
         return REMOVED
     if isinstance(value, list | tuple):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuner.core.config import OptimizerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +17,9 @@ class Entry:
     separate: a parameter's update depends on nothing but its own gradient and state, so parameters can be updated one
     after the other, during the backward pass for instance. counts: updates are counted by group, not by parameter, so
     that the count must go back when the next part of a group is updated. own_rate: it scales lr by an estimate of its
-    own, so all groups must share one rate near 1. rounds: it keeps what bfloat16 weights lack by itself. bytes: of
-    state per value of a large float32 matrix. fixed: arguments that make the name what it is.
+    own, so all groups must share one rate near 1. rounds: the argument, on unless it is given, by which it keeps what
+    bfloat16 weights lack by itself. bytes: of state per value of a large float32 matrix. fixed: arguments that make the
+    name what it is.
     """
 
     module: str
@@ -24,7 +28,7 @@ class Entry:
     separate: bool = False
     counts: bool = False
     own_rate: bool = False
-    rounds: bool = False
+    rounds: str | None = None
     bytes: float = 8
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,8 +48,16 @@ def _dadaptation(attribute: str, state: float, module: str = "dadaptation") -> E
     return Entry(module=module, attribute=attribute, package="dadaptation", own_rate=True, bytes=state)
 
 
-def _optimi(attribute: str, state: float) -> Entry:
-    return Entry(module="optimi", attribute=attribute, package="torch-optimi", separate=True, counts=True, bytes=state)
+def _optimi(attribute: str, state: float, rounds: str | None = "kahan_sum") -> Entry:
+    return Entry(
+        module="optimi",
+        attribute=attribute,
+        package="torch-optimi",
+        separate=True,
+        counts=True,
+        rounds=rounds,
+        bytes=state,
+    )
 
 
 def _torchao(attribute: str, state: float) -> Entry:
@@ -113,8 +125,9 @@ BUILTIN: Mapping[str, Entry] = {
     "ao_adamfp8": _torchao("AdamFp8", 2),
     "ao_adamwfp8": _torchao("AdamWFp8", 2),
     # Others that people ask for, from packages that are kept up.
-    "adan": _optimi("Adan", 16),
-    "ranger": _optimi("Ranger", 12),
+    # Adan has the sum off; Ranger goes back to slow weights that have none.
+    "adan": _optimi("Adan", 16, None),
+    "ranger": _optimi("Ranger", 12, None),
     "stableadamw": _optimi("StableAdamW", 8),
     "optimi_adam": _optimi("Adam", 8),
     "optimi_adamw": _optimi("AdamW", 8),
@@ -133,3 +146,9 @@ def entry_of(name: str) -> Entry | None:
     if "." not in name:
         return BUILTIN.get(name.lower())
     return next((each for each in BUILTIN.values() if f"{each.module}.{each.attribute}" == name), None)
+
+
+def keeps_rests(config: OptimizerConfig) -> bool:
+    """Whether the optimizer keeps what bfloat16 weights lack by itself, with these arguments."""
+    entry = entry_of(config.name)
+    return entry is not None and entry.rounds is not None and config.args.get(entry.rounds) is not False

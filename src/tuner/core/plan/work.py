@@ -73,7 +73,7 @@ def work_of_plan(plan: DataPlan, config: RunConfig) -> Work:
             for (width, height, batch), batches in counted.items()
             if batches
         ),
-        updates=plan.total_steps(config.train) - (config.checkpoint.start_at or 0),
+        updates=plan.left_steps(config),
         captions=len(planned_texts(plan, config)) if config.cache.text != "off" else 0,
         pixels=cached_pixels(plan),
     )

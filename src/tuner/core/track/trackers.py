@@ -76,13 +76,18 @@ def open_trackers(config: LogConfig, run_dir: Path, start_step: int = 0) -> Trac
     folder = run_dir if config.dir is None else Path(config.dir)
     settings = settings_of(run_dir) if config.config else {}
     made: list[Tracker] = []
-    for name in config.to:
-        if name == TENSORBOARD:
-            made.append(TensorBoard(folder, start_step, settings))
-        elif name == WANDB:
-            made.append(WeightsAndBiases(folder, run_dir, config, settings))
-        elif name != JSONL:
-            made.append(_plugin(name)(folder, start_step))
+    try:
+        for name in config.to:
+            if name == TENSORBOARD:
+                made.append(TensorBoard(folder, start_step, settings))
+            elif name == WANDB:
+                made.append(WeightsAndBiases(folder, run_dir, config, settings))
+            elif name != JSONL:
+                made.append(_plugin(name)(folder, start_step))
+    except BaseException:
+        for each in made:
+            each.close()
+        raise
     return Trackers(made)
 
 

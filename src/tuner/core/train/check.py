@@ -106,6 +106,7 @@ def check(
     if opened is None or plan is None:
         problems.raise_if_any()
         raise AssertionError("a part is missing without a problem")
+    _collected(problems, lambda: plan.left_steps(config))
     report = CheckReport(
         plan=report_plan(plan, config.train),
         files=_file_lines(opened),

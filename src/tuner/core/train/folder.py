@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from tuner.core.errors import UsageError
+from tuner.core.locks import take
 from tuner.core.track.events import read_events
 
 LOCK = ".lock"
@@ -107,7 +107,7 @@ def not_writable(what: str, path: Path, key: str, error: OSError) -> UsageError:
 
 
 class FolderLock:
-    """An operating-system lock on the run folder: released by the kernel when the process dies, however it dies."""
+    """A lock on the run folder, which goes with the process however it dies."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._path = folder.path / LOCK
@@ -115,16 +115,14 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         file = self._path.open("a+", encoding="utf-8")
-        try:
-            _lock(file)
-        except OSError as error:
+        if not take(file):
             file.close()
             raise UsageError(
                 "another run is writing to this folder",
                 where=str(self._path.parent),
                 why="two runs in one folder would mix their files",
                 fix="wait for it, or set checkpoint.dir to another folder",
-            ) from error
+            )
         self._file = file
         return self
 
@@ -134,14 +132,3 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _lock(file: IO[str]) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from tuner.core.adapters.formats import key_maps, modules_of, parts_of
 from tuner.core.adapters.merging import Addition, read_addition
 from tuner.core.adapters.norms import NormLayer
 from tuner.core.adapters.stack import AdapterStack, check_places
-from tuner.core.compute.dtypes import dtype_by_name
+from tuner.core.compute.dtypes import all_finite, dtype_by_name
 from tuner.core.data.texts import live_components
 from tuner.core.errors import UsageError
 from tuner.core.registry import MODELS, Catalog
@@ -61,7 +61,7 @@ def read_fitting(path: Path, strength: float, facts: ModelFacts, *, where: str) 
         if kind_of(parts_of(addition.tensors, *each)) != NormLayer.kind
     ]
     check_places(stored, modules, f"{path}, {where}")
-    broken = [name for name, value in addition.tensors.items() if not bool(torch.isfinite(value.float()).all())]
+    broken = [name for name, value in addition.tensors.items() if not all_finite(value)]
     if broken:
         raise UsageError(
             "the adapter holds values that are not finite",

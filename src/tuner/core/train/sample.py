@@ -216,7 +216,8 @@ def _folder(wanted: Path | None) -> Iterator[Path]:
     try:
         yield wanted
     finally:
-        if made and not any(wanted.iterdir()):
+        if made:
+            # One with pictures in it stays.
             with suppress(OSError):
                 wanted.rmdir()
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 TOLD = {
     "precision": ("compute", "adapter", "vae", "text_encoder"),
+    "latents": ("tiling",),
     "text_encoder": ("max_tokens", "mask_padding", "zero_padding", "unconditional"),
     "quantize": ("exclude", "activations"),
     "cache": ("text", "dtype"),

@@ -83,15 +83,9 @@ def network_part(state: State) -> dict[str, Tensor]:
     return _below(state.tensors, "network/")
 
 
-def first_position(config: RunConfig, plan: DataPlan, total: int) -> Position:
+def first_position(config: RunConfig, plan: DataPlan) -> Position:
     """Where a run begins that has no state: at its first update, or after those that ``checkpoint.start_at`` skips."""
-    start = config.checkpoint.start_at or 0
-    if start >= total:
-        raise UsageError(
-            f"nothing is left to do: the run has {total} steps",
-            where="checkpoint.start_at",
-            fix="raise train.steps or train.epochs",
-        )
+    start = plan.total_steps(config.train) - plan.left_steps(config)
     epoch, done = divmod(start, plan.steps_per_epoch(config.train.accumulate))
     batch = done * config.train.accumulate
     return Position(step=start, epoch=epoch, batch=batch, seed=config.train.seed, fingerprint=plan.fingerprint)

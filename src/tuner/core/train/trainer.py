@@ -22,7 +22,7 @@ from tuner.core.optim import (
     eval_weights,
     learning_rates,
 )
-from tuner.core.optim.names import entry_of
+from tuner.core.optim.names import keeps_rests
 from tuner.core.track.progress import Progress
 from tuner.core.track.trackers import open_trackers
 from tuner.core.train.average import LossAverage
@@ -91,7 +91,7 @@ class Trainer:
         # After the optimizer, which freezes what has no rate: the average is of what trains.
         self.ema = Ema(self.config.ema, self.names, device) if self.config.ema.enabled else None
         self.schedule = LrSchedule(self.optimizer, self.config.schedule, self.total)
-        self.position = first_position(self.config, plan, self.total)
+        self.position = first_position(self.config, plan)
         self.average = LossAverage()
         self.ledger = Ledger(plan)
         self.state = RunState(
@@ -304,8 +304,7 @@ class Trainer:
         """What is allowed and hardly ever meant."""
         config = self.config
         bf16 = config.train.mode == "full" and config.precision.compute == "bf16"
-        optimizer = entry_of(config.optimizer.name)
-        if bf16 and config.optimizer.rounding == "nearest" and not (optimizer and optimizer.rounds):
+        if bf16 and config.optimizer.rounding == "nearest" and not keeps_rests(config.optimizer):
             yield (
                 "weights train in bfloat16 and are rounded to the nearest: updates below 1/256 of a weight are lost; "
                 'set optimizer.rounding to "stochastic" or "kahan"'

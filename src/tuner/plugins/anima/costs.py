@@ -6,6 +6,7 @@ of the width: what 3 and 7 blocks differ by, at 512 and 1024 pixels. A test coun
 
 from __future__ import annotations
 
+from tuner.core.compute.part_costs import repeated_layers
 from tuner.core.costs import Attend, BlockCost, CostRules, Layer, LevelCost, PartCost, Rate
 
 from .sizes import PATCH, AdapterSizes, DenoiserSizes, EncoderSizes
@@ -132,7 +133,7 @@ def _encoder(sizes: EncoderSizes) -> PartCost:
         "self_attn.o_proj": (width, queries), "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
         "mlp.down_proj": (width, hidden),
     }  # fmt: skip
-    layers = _repeated("layers", sizes.layers, one)
+    layers = repeated_layers("layers", sizes.layers, one)
     norms = sizes.layers * (2 * width + 2 * sizes.head_dim) + width
     inside = sum(layer.size for layer in layers.values())
     return PartCost(
@@ -149,7 +150,7 @@ def _adapter(sizes: AdapterSizes) -> PartCost:
     one |= {f"cross_attn.{name}": (width, width) for name in ("q_proj", "o_proj")}
     one |= {f"cross_attn.{name}": (width, source) for name in ("k_proj", "v_proj")}
     one |= {"mlp.0": (hidden, width), "mlp.2": (width, hidden)}
-    layers = _repeated("blocks", sizes.layers, one)
+    layers = repeated_layers("blocks", sizes.layers, one)
     layers["out_proj"] = Layer(rows=sizes.out_width, columns=width, reads="text")
     if sizes.embed_width != width:
         layers["in_proj"] = Layer(rows=width, columns=sizes.embed_width, reads="text")
@@ -161,11 +162,3 @@ def _adapter(sizes: AdapterSizes) -> PartCost:
         work=2 * hidden + 6 * width,
         operations=2 * inside,
     )
-
-
-def _repeated(path: str, count: int, one: dict[str, tuple[int, int]]) -> dict[str, Layer]:
-    return {
-        f"{path}.{index}.{name}": Layer(rows=rows, columns=columns, reads="text")
-        for index in range(count)
-        for name, (rows, columns) in one.items()
-    }

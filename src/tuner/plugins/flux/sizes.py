@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tuner.core.compute.encoder_sizes import refuse_scaled, under_prefix
+from tuner.core.compute.encoder_sizes import block_count, refuse_scaled, under_prefix
 from tuner.core.errors import UsageError
 from tuner.core.types import Header
 
@@ -108,7 +108,7 @@ def denoiser_sizes(
     if "distilled_guidance_layer.in_proj.weight" in shapes:
         inner, channels = shape("distilled_guidance_layer.in_proj.weight")
         approximator = Approximator(
-            channels=channels, width=inner, layers=_count(shapes, "distilled_guidance_layer.layers", where)
+            channels=channels, width=inner, layers=block_count(shapes, "distilled_guidance_layer.layers", where)
         )
     guided = "time_text_embed.guidance_embedder.linear_1.weight" in shapes
     pooled = None if approximator else shape("time_text_embed.text_embedder.linear_1.weight")[1]
@@ -117,8 +117,8 @@ def denoiser_sizes(
         width=width,
         heads=width // head_dim,
         head_dim=head_dim,
-        blocks=_count(shapes, "transformer_blocks", where),
-        singles=_count(shapes, "single_transformer_blocks", where),
+        blocks=block_count(shapes, "transformer_blocks", where),
+        singles=block_count(shapes, "single_transformer_blocks", where),
         in_channels=in_channels,
         out_channels=shape("proj_out.weight")[0],
         text_width=shape("context_embedder.weight")[1],
@@ -135,15 +135,6 @@ def _axes(head_dim: int, settings: Mapping[str, Any]) -> tuple[int, int, int]:
         return (int(given[0]), int(given[1]), int(given[2]))
     side = 2 * (7 * head_dim // 32)
     return (head_dim - 2 * side, side, side)
-
-
-def _count(shapes: Iterable[str], root: str, where: str) -> int:
-    pattern = re.compile(rf"{re.escape(root)}\.(\d+)\.")
-    numbers = {int(match[1]) for name in shapes if (match := pattern.match(name))}
-    missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
-    if missing:
-        raise UsageError(f"the weights lack {root}.{missing[0]}", where=where or None, fix="use a complete model file")
-    return len(numbers)
 
 
 FAMILIES = (
