@@ -99,7 +99,7 @@ def _tell(choice: Choice) -> None:
         out(f"fits into {_size(choice.memory)} with {_size(best.plan.needed())}; as it is, it needs {as_is}")
     for key, value in best.changes:
         out(f"  --set {key}={_text(value)}")
-    for line in choice.why:
+    for line in choice.lines():
         out(f"  {line}")
     if choice.faster is not None:
         faster = choice.faster
@@ -115,7 +115,7 @@ def _as_json(choice: Choice) -> dict[str, Any]:
         "needed": choice.best.plan.needed(),
         "needed_unchanged": choice.as_is.plan.needed(),
         "set": dict(choice.best.changes),
-        "why": list(choice.why),
+        "why": choice.lines(),
         "faster": None if faster is None else {"set": dict(faster.changes), "seconds": faster.seconds},
         "plan": choice.best.plan.as_dict(),
     }

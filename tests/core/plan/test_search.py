@@ -16,7 +16,7 @@ def choice(model: str, size: float, device: Device | None = None, **sections: An
 
 def test_nothing_changes_where_everything_fits():
     found = choice("anima", 80)
-    assert found.fits and found.best.changes == () and found.why == ()
+    assert found.fits and found.best.changes == () and found.why == {}
 
 
 def test_exact_ways_come_before_quantized_weights():
@@ -42,7 +42,7 @@ def test_nothing_fits_into_too_little_and_the_nearest_miss_is_named():
 def test_captions_must_fit_too():
     found = choice("sd35-medium", 8)
     assert dict(found.best.changes)["quantize.text_encoder.t5"] == "int8"
-    assert any("captions are encoded a little differently" in line for line in found.why)
+    assert any("captions are encoded a little differently" in line for line in found.why.values())
 
 
 def test_an_update_keeps_its_samples_when_micro_batches_shrink():
@@ -80,7 +80,7 @@ def test_full_fine_tuning_takes_blocks_to_the_host_and_at_last_all_of_its_state(
 def test_every_lever_says_what_it_saves_and_costs():
     found = choice("flux", 8)
     assert len(found.why) == len(found.best.changes)
-    assert all("less" in line and ("slower" in line or "as fast" in line) for line in found.why)
+    assert all("less" in line and ("slower" in line or "as fast" in line) for line in found.why.values())
 
 
 def test_compiled_blocks_get_levels_that_go_with_them():

@@ -42,14 +42,19 @@ class Candidate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """memory: bytes that were given. fits: whether ``best`` does; else it is the nearest miss. faster: a way that
-    changes results and would be faster. as_is: the configuration unchanged. why: a line for each lever chosen."""
+    changes results and would be faster. as_is: the configuration unchanged. why: what each lever chosen saves and
+    costs, by its key; of keys that go together, by the first."""
 
     memory: float
     fits: bool
     best: Candidate
     as_is: Candidate
     faster: Candidate | None
-    why: tuple[str, ...]
+    why: Mapping[str, str]
+
+    def lines(self) -> list[str]:
+        """The levers chosen: ``key = value``, and why."""
+        return [f"{key} = {value}: {self.why[key]}" for key, value in self.best.changes if key in self.why]
 
 
 class _Planner:
@@ -94,7 +99,7 @@ def fit(config: RunConfig, facts: ModelFacts, work: Work, device: Device, memory
     if lossless is not None and lossy is not None and lossy.seconds < lossless.seconds * (1 - WORTH):
         faster = lossy
     return Choice(
-        memory=memory, fits=bool(fitting), best=best, as_is=as_is, faster=faster, why=tuple(_reasons(best, planner))
+        memory=memory, fits=bool(fitting), best=best, as_is=as_is, faster=faster, why=dict(_reasons(best, planner))
     )
 
 
@@ -211,11 +216,11 @@ WHAT = {
 }
 
 
-def _reasons(best: Candidate, planner: _Planner) -> Iterator[str]:
-    """For each lever what it saves and what it costs: the plan against the same plan without it."""
+def _reasons(best: Candidate, planner: _Planner) -> Iterator[tuple[str, str]]:
+    """(key, what it saves and what it costs) of each lever: the plan against the same plan without it."""
     pairs = {"train.batch_size": ("train.batch_size", "train.accumulate")}
     done: set[str] = set()
-    for key, value in best.changes:
+    for key, _ in best.changes:
         if key in done:
             continue
         together = pairs.get(key, (key,))
@@ -229,4 +234,4 @@ def _reasons(best: Candidate, planner: _Planner) -> Iterator[str]:
         slower = best.seconds / other.seconds - 1
         effect = f"{byte_size(abs(saved))} {'less' if saved >= 0 else 'more'}"
         pace = "as fast" if abs(slower) < 0.005 else f"{abs(slower):.0%} {'slower' if slower > 0 else 'faster'}"
-        yield f"{key} = {value}: {effect} than without, {pace}; {kind}"
+        yield key, f"{effect} than without, {pace}; {kind}"

@@ -20,6 +20,7 @@ from tuner.core.wizard.keys import AskedKey, asked_keys, missing_key, plain_help
 from tuner.core.wizard.questions import NOTHING, Interview, Option, Question, text_or_nothing
 
 _ROUNDS = 40
+"""Times that something missing is filled in: a plugin that refuses every answer must not ask for ever."""
 _FETCH = "it is fetched from the hub when training starts"
 
 

@@ -81,8 +81,7 @@ def _ways(
         choice = fit(config, facts, work, card.device, card.memory)
     except UsageError as problem:
         return [Way(name=pace, pace=pace, changes={}, reasons={}, plan=None, fits=None, unknown=problem.what)]
-    reasons = {line.split(" = ", 1)[0]: line.split(": ", 1)[1] for line in choice.why}
-    ways = [_way(pace, pace, choice.best, reasons, fits=choice.fits)]
+    ways = [_way(pace, pace, choice.best, choice.why, fits=choice.fits)]
     if pace == "balanced" and choice.faster is not None:
         ways.append(_way(FASTER, pace, choice.faster, {"quantize.denoiser": FEWER_BITS}, fits=True))
     return ways
