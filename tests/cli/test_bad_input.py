@@ -177,6 +177,16 @@ def test_sigterm_saves_and_exits_with_0_and_standard_error_is_free_of_library_no
     assert read_events(out / "events.jsonl")[-1]["reason"] == "interrupted"
 
 
+def test_a_training_goes_on_when_nobody_reads_its_output(write: Write, tmp_path: Path) -> None:
+    with start("train", write()) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
+    assert (tmp_path / "out/out.safetensors").is_file()
+    assert read_events(tmp_path / "out/events.jsonl")[-1]["reason"] == "finished"
+
+
 TWICE = """
 import signal, sys
 from tuner.cli.main import main
