@@ -152,6 +152,12 @@ def test_a_missing_prompt_file_is_told(write: Write, capsys: pytest.CaptureFixtu
 # --- the whole program ------------------------------------------------------------------------------------------------
 
 
+def test_a_strength_that_is_no_number_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    message = refusal(capsys, "sample", "--adapter", f"{tmp_path / 'a.safetensors'}:0,8")
+    assert "'0,8' is no strength such as 0.8" in message
+
+
 def test_the_program_exits_with_2_and_without_a_traceback(write: Write) -> None:
     with start("train", write(network__rank=0)) as process:
         out, err = process.communicate()

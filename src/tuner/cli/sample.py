@@ -114,6 +114,8 @@ def adapter(text: str) -> tuple[Path, float]:
     try:
         found = float(strength)
     except ValueError:
+        if Path(path).is_file():
+            raise argparse.ArgumentTypeError(f"{strength!r} is no strength such as 0.8") from None
         # Colons stand in paths too.
         return Path(text), 1.0
     if not math.isfinite(found):
