@@ -157,6 +157,12 @@ def test_a_missing_prompt_file_is_told(write: Write, capsys: pytest.CaptureFixtu
 # --- the whole program ------------------------------------------------------------------------------------------------
 
 
+def test_a_strength_that_is_no_number_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    message = refusal(capsys, "sample", "--adapter", f"{tmp_path / 'a.safetensors'}:0,8")
+    assert "cannot read the strength '0,8'" in message
+
+
 def test_the_program_exits_with_2_and_without_a_traceback(write: Write) -> None:
     with start("train", write(network__rank=0)) as process:
         out, err = process.communicate()
@@ -180,6 +186,16 @@ def test_sigterm_saves_and_exits_with_0_and_standard_error_is_free_of_library_no
     [checkpoint] = (out / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps(out):06d}"
     assert read_events(out / "events.jsonl")[-1]["reason"] == "interrupted"
+
+
+def test_a_training_goes_on_when_nobody_reads_its_output(write: Write, tmp_path: Path) -> None:
+    with start("train", write()) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 0, err
+    assert (tmp_path / "out/out.safetensors").is_file()
+    assert read_events(tmp_path / "out/events.jsonl")[-1]["reason"] == "finished"
 
 
 TWICE = """

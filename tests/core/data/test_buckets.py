@@ -91,8 +91,13 @@ def test_a_step_that_the_model_cannot_use_is_refused():
 
 
 def test_a_resolution_outside_the_limits_is_refused():
-    with pytest.raises(UsageError, match=r"buckets.min 256 does not fit resolution 128x128"):
+    with pytest.raises(UsageError, match=r"buckets.min 256 does not fit resolution 128x128") as error:
         geometry((128, 128))
+    assert error.value.fix == "set buckets.min to at least 64 and at most 128"
+    with pytest.raises(UsageError, match=r"buckets.min 256 does not fit resolution 48x48") as error:
+        geometry((48, 48))
+    assert error.value.fix == "set buckets.step and buckets.min to at most 48"
+    assert geometry((48, 48), buckets={"step": 48, "min": 48}).buckets
     with pytest.raises(UsageError, match=r"buckets.max 512 is below the resolution"):
         geometry(buckets={"max": 512})
     assert geometry((128, 128), buckets={"min": 64, "step": 16}).buckets

@@ -155,7 +155,9 @@ def _limits(
             UsageError(
                 f"buckets.min {buckets.min} does not fit resolution {resolution[0]}x{resolution[1]} in steps of {step}",
                 why="the smallest side of a bucket lies between one step and the resolution",
-                fix=f"set buckets.min to at least {step} and at most {min(resolution)}",
+                fix=f"set buckets.step and buckets.min to at most {min(resolution)}"
+                if min(resolution) < step
+                else f"set buckets.min to at least {step} and at most {min(resolution)}",
             )
         )
     if max(resolution) > top:

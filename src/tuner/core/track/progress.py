@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -45,6 +47,8 @@ class Progress:
 
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self.console = console or get_console()
+        # Rich would end the program, and with it hours of work, when a reader such as ``head`` is gone.
+        self.console.on_broken_pipe = partial(_go_on_unseen, self.console)  # type: ignore[method-assign]
         self.plain = not self.console.is_terminal if plain is None else plain
         self.fields: dict[str, Any] = {}
         self._clock = clock
@@ -132,6 +136,14 @@ class Progress:
         detail = self.detail()
         text = f"{self.stage}: {count} {self.unit}" + (f" · {detail}" if detail else "")
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _go_on_unseen(console: Console) -> None:
+    """Nobody reads any more: what is written from here on goes nowhere."""
+    console.quiet = True
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, console.file.fileno())
+    os.close(nowhere)
 
 
 def duration(seconds: float) -> str:
