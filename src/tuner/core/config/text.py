@@ -36,4 +36,5 @@ class LatentsConfig(Section):
     """Rows per band of the autoencoder's convolutions: less memory, same result. Left out: whole images."""
     tiling: Annotated[int, Field(ge=64)] | None = None
     """Edge in pixels of overlapping tiles that larger pictures are encoded and decoded in: the memory of a tile, for
-    values that differ a little. 512 is usual. Left out: whole images."""
+    values that differ a little. 512 is usual. Where the posterior is sampled every tile draws for itself, so there is a
+    little less noise in the overlap. Left out: whole images."""
