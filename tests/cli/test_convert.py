@@ -44,6 +44,29 @@ def test_there_and_back_changes_no_bit(tmp_path, model, name):
     same(load_file(back), golden(f"{name}.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["anima/e2e_weights", "anima/lora_comfyui", "flux/chroma_bfl", "flux/lora_diffusers", "sd3/sd3m_weights_f16"],
+)
+def test_the_model_is_that_of_the_file_unless_it_is_named(tmp_path, capsys, name):
+    first, second = ("comfyui", "diffusers") if "lora" in name else ("diffusers", "single")
+    if name.startswith("flux/lora"):
+        first = "sd-scripts"
+    made, again = tmp_path / "made", tmp_path / "again.safetensors"
+    assert main(["convert", f"{golden_path(name)}.safetensors", str(made), "--to", first]) == 0
+    assert main(["convert", str(made), str(again), "--to", second]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == name.partition("/")[0]
+
+
+def test_a_file_of_no_known_model_needs_a_name(tmp_path, capsys):
+    save_file({"strange.weight": torch.zeros(2, 2)}, tmp_path / "strange.safetensors")
+    assert main(["convert", str(tmp_path / "strange.safetensors"), str(tmp_path / "out"), "--to", "single"]) == 2
+    message = capsys.readouterr().err
+    assert "which model is this file for?" in message and "add --model, one of: anima, flux, sd3" in message
+
+
 def test_a_part_that_has_a_folder_of_its_own_returns_into_the_file(tmp_path, capsys):
     source = golden("anima/e2e_weights.safetensors")
     folder = convert(golden_path("anima/e2e_weights.safetensors"), tmp_path / "folder", "diffusers", model="anima")

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = model_names(arguments.model)
+    names = model_names(arguments.model, arguments.source)
     from tuner.core.adapters.inspecting import is_adapter
     from tuner.core.files import safetensors_header
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = model_names(arguments.model)
+    names = model_names(arguments.model, arguments.base)
     import torch
 
     from tuner.core.adapters.bases import Parameters, open_files

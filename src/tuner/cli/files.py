@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.cli.console import warn
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from tuner.core.adapters.inspecting import Family
     from tuner.core.types import KeyMaps, StoredFile, WeightMaps
 
 ADAPTER_DTYPES = ("fp32", "bf16", "fp16")
@@ -39,7 +41,7 @@ class ModelNames:
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """``--model``."""
-    parser.add_argument("--model", metavar="NAME", help="the model the files are for, when several are installed")
+    parser.add_argument("--model", metavar="NAME", help="the model the files are for (that of the first file)")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -57,19 +59,16 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def model_names(name: str | None) -> ModelNames:
-    """The names of the chosen model; UsageError when it must be named, or declares no adapter formats."""
+def model_names(name: str | None, source: Path | str) -> ModelNames:
+    """The names of the chosen model, else of the one that ``source`` is a file of.
+
+    UsageError when it must be named, or declares no adapter formats.
+    """
     from tuner.core.registry import MODELS, Catalog
 
     catalog = Catalog()
     names = [entry.name for entry in catalog.entries(MODELS)]
-    if name is None and len(names) != 1:
-        raise UsageError(
-            "which model are these files for?",
-            why=f"installed: {', '.join(names)}",
-            fix="add --model NAME; tuner inspect FILE tells it",
-        )
-    chosen = name or names[0]
+    chosen = name or (names[0] if len(names) == 1 else _recognised(source, names))
     descriptor = catalog.model(chosen)
     entry = catalog.entry(MODELS, chosen)
     if descriptor.key_maps is None:
@@ -78,6 +77,43 @@ def model_names(name: str | None) -> ModelNames:
     if descriptor.weight_maps is not None:
         weights = catalog.load(entry, "descriptor", descriptor.weight_maps)
     return ModelNames(chosen, catalog.load(entry, "descriptor", descriptor.key_maps), weights)
+
+
+def _recognised(source: Path | str, names: list[str]) -> str:
+    from tuner.core.adapters.inspecting import inspect
+    from tuner.core.files import weight_header
+
+    # A folder of diffusers has its denoiser in one of this name.
+    inside = Path(source, "transformer")
+    family = inspect(weight_header(inside if inside.is_dir() else source), families()).family
+    if family not in names:
+        why = "no installed model has these names" if family is None else f"it can belong to {family}"
+        raise UsageError(
+            "which model is this file for?", where=str(source), why=why, fix=f"add --model, one of: {', '.join(names)}"
+        )
+    return family
+
+
+def families() -> list[Family]:
+    """What every installed model declares about names; one that cannot be loaded is told and left out."""
+    from tuner.core.adapters.inspecting import Family
+    from tuner.core.registry import MODELS, Catalog
+
+    catalog = Catalog()
+    found = []
+    for entry in catalog.entries(MODELS):
+        try:
+            descriptor = catalog.model(entry.name)
+            detect = catalog.load(entry, "descriptor", descriptor.detect)
+            maps, weights = (
+                None if reference is None else catalog.load(entry, "descriptor", reference)
+                for reference in (descriptor.key_maps, descriptor.weight_maps)
+            )
+        except UsageError as error:
+            warn(f"the model {entry.name} is left out: {error.what}")
+            continue
+        found.append(Family(name=entry.name, detect=detect, adapters=maps, weights=weights))
+    return found
 
 
 def network_metadata(ranks: list[int]) -> dict[str, str]:

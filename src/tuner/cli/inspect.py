@@ -9,12 +9,12 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tuner.cli.console import heading, out, out_json, table, warn
-from tuner.cli.files import new_file, writing
+from tuner.cli.console import heading, out, out_json, table
+from tuner.cli.files import families, new_file, writing
 from tuner.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from tuner.core.adapters.inspecting import Family, Hashes, Inspection
+    from tuner.core.adapters.inspecting import Hashes, Inspection
     from tuner.core.files import WeightHeader
 
 HASHED_BYTES = 1_000_000_000
@@ -84,28 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         _show_modules(found)
     _show_metadata(found, everything=arguments.metadata)
     return 0
-
-
-def families() -> list[Family]:
-    """What every installed model declares about names; one that cannot be loaded is told and left out."""
-    from tuner.core.adapters.inspecting import Family
-    from tuner.core.registry import MODELS, Catalog
-
-    catalog = Catalog()
-    found = []
-    for entry in catalog.entries(MODELS):
-        try:
-            descriptor = catalog.model(entry.name)
-            detect = catalog.load(entry, "descriptor", descriptor.detect)
-            maps, weights = (
-                None if reference is None else catalog.load(entry, "descriptor", reference)
-                for reference in (descriptor.key_maps, descriptor.weight_maps)
-            )
-        except UsageError as error:
-            warn(f"the model {entry.name} is left out: {error.what}")
-            continue
-        found.append(Family(name=entry.name, detect=detect, adapters=maps, weights=weights))
-    return found
 
 
 def _strip(arguments: argparse.Namespace, header: WeightHeader) -> int:

@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    names = model_names(arguments.model)
     given = [split_strength(text) for text in arguments.adapters]
+    names = model_names(arguments.model, given[0][0])
     target = new_file(arguments.out, overwrite=arguments.overwrite, sources=[path for path, _ in given])
     from tuner.core.adapters.baking import with_strengths
     from tuner.core.adapters.merging import read_addition

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = model_names(arguments.model)
+    names = model_names(arguments.model, arguments.adapter)
     from tuner.core.adapters.combining import kept_share, resized
     from tuner.core.adapters.files import read_adapter, save_adapter
     from tuner.core.adapters.formats import format_by_name
