@@ -99,7 +99,8 @@ def train(raw: Mapping[str, Any], *, base_dir: Path | None = None, resume: str |
             reason, files = trainer.train(state)
         except BaseException as error:
             # The log must say that the run is over even when nobody saw the message.
-            events.emit("run_end", steps=trainer.position.step, seconds=time.monotonic() - started, reason=repr(error))
+            why = f"failed: {error.what}" if isinstance(error, UsageError) else f"failed: {error!r}"
+            events.emit("run_end", steps=trainer.position.step, seconds=time.monotonic() - started, reason=why)
             raise
         summary = RunSummary(
             folder=folder.path,
