@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,18 +77,19 @@ def open_trackers(config: LogConfig, run_dir: Path, start_step: int = 0) -> Trac
     folder = run_dir if config.dir is None else Path(config.dir)
     settings = settings_of(run_dir) if config.config else {}
     made: list[Tracker] = []
-    try:
+    with ExitStack() as opened:
         for name in config.to:
+            if name == JSONL:
+                continue
             if name == TENSORBOARD:
                 made.append(TensorBoard(folder, start_step, settings))
             elif name == WANDB:
                 made.append(WeightsAndBiases(folder, run_dir, config, settings))
-            elif name != JSONL:
+            else:
                 made.append(_plugin(name)(folder, start_step))
-    except BaseException:
-        for each in made:
-            each.close()
-        raise
+            opened.callback(made[-1].close)
+        # All of them are open: closing them is now the caller's.
+        opened.pop_all()
     return Trackers(made)
 
 

@@ -387,14 +387,13 @@ class Trainer:
 
     def _write_checkpoint(self, position: Position, rolling: bool = False) -> None:
         building = self.writer.begin(position.step)
-        try:
+        with ExitStack() as unfinished:
+            unfinished.callback(self.writer.abandon, building)
             name = self.folder.checkpoint_file(position.step).name
             self._export(building / name, step=position.step)
             if self.config.checkpoint.state != "none":
                 write_state(building, self.state.capture(position))
-        except BaseException:
-            self.writer.abandon(building)
-            raise
+            unfinished.pop_all()
         final = self.writer.commit(building, position.step, rolling=rolling)
         self._write_views()
         paths = sorted(final.iterdir())
