@@ -83,9 +83,11 @@ def _recognised(source: Path | str, names: list[str]) -> str:
     from tuner.core.adapters.inspecting import inspect
     from tuner.core.files import weight_header
 
-    # A folder of diffusers has its denoiser in one of this name.
-    inside = Path(source, "transformer")
-    family = inspect(weight_header(inside if inside.is_dir() else source), families()).family
+    known = families()
+    inside = {Path(source, name) for each in known if each.weights for name in each.weights.folders.get("denoiser", ())}
+    # In the diffusers layout the denoiser has a folder of its own.
+    weights = next((folder for folder in sorted(inside) if folder.is_dir()), source)
+    family = inspect(weight_header(weights), known).family
     if family not in names:
         why = "no installed model has these names" if family is None else f"it can belong to {family}"
         raise UsageError(
