@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,7 @@ from tuner.core.errors import UsageError
 if TYPE_CHECKING:
     from tuner.core.config import RawConfig
     from tuner.core.data.upkeep import CacheInfo
+    from tuner.core.track.progress import Progress
 
 ACTIONS = ("info", "verify", "prune")
 
@@ -121,8 +120,8 @@ def _verify(arguments: argparse.Namespace, configs: list[str]) -> int:
     folders = [Path(arguments.dir)] if arguments.dir is not None else _folders(arguments, configs)
     found = []
     for folder in folders:
-        with _entries_read() as tick:
-            found.append(verify_cache(folder, tick))
+        with _reading() as progress:
+            found.append(verify_cache(folder, progress.advance_of))
     if arguments.json:
         out_json([each.as_dict() for each in found])
         return int(not all(each.ok for each in found))
@@ -146,8 +145,8 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
         )
     found = []
     for folder, used in _used(arguments, configs).items():
-        with _entries_read() as tick:
-            found.append(doomed_files(folder, used, tick))
+        with _reading() as progress:
+            found.append(doomed_files(folder, used, progress.advance_of))
     count, size = sum(len(each.files) for each in found), sum(each.bytes for each in found)
     if not arguments.json:
         for each in found:
@@ -171,20 +170,13 @@ def _prune(arguments: argparse.Namespace, configs: list[str]) -> int:
     return 0
 
 
-@contextmanager
-def _entries_read() -> Iterator[Callable[[int, int], None]]:
+def _reading() -> Progress:
     """Progress of reading a cache, on standard error."""
     from rich.console import Console
 
     from tuner.core.track.progress import Progress
 
-    with Progress("entries", None, "entries", console=Console(stderr=True)) as progress:
-
-        def tick(done: int, total: int) -> None:
-            progress.total = total
-            progress.advance(done)
-
-        yield tick
+    return Progress("entries", None, "entries", console=Console(stderr=True))
 
 
 def _agreed(question: str) -> bool:

@@ -40,13 +40,7 @@ def report(raw: RawConfig, *, as_json: bool, resuming: bool = False) -> int:
     try:
         # Not as lines in a log: there the problems alone are of interest.
         with Progress("pictures", None, "files", console=console) if console.is_terminal else nullcontext() as progress:
-
-            def tick(done: int, total: int) -> None:
-                if progress is not None:
-                    progress.total = total
-                    progress.advance(done)
-
-            found = check(raw, resuming=resuming, on_progress=tick)
+            found = check(raw, resuming=resuming, on_progress=None if progress is None else progress.advance_of)
     except UsageError as problem:
         if as_json:
             out_json({"ok": False, "problems": [_fields(each) for each in problem.parts or (problem,)]})

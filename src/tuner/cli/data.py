@@ -42,12 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)  # the result alone is standard output
     with Progress("pictures", None, "images", plain=config.log.plain, console=console) as progress:
-
-        def tick(done: int, total: int) -> None:
-            progress.total = total
-            progress.advance(done)
-
-        found = survey(config, facts, catalog, tick)
+        found = survey(config, facts, catalog, progress.advance_of)
     sheets: list[Path] = []
     if arguments.sheet is not None and found.layout is not None:
         sheets = write_sheets(found.layout, Path(arguments.sheet))

@@ -100,6 +100,11 @@ class Progress:
         elif self._last_line is None or now - self._last_line >= PLAIN_SECONDS:
             self._print_line()
 
+    def advance_of(self, count: int, total: int) -> None:
+        """As `advance`, for work that says with every part how much there is in all."""
+        self.total = total
+        self.advance(count)
+
     def rate(self) -> float | None:
         """Things per second over the last half minute, None before the first is done."""
         (start, before), (end, after) = self._marks[0], self._marks[-1]
